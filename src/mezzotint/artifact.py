@@ -1,0 +1,734 @@
+"""The `.mzt` file: pack a model under a byte budget, open one, look into one. FORMAT.md has the bytes.
+
+Sole owner of the 16,000,000 and of the file format. Reading trusts nothing: every length is checked against the
+config before memory is taken, and whatever is wrong ends in one `ArtifactError`. No pickle, no code. Knows nothing of
+training or of likelihoods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import lzma
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from mezzotint import config as configuration
+from mezzotint import entropy, quantize
+from mezzotint.config import ModelConfig
+from mezzotint.data import Tokenizer, TokenStream
+from mezzotint.errors import ArtifactError, MezzotintError
+from mezzotint.files import atomic_write
+from mezzotint.model import Denoiser, Model, count_parameters
+from mezzotint.quantize import Grid
+
+BUDGET = 16_000_000  # decimal bytes of artifact and code together: the challenge's limit
+MAGIC = b"\x8fMZT\r\n\x1a\n"  # a byte above 127 and both line ends: a text-mode transfer is noticed
+VERSION = 1
+PREFIX = struct.Struct("<8sHII")  # magic, version, stored header bytes, header bytes
+DIGEST = 32
+
+MAX_HEADER = 1 << 20
+MAX_TOKENIZER = 16 << 20
+MAX_LAYERS = 256
+MAX_WIDTH = 1 << 16
+FREE_PARAMETERS = 1 << 20  # a file may describe this many parameters plus PARAMETERS_PER_BYTE for each of its bytes,
+PARAMETERS_PER_BYTE = 64  # so that a small file cannot ask for much memory
+LZMA_MEMORY = 128 << 20
+TOKENIZER_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1, "lp": 2, "pb": 2,
+                      "dict_size": 1 << 20}]  # fmt: skip
+
+GRID, GRID_COLUMNS, FLOAT16, FLOAT32 = "grid", "grid+columns", "float16", "float32"
+CODECS = (GRID, GRID_COLUMNS, FLOAT16, FLOAT32)
+RANGE, LZMA = "range", "lzma"
+
+Progress = Callable[[str], None]
+
+
+# ---------------------------------------------------------------------------------------------------- the tensors
+
+
+def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors, in file order. No memory is taken for them."""
+    with torch.device("meta"):
+        network = Denoiser(config)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def _network(config: ModelConfig, values: Mapping[str, np.ndarray]) -> Denoiser:
+    with torch.device("meta"):
+        network = Denoiser(config)
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()}, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _values(tensor: Grid | np.ndarray) -> np.ndarray:
+    """What a packed tensor stands for, float32."""
+    return tensor.values() if isinstance(tensor, Grid) else tensor.astype(np.float32)
+
+
+def _codec(tensor: Grid | np.ndarray) -> str:
+    if isinstance(tensor, Grid):
+        return GRID if tensor.columns is None else GRID_COLUMNS
+    return FLOAT16 if tensor.dtype == np.float16 else FLOAT32
+
+
+@dataclass
+class Coded:
+    """All of a model as sections of bytes, and what is known of their sizes."""
+
+    header: dict[str, Any]
+    sections: list[bytes]
+    code_bits: float
+    codes: int
+
+
+def _encode_range(
+    tensors: Mapping[str, Grid | np.ndarray], start: dict[str, entropy.Classes] | None, rounds: int
+) -> tuple[dict[str, Any], list[bytes], dict[str, entropy.Classes], float]:
+    """Range-code tensors: (header entries, sections, the classes found, ideal bits of the codes)."""
+    # Wide and narrow alphabets do not share tables: embeddings and matrices form one bank each.
+    groups: dict[bool, list[str]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Grid):
+            groups.setdefault("embedding" in name, []).append(name)
+    sections: list[bytes] = []
+    streams: dict[str, tuple[int, bytes]] = {}
+    found: dict[str, entropy.Classes] = {}
+    bits = 0.0
+    for number, names in enumerate(groups.values()):
+        grids = [tensors[name] for name in names]
+        planes = [grid.codes for grid in grids if isinstance(grid, Grid)]
+        begin = [start[name] for name in names] if start is not None else None
+        bank, classes = entropy.fit(planes, rounds=rounds, start=begin)
+        encoder = entropy.Encoder()
+        bank.write(encoder)
+        sections.append(encoder.finish())
+        for name, grid, item in zip(names, grids, classes, strict=True):
+            assert isinstance(grid, Grid)
+            encoder = entropy.Encoder()
+            entropy.write_words(encoder, grid.rows.view(np.uint16))
+            if grid.columns is not None:
+                entropy.write_words(encoder, grid.columns.view(np.uint16))
+            entropy.write_plane(encoder, grid.codes, item, bank)
+            streams[name] = number, encoder.finish()
+            found[name] = item
+            bits += entropy.plane_bits(grid.codes, item, bank)
+    table = []
+    bank_sizes = [len(section) for section in sections]
+    for name, tensor in tensors.items():
+        codec = _codec(tensor)
+        if isinstance(tensor, Grid):
+            bank_number, data = streams[name]
+        elif codec == FLOAT16:
+            encoder = entropy.Encoder()
+            entropy.write_words(encoder, tensor.ravel().view(np.uint16))
+            bank_number, data = -1, encoder.finish()
+        else:
+            bank_number, data = -1, tensor.astype("<f4").tobytes()
+        table.append([name, codec, bank_number, len(data)])
+        sections.append(data)
+    return {"coding": RANGE, "banks": bank_sizes, "tensors": table}, sections, found, bits
+
+
+def _raw_parts(tensor: Grid | np.ndarray) -> list[bytes]:
+    if isinstance(tensor, Grid):
+        scales = [tensor.rows] if tensor.columns is None else [tensor.rows, tensor.columns]
+        return [s.astype("<f2").tobytes() for s in scales] + [tensor.codes.astype(np.int8).tobytes()]
+    return [tensor.astype("<f2" if tensor.dtype == np.float16 else "<f4").tobytes()]
+
+
+def _encode_lzma(tensors: Mapping[str, Grid | np.ndarray]) -> tuple[dict[str, Any], list[bytes]]:
+    """The reference's coding: int8 codes and scales of all tensors in one LZMA stream of preset 9."""
+    parts = {name: b"".join(_raw_parts(tensor)) for name, tensor in tensors.items()}
+    data = lzma.compress(b"".join(parts.values()), format=lzma.FORMAT_XZ, preset=9)
+    table = [[name, _codec(tensors[name]), -1, len(part)] for name, part in parts.items()]
+    return {"coding": LZMA, "banks": [], "tensors": table, "stored": len(data)}, [data]
+
+
+class _Writer:
+    """Turns packed tensors of one model into file bytes, remembering what carries over between attempts."""
+
+    def __init__(self, model: Model, coding: str) -> None:
+        self.model = model
+        self.coding = coding
+        self.classes: dict[str, entropy.Classes] | None = None
+        self.code_bits = 0.0
+        raw = model.tokenizer.serialized
+        self.tokenizer = lzma.compress(raw, format=lzma.FORMAT_RAW, filters=TOKENIZER_FILTERS)
+
+    def write(self, tensors: Mapping[str, Grid | np.ndarray]) -> bytes:
+        """The whole file."""
+        if self.coding == RANGE:
+            # Later attempts differ little from the first: two rounds from its classes settle.
+            rounds = 4 if self.classes is None else 2
+            entries, sections, self.classes, self.code_bits = _encode_range(tensors, self.classes, rounds)
+        else:
+            entries, sections = _encode_lzma(tensors)
+            self.code_bits = 8.0 * len(sections[0])
+        header = {
+            "config": configuration.to_dict(self.model.config),
+            "info": self.model.info,
+            "tokenizer": [len(self.tokenizer), len(self.model.tokenizer.serialized)],
+            **entries,
+        }
+        text = json.dumps(header, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
+        if len(text) > MAX_HEADER:
+            raise ArtifactError(f"the run's description takes {len(text):,} bytes; shorten its info to fit the header")
+        stored = zlib.compress(text, 9)
+        body = b"".join([PREFIX.pack(MAGIC, VERSION, len(stored), len(text)), stored, self.tokenizer, *sections])
+        return body + hashlib.sha256(body).digest()
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+class _Reader:
+    """Hands out a file's bytes in order, never more than are there."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file = file
+        self.left = size
+
+    def take(self, count: Any, what: str) -> bytes:
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= self.left:
+            raise ArtifactError(f"damaged artifact: {what} reaches past the end of the file")
+        data = self.file.read(count)
+        if len(data) != count:
+            raise ArtifactError(f"damaged artifact: the file ends inside {what}")
+        self.left -= count
+        return data
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not a number")
+
+
+@dataclass
+class Opened:
+    """Everything read from a file."""
+
+    config: ModelConfig
+    info: dict[str, Any]
+    tokenizer: Tokenizer
+    values: dict[str, np.ndarray]
+    table: list[dict[str, Any]]
+    sections: dict[str, int]
+    sha256: str
+    size: int
+
+
+def _read(path: Path, keep_values: bool = True) -> Opened:
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise ArtifactError(f"{path}: no such artifact; `mezzotint pack` writes one")
+        with path.open("rb") as file:
+            return _read_file(path, file, keep_values)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ArtifactError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ArtifactError(f"{path}: {error}") from error
+
+
+def _read_file(path: Path, file: BinaryIO, keep_values: bool) -> Opened:
+    start = file.read(PREFIX.size)
+    if len(start) < PREFIX.size or start[:8] != MAGIC:
+        raise ArtifactError("not a Mezzotint artifact (wrong first bytes)")
+    _, version, stored, length = PREFIX.unpack(start)
+    if version > VERSION:
+        raise ArtifactError(f"format version {version} is newer than {VERSION}, the newest known: upgrade Mezzotint")
+    if version != VERSION:
+        raise ArtifactError(f"damaged artifact: there is no format version {version}")
+    size = path.stat().st_size
+    if size < PREFIX.size + DIGEST:
+        raise ArtifactError("damaged artifact: the file is cut short")
+    digest, whole = hashlib.sha256(start), hashlib.sha256(start)
+    left = size - PREFIX.size - DIGEST
+    while left:
+        chunk = file.read(min(left, 1 << 20))
+        if not chunk:
+            raise ArtifactError("damaged artifact: the file is cut short")
+        digest.update(chunk)
+        whole.update(chunk)
+        left -= len(chunk)
+    end = file.read(DIGEST)
+    whole.update(end)
+    if end != digest.digest():
+        raise ArtifactError("damaged artifact: the checksum does not match; fetch or pack it again")
+
+    file.seek(PREFIX.size)
+    reader = _Reader(file, size - PREFIX.size - DIGEST)
+    header = _header(reader.take(stored, "the header"), length)
+    config = _config(header, size)
+    info = header["info"]
+    if not isinstance(info, dict):
+        raise ArtifactError("damaged artifact: info is not an object")
+    tokenizer = _tokenizer(reader, header, config)
+    sections = {"prefix and digest": PREFIX.size + DIGEST, "header": stored, "tokenizer": header["tokenizer"][0]}
+    values: dict[str, np.ndarray] = {}
+    table: list[dict[str, Any]] = []
+    for name, shape, codec, count, array in _tensors(reader, header, config, sections):
+        if not np.isfinite(array).all():
+            raise ArtifactError(f"damaged artifact: {name} holds numbers that are not finite")
+        table.append({
+            "name": name, "shape": list(shape), "codec": codec, "bytes": count,
+            "bits_per_weight": 8 * count / max(1, array.size), "zeros": float((array == 0).mean()) if array.size else 0.0,
+        })  # fmt: skip
+        if keep_values:
+            values[name] = array
+    if reader.left:
+        raise ArtifactError(f"damaged artifact: {reader.left:,} bytes too many")
+    return Opened(config, info, tokenizer, values, table, sections, whole.hexdigest(), size)
+
+
+def _header(stored: bytes, length: int) -> dict[str, Any]:
+    if length > MAX_HEADER:
+        raise ArtifactError(f"damaged artifact: a header of {length:,} bytes")
+    try:
+        inflater = zlib.decompressobj()
+        text = inflater.decompress(stored, length + 1)
+        if len(text) != length or not inflater.eof or inflater.unused_data:
+            raise ValueError("wrong length")
+        header = json.loads(text, parse_constant=_no_constant)
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise ArtifactError(f"damaged artifact: the header cannot be read ({error})") from error
+    known = {"config", "info", "tokenizer", "coding", "banks", "tensors"}
+    if not isinstance(header, dict) or not known <= header.keys() <= known | {"stored"}:
+        raise ArtifactError("damaged artifact: the header has the wrong fields")
+    return header
+
+
+def _config(header: dict[str, Any], size: int) -> ModelConfig:
+    try:
+        config = configuration.from_dict(ModelConfig, header["config"])
+        wide = max(config.width, config.heads * 2, config.mlp_width, config.bigram_width, config.value_embedding_width)
+        if config.layers > MAX_LAYERS or wide > MAX_WIDTH or config.value_embedding_layers > MAX_LAYERS:
+            raise ArtifactError(f"damaged artifact: more than {MAX_LAYERS} layers or {MAX_WIDTH:,} channels")
+        if config.bigram_buckets > 1 << 24 or config.sequence_length > 1 << 24:
+            raise ArtifactError("damaged artifact: the config's sizes are out of bounds")
+        with torch.device("meta"):
+            parameters = count_parameters(Denoiser(config))
+    except ArtifactError:
+        raise
+    except MezzotintError as error:
+        raise ArtifactError(f"damaged artifact: {error}") from error
+    except Exception as error:  # the config's own arithmetic on hostile numbers
+        raise ArtifactError(f"damaged artifact: its config does not make a model ({type(error).__name__})") from error
+    if parameters > FREE_PARAMETERS + PARAMETERS_PER_BYTE * size:
+        raise ArtifactError(f"damaged artifact: {parameters:,} parameters in {size:,} bytes")
+    return config
+
+
+def _tokenizer(reader: _Reader, header: dict[str, Any], config: ModelConfig) -> Tokenizer:
+    sizes = header["tokenizer"]
+    if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int for n in sizes)):
+        raise ArtifactError("damaged artifact: the tokenizer's sizes")
+    stored, length = reader.take(sizes[0], "the tokenizer"), sizes[1]
+    if not 0 < length <= MAX_TOKENIZER:
+        raise ArtifactError(f"damaged artifact: a tokenizer of {length:,} bytes")
+    try:
+        inflater = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=TOKENIZER_FILTERS)
+        raw = inflater.decompress(stored, length + 1)
+        if len(raw) != length or not inflater.eof or inflater.unused_data:
+            raise ArtifactError("damaged artifact: the tokenizer has the wrong length")
+        tokenizer = Tokenizer(raw)
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ArtifactError(
+                f"damaged artifact: a tokenizer of {tokenizer.vocab_size:,} tokens in a model of {config.vocab_size:,}"
+            )
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"damaged artifact: the tokenizer cannot be read ({error})") from error
+    return tokenizer
+
+
+def _tensors(
+    reader: _Reader, header: dict[str, Any], config: ModelConfig, sections: dict[str, int]
+) -> Iterator[tuple[str, tuple[int, ...], str, int, np.ndarray]]:
+    """Every tensor in file order: name, shape, codec, bytes, values."""
+    shapes = layout(config)
+    table, banks = header["tensors"], header["banks"]
+    if not isinstance(table, list) or not isinstance(banks, list) or len(banks) > 16:
+        raise ArtifactError("damaged artifact: the tensor table is not a list")
+    rows_ok = all(
+        isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and row[1] in CODECS
+        and type(row[2]) is int and type(row[3]) is int and row[3] >= 0
+        for row in table
+    )  # fmt: skip
+    if not rows_ok or [row[0] for row in table] != list(shapes):
+        raise ArtifactError("damaged artifact: the tensor table does not match the config")
+    for name, codec, _, _ in table:
+        if codec in (GRID, GRID_COLUMNS) and len(shapes[name]) != 2:
+            raise ArtifactError(f"damaged artifact: {name} is no matrix")
+    if header["coding"] == RANGE:
+        yield from _range_tensors(reader, shapes, table, banks, sections)
+    elif header["coding"] == LZMA:
+        yield from _lzma_tensors(reader, shapes, table, header.get("stored"), sections)
+    else:
+        raise ArtifactError("damaged artifact: an unknown coding")
+
+
+def _range_tensors(
+    reader: _Reader, shapes: dict[str, tuple[int, ...]], table: list[Any], sizes: list[Any], sections: dict[str, int]
+) -> Iterator[tuple[str, tuple[int, ...], str, int, np.ndarray]]:
+    try:
+        banks = []
+        for number, size in enumerate(sizes):
+            decoder = entropy.Decoder(reader.take(size, "a table bank"))
+            banks.append(entropy.Bank.read(decoder))
+            decoder.finish()
+            sections[f"tables {number}"] = size
+    except entropy.StreamError as error:
+        raise ArtifactError(f"damaged artifact: {error} (in a table bank)") from error
+    for name, codec, number, count in table:
+        shape = shapes[name]
+        size = int(np.prod(shape, dtype=np.int64))
+        data = reader.take(count, name)
+        try:
+            if codec == FLOAT32:
+                if count != 4 * size:
+                    raise entropy.StreamError("the wrong number of bytes")
+                values = np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(shape)
+            else:
+                decoder = entropy.Decoder(data)
+                if codec == FLOAT16:
+                    values = entropy.read_words(decoder, size).view(np.float16).astype(np.float32).reshape(shape)
+                else:
+                    if not 0 <= number < len(banks):
+                        raise entropy.StreamError("there is no such table bank")
+                    rows = entropy.read_words(decoder, shape[0]).view(np.float16)
+                    columns = None
+                    if codec == GRID_COLUMNS:
+                        columns = entropy.read_words(decoder, shape[1]).view(np.float16)
+                    codes = entropy.read_plane(decoder, (shape[0], shape[1]), banks[number])
+                    with np.errstate(invalid="ignore", over="ignore"):
+                        values = Grid(codes, rows, columns).values()
+                decoder.finish()
+        except entropy.StreamError as error:
+            raise ArtifactError(f"damaged artifact: {error} (in {name})") from error
+        yield name, shape, codec, count, values
+
+
+def _lzma_tensors(
+    reader: _Reader, shapes: dict[str, tuple[int, ...]], table: list[Any], stored: Any, sections: dict[str, int]
+) -> Iterator[tuple[str, tuple[int, ...], str, int, np.ndarray]]:
+    sections["LZMA stream"] = stored
+    data = reader.take(stored, "the LZMA stream")
+    offset = 0
+
+    try:
+        inflater = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
+
+        def take(dtype: str, *shape: int) -> np.ndarray:
+            nonlocal data
+            length = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            parts = bytearray()
+            while len(parts) < length:
+                piece = inflater.decompress(data, length - len(parts))
+                data = b""
+                if not piece and (inflater.eof or inflater.needs_input):
+                    raise ArtifactError("damaged artifact: the LZMA stream is too short")
+                parts += piece
+            nonlocal offset
+            offset += length
+            return np.frombuffer(bytes(parts), dtype=dtype).reshape(shape)
+
+        for name, codec, _, count in table:
+            shape, before = shapes[name], offset
+            if codec in (GRID, GRID_COLUMNS):
+                rows = take("<f2", shape[0])
+                columns = take("<f2", shape[1]) if codec == GRID_COLUMNS else None
+                with np.errstate(invalid="ignore", over="ignore"):
+                    values = Grid(take("i1", *shape).astype(np.int16), rows, columns).values()
+            else:
+                values = take("<f2" if codec == FLOAT16 else "<f4", *shape).astype(np.float32)
+            if offset - before != count:
+                raise ArtifactError(f"damaged artifact: {name} has the wrong number of bytes")
+            yield name, shape, codec, count, values
+        if inflater.decompress(data, 1) or not inflater.eof or inflater.unused_data:
+            raise ArtifactError("damaged artifact: the LZMA stream is too long")
+    except (lzma.LZMAError, EOFError) as error:
+        raise ArtifactError(f"damaged artifact: the LZMA stream does not decode ({error})") from error
+
+
+def open_artifact(path: Path | str) -> Model:
+    """The model in a `.mzt` file, on the CPU, in float32, exactly as it was when packed.
+
+    Raises ArtifactError, whatever the file holds: missing, damaged, hostile, or of a newer version.
+    """
+    opened = _read(Path(path))
+    try:
+        network = _network(opened.config, opened.values)
+    except Exception as error:
+        raise ArtifactError(f"{path}: damaged artifact: its tensors do not make a model") from error
+    return Model(opened.config, opened.tokenizer, network, opened.info, opened.sha256)
+
+
+def inspect_artifact(path: Path | str) -> dict[str, Any]:
+    """What is in a `.mzt` file. Everything is decoded and checked on the way. Raises ArtifactError.
+
+    Keys: `file`, `sha256`, `version`, `bytes`, `parameters`, `bits_per_parameter`, `config`, `info`, `tokenizer`
+    (`tokens`, `bytes`, `sha256`), `tensors` (each `name`, `shape`, `codec`, `bytes`, `bits_per_weight`, `zeros`: the
+    share of zero weights), `sections` (bytes that are not a tensor's own) and `checks` (name -> true).
+    In an artifact of `--codec reference` a tensor's bytes are those before LZMA, which codes all tensors as one.
+    """
+    opened = _read(Path(path), keep_values=False)
+    parameters = sum(int(np.prod(row["shape"], dtype=np.int64)) for row in opened.table)
+    return {
+        "file": str(path),
+        "sha256": opened.sha256,
+        "version": VERSION,
+        "bytes": opened.size,
+        "parameters": parameters,
+        "bits_per_parameter": 8 * opened.size / parameters,
+        "config": configuration.to_dict(opened.config),
+        "info": opened.info,
+        "tokenizer": {
+            "tokens": opened.tokenizer.vocab_size,
+            "bytes": len(opened.tokenizer.serialized),
+            "sha256": opened.tokenizer.sha256,
+        },
+        "tensors": opened.table,
+        "sections": opened.sections,
+        # Reached only if each of them held; a failure has raised.
+        "checks": {"checksum": True, "tokenizer": True, "shapes match config": True, "streams decode": True,
+                   "weights finite": True},
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- packing
+
+
+def _floats(value: np.ndarray) -> np.ndarray:
+    """Small tensors: float16, or float32 where float16 would overflow."""
+    return value.astype(np.float16 if np.abs(value).max(initial=0) <= 65_000 else np.float32)
+
+
+def _state(model: Model) -> dict[str, np.ndarray]:
+    state = {name: t.detach().float().cpu().numpy() for name, t in model.network.state_dict().items()}
+    for name, value in state.items():
+        if not np.isfinite(value).all():
+            raise ArtifactError(f"{name} holds numbers that are not finite: the run has diverged; train it again")
+    return state
+
+
+def calibration_windows(model: Model, calibration: TokenStream | None, tokens: int) -> list[np.ndarray]:
+    """About `tokens` tokens of windows spread evenly over a stream. Raises ArtifactError if there is no text."""
+    if calibration is None or len(calibration) == 0:
+        raise ArtifactError("packing needs the run's training data for calibration; give its folder (random ids would "
+                            "make a worse artifact)")  # fmt: skip
+    windows = calibration.windows(model.config.sequence_length)
+    count = min(len(windows), max(1, tokens // model.config.sequence_length))
+    return [np.asarray(windows[int(i)]) for i in np.linspace(0, len(windows) - 1, count)]
+
+
+@dataclass
+class Plan:
+    """Packed tensors before pruning, and which codes may go first."""
+
+    tensors: dict[str, Grid | np.ndarray]
+    damage: dict[str, np.ndarray]  # for each prunable tensor: the cost of zeroing each entry, float32 [R, C]
+
+
+def _plan_gptq(model: Model, windows: list[np.ndarray], seed: int, progress: Progress) -> Plan:
+    """int6 GPTQ matrices, int8 embeddings, float16 for the rest."""
+    progress(f"calibrating on {sum(map(len, windows)):,} tokens")
+    hessians = quantize.calibration_hessians(model, windows, seed)
+    tensors: dict[str, Grid | np.ndarray] = {}
+    damage: dict[str, np.ndarray] = {}
+    for name, value in _state(model).items():
+        module = name.removesuffix(".weight")
+        if module in hessians:
+            progress(f"quantizing {module}")
+            hessian = hessians[module]
+            diagonal = hessian.diagonal().numpy()
+            weigh = diagonal if diagonal.sum() > 0 else np.ones_like(diagonal)
+            rows = quantize.row_scales(value, weigh, quantize.INT6_LIMIT)
+            tensors[name] = quantize.gptq(torch.from_numpy(value), hessian, rows)
+            damage[name] = (np.square(rows.astype(np.float64))[:, None] * weigh[None, :]).astype(np.float32)
+        elif value.ndim == 2 and "embedding.weight" in name:
+            rows = quantize.row_scales(value, np.ones(value.shape[1]), quantize.INT8_LIMIT)
+            tensors[name] = quantize.round_to_grid(value, rows, quantize.INT8_LIMIT)
+        else:
+            tensors[name] = _floats(value)
+    return Plan(tensors, damage)
+
+
+def _plan_reference(model: Model, windows: list[np.ndarray], seed: int, progress: Progress) -> Plan:
+    """The reference's quantization (five clip percentiles, int8 embeddings), on Hessians from real text."""
+    progress(f"calibrating on {sum(map(len, windows)):,} tokens")
+    hessians = quantize.calibration_hessians(model, windows, seed)
+    tensors: dict[str, Grid | np.ndarray] = {}
+    damage: dict[str, np.ndarray] = {}
+    for name, value in _state(model).items():
+        module = name.removesuffix(".weight")
+        if value.size <= 65_536 or value.ndim != 2:
+            tensors[name] = _floats(value)
+        elif module in hessians:
+            progress(f"quantizing {module}")
+            rows = quantize.percentile_scales(value, quantize.INT6_LIMIT)
+            tensors[name] = quantize.gptq(torch.from_numpy(value), hessians[module], rows)
+            damage[name] = np.broadcast_to(np.square(rows.astype(np.float32))[:, None], value.shape)
+        else:
+            rows = (np.abs(value).max(axis=1) / quantize.INT8_LIMIT).astype(np.float16)
+            tensors[name] = quantize.round_to_grid(value, rows, quantize.INT8_LIMIT)
+    return Plan(tensors, damage)
+
+
+class _Pruner:
+    """Zeroes the n codes of +-1 whose loss does the least damage."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.names = list(plan.damage)
+        self.where: dict[str, np.ndarray] = {}
+        costs = []
+        for name in self.names:
+            grid = plan.tensors[name]
+            assert isinstance(grid, Grid)
+            self.where[name] = np.flatnonzero(np.abs(grid.codes).ravel() == 1)
+            costs.append(plan.damage[name].ravel()[self.where[name]])
+        self.costs = np.concatenate(costs) if costs else np.zeros(0, dtype=np.float32)
+        self.order = np.argsort(self.costs, kind="stable")
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+    def pruned(self, count: int) -> dict[str, Grid | np.ndarray]:
+        gone = np.zeros(len(self.costs), dtype=bool)
+        gone[self.order[:count]] = True
+        tensors = dict(self.plan.tensors)
+        start = 0
+        for name in self.names:
+            stop = start + len(self.where[name])
+            grid = tensors[name]
+            if gone[start:stop].any() and isinstance(grid, Grid):
+                codes = grid.codes.copy()
+                codes.ravel()[self.where[name][gone[start:stop]]] = 0
+                tensors[name] = dataclasses.replace(grid, codes=codes)
+            start = stop
+        return tensors
+
+
+def _smallest_count(size_of: Callable[[int], int], most: int, limit: int, attempts: int = 12) -> int | None:
+    """About the smallest n in 0..most with size_of(n) <= limit; None if even `most` is too large.
+
+    size_of falls almost linearly, so interpolation safeguarded by bisection takes few evaluations. The answer is
+    always one that was evaluated and fits.
+    """
+    low, low_size = 0, size_of(0)
+    if low_size <= limit:
+        return 0
+    high, high_size = most, size_of(most)
+    if high_size > limit:
+        return None
+    for attempt in range(attempts):
+        if high - low <= 1 or limit - high_size <= limit // 2000:
+            break
+        share = (low_size - limit * 0.9998) / max(1, low_size - high_size)
+        middle = low + int((high - low) * (min(0.95, max(0.05, share)) if attempt % 3 < 2 else 0.5))
+        middle = min(high - 1, max(low + 1, middle))
+        size = size_of(middle)
+        if size <= limit:
+            high, high_size = middle, size
+        else:
+            low, low_size = middle, size
+    return high
+
+
+def pack(
+    model: Model,
+    calibration: TokenStream | None,
+    out: Path | str,
+    *,
+    budget: int = BUDGET,
+    code: Sequence[Path | str] = (),
+    codec: str = "mezzotint",
+    calibration_tokens: int = 32_768,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize, code and write `model` to `out` so that the file and the `code` files fit `budget` decimal bytes.
+
+    calibration: the training split's tokens; its masked text gives the Hessians. codec: `mezzotint`, or `reference` for
+    the seed's quantization and LZMA. The written file is reopened and every weight compared before this returns.
+
+    Returns `artifact_bytes`, `code_bytes`, `total_bytes`, `budget_bytes`, `parameters`, `bits_per_parameter` (of the
+    artifact), `pruned_codes`, `entropy_bits_per_code` (ideal code length per quantized weight; for `reference` the LZMA
+    stream's), `verified`. Raises ArtifactError if there is no calibration text, if the budget cannot be met (naming the
+    smallest reachable size) or if the file cannot be written; `out` is then untouched.
+    """
+    say = progress or (lambda _: None)
+    out = Path(out)
+    if codec not in ("mezzotint", "reference"):
+        raise ArtifactError(f"unknown codec {codec!r}; known: mezzotint, reference")
+    code_bytes = 0
+    for item in code:
+        if not Path(item).is_file():
+            raise ArtifactError(f"{item}: no such code file to count")
+        code_bytes += Path(item).stat().st_size
+    if not out.parent.is_dir():
+        raise ArtifactError(f"{out.parent}: no such folder to write {out.name} to")
+    limit = budget - code_bytes
+    windows = calibration_windows(model, calibration, calibration_tokens)
+    plan = (_plan_gptq if codec == "mezzotint" else _plan_reference)(model, windows, seed, say)
+    writer = _Writer(model, RANGE if codec == "mezzotint" else LZMA)
+    pruner = _Pruner(plan)
+    written: dict[int, tuple[bytes, float]] = {}
+
+    def size_of(count: int) -> int:
+        data = writer.write(pruner.pruned(count))
+        say(f"{len(data):,} bytes with {count:,} codes of +-1 dropped")
+        written[count] = data, writer.code_bits
+        return len(data)
+
+    count = _smallest_count(size_of, len(pruner), limit)
+    if count is None:
+        smallest = len(written[len(pruner)][0]) + code_bytes
+        raise ArtifactError(f"a budget of {budget:,} bytes cannot be met: the smallest reachable size is {smallest:,} "
+                            f"bytes ({code_bytes:,} of them code)")  # fmt: skip
+    data, bits = written[count]
+    tensors = pruner.pruned(count)
+    _write_verified(out, data, tensors)
+    parameters = count_parameters(model.network)
+    codes = sum(tensor.codes.size for tensor in tensors.values() if isinstance(tensor, Grid))
+    return {
+        "artifact_bytes": len(data),
+        "code_bytes": code_bytes,
+        "total_bytes": len(data) + code_bytes,
+        "budget_bytes": budget,
+        "parameters": parameters,
+        "bits_per_parameter": 8 * len(data) / parameters,
+        "pruned_codes": count,
+        "entropy_bits_per_code": bits / max(1, codes),
+        "verified": True,
+    }
+
+
+def _write_verified(out: Path, data: bytes, tensors: Mapping[str, Grid | np.ndarray]) -> None:
+    """Write atomically, reopen, compare every weight bit for bit. Raises ArtifactError and leaves nothing if not."""
+    try:
+        atomic_write(out, data)
+    except OSError as error:
+        reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise ArtifactError(f"cannot write {out}: {reason}") from error
+    state = open_artifact(out).network.state_dict()
+    for name, tensor in tensors.items():
+        if not np.array_equal(
+            state[name].numpy().view(np.uint32), np.ascontiguousarray(_values(tensor)).view(np.uint32)
+        ):
+            out.unlink(missing_ok=True)
+            raise ArtifactError(f"{out}: {name} did not come back as written; nothing was kept")

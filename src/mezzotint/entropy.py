@@ -1,0 +1,404 @@
+"""Integers <-> bytes: planes of codes under static tables chosen per row and column, by the `constriction` range coder.
+
+A plane is a matrix of small integers. Every row r carries a class a_r and every column c a class b_c; the code at
+(r, c) is coded under table a_r + b_c of a bank shared by many planes. Tables differ mostly in spread, so the two classes
+model a variance that factors over rows and columns. Tables, classes and codes all travel in the stream; nothing is
+adaptive, so a plane decodes in one vectorised pass per table.
+
+All probabilities are integers over 2^24 made by integer arithmetic from stored levels, so that encoder and decoder agree
+on every machine. FORMAT.md has the byte-level specification. Knows nothing of weights, scales or files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import constriction
+import numpy as np
+
+PRECISION = 24
+TOTAL = 1 << PRECISION
+STEPS = 8  # levels per factor of two in probability
+MAX_LEVEL = STEPS * PRECISION
+MAX_SYMBOLS = 1024  # symbols in one alphabet
+MAX_TABLES = 64  # tables in one bank
+BLOCK = 1 << 20  # entries of a plane that are sorted by table at a time
+OFFSET = 32_768  # integers are sent as unsigned 16-bit numbers this much larger
+
+
+class StreamError(Exception):
+    """A stream does not follow the format. The message says how."""
+
+
+def _power(level: int) -> int:
+    """floor(2^(level / STEPS)), in exact integer arithmetic."""
+    value = 1 << level  # 2^level, of which the STEPS-th root is wanted
+    for _ in range(int(math.log2(STEPS))):
+        value = math.isqrt(value)
+    return value
+
+
+POWERS = np.array([0] + [_power(level + STEPS * 8) for level in range(1, MAX_LEVEL + 1)], dtype=object)
+
+
+def weights_of(levels: np.ndarray) -> np.ndarray:
+    """Integer weights that sum to 2^24, each at least 1, from levels.
+
+    levels: integers in 0..MAX_LEVEL, [S] with S >= 2; level q > 0 stands for a probability proportional to
+    2^(q / STEPS), level 0 for the least weight. The rounding's remainder goes to the first largest weight.
+    Raises StreamError if every level is 0.
+    """
+    raw = POWERS[levels]
+    total = int(raw.sum())
+    if total == 0:
+        raise StreamError("an empty probability table is in use")
+    share = TOTAL - len(levels)
+    weights = np.array([int(value) * share // total + 1 for value in raw], dtype=np.int64)
+    weights[int(np.argmax(weights))] += TOTAL - int(weights.sum())
+    return weights
+
+
+def levels_of(counts: np.ndarray) -> np.ndarray:
+    """Levels (uint8, [S]) that best describe non-negative `counts` [S]: 0 where the count is 0."""
+    total = counts.sum()
+    with np.errstate(divide="ignore"):
+        level = np.rint(STEPS * (np.log2(counts / total) + PRECISION))
+    return np.where(counts > 0, np.clip(level, 1, MAX_LEVEL), 0).astype(np.uint8)
+
+
+def lengths_of(weights: np.ndarray) -> np.ndarray:
+    """Code length in bits of each symbol under integer `weights`."""
+    return PRECISION - np.log2(weights.astype(np.float64))
+
+
+def _model(weights: np.ndarray) -> object:
+    # constriction turns floats f_i into weights floor(F_i * scale) + i with scale = (2^24 - S) / sum(f). Handing it
+    # w_i - 1 makes the sum 2^24 - S and the scale exactly 1, and every partial sum is an integer below 2^24: exact.
+    return constriction.stream.model.Categorical((weights - 1).astype(np.float32), perfect=False)
+
+
+@lru_cache(maxsize=1)
+def _fixed_deltas() -> np.ndarray:
+    """The built-in weights for differences between neighbouring levels, -MAX_LEVEL..MAX_LEVEL: two-sided geometric."""
+    return weights_of(np.maximum(1, MAX_LEVEL - 2 * np.abs(np.arange(-MAX_LEVEL, MAX_LEVEL + 1))))
+
+
+class Encoder:
+    """Collects symbols of one stream."""
+
+    def __init__(self) -> None:
+        self._coder = constriction.stream.queue.RangeEncoder()
+        self._delta = _model(_fixed_deltas())
+
+    def symbols(self, values: np.ndarray, weights: np.ndarray) -> None:
+        """Code `values` (indices into `weights`)."""
+        if len(values):
+            self._coder.encode(np.ascontiguousarray(values, dtype=np.int32), _model(weights))
+
+    def number(self, value: int) -> None:
+        """Code one integer in -32,768..32,767."""
+        self._coder.encode(int(value) + OFFSET, constriction.stream.model.Uniform(65_536))
+
+    def uniform(self, values: np.ndarray, size: int) -> None:
+        """Code `values`, each of 0..size-1 equally likely (size a power of two)."""
+        if len(values):
+            self._coder.encode(np.ascontiguousarray(values, dtype=np.int32), constriction.stream.model.Uniform(size))
+
+    def levels(self, levels: np.ndarray) -> None:
+        """Code a table's levels [S] as differences from the one before (the first from 0)."""
+        deltas = np.diff(levels.astype(np.int32), prepend=0)
+        self._coder.encode(np.ascontiguousarray(deltas + MAX_LEVEL, dtype=np.int32), self._delta)
+
+    def sequence(self, values: np.ndarray) -> None:
+        """Code a vector of integers with its own alphabet and table, both sent first."""
+        values = np.asarray(values, dtype=np.int64).ravel()
+        low = int(values.min()) if len(values) else 0
+        size = (int(values.max()) - low + 1) if len(values) else 1
+        self.number(low)
+        self.number(size)
+        if size > 1:
+            levels = levels_of(np.bincount(values - low, minlength=size).astype(np.float64))
+            self.levels(levels)
+            self.symbols(values - low, weights_of(levels))
+
+    def finish(self) -> bytes:
+        """The stream: 32-bit words, little-endian."""
+        return self._coder.get_compressed().astype("<u4").tobytes()
+
+
+class Decoder:
+    """Reads back what an `Encoder` wrote. Every method raises StreamError on bytes no encoder writes."""
+
+    def __init__(self, data: bytes) -> None:
+        if len(data) % 4:
+            raise StreamError("a stream is not a whole number of 32-bit words")
+        self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, dtype="<u4").astype(np.uint32))
+        self._delta = _model(_fixed_deltas())
+
+    def _decode(self, model: object, count: int | None = None) -> np.ndarray:
+        try:
+            result = self._coder.decode(model) if count is None else self._coder.decode(model, count)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the Rust extension's panics are not Exceptions
+            raise StreamError("a stream does not decode") from error
+        return np.asarray(result)
+
+    def symbols(self, count: int, weights: np.ndarray) -> np.ndarray:
+        """`count` indices into `weights`, int32."""
+        return self._decode(_model(weights), count) if count else np.zeros(0, dtype=np.int32)
+
+    def number(self) -> int:
+        """One integer in -32,768..32,767."""
+        return int(self._decode(constriction.stream.model.Uniform(65_536))) - OFFSET
+
+    def uniform(self, count: int, size: int) -> np.ndarray:
+        """`count` integers of 0..size-1, int64."""
+        if not count:
+            return np.zeros(0, dtype=np.int64)
+        return self._decode(constriction.stream.model.Uniform(size), count).astype(np.int64)
+
+    def levels(self, size: int) -> np.ndarray:
+        """A table's levels, [size]."""
+        levels = np.cumsum(self._decode(self._delta, size).astype(np.int64) - MAX_LEVEL)
+        if levels.min() < 0 or levels.max() > MAX_LEVEL:
+            raise StreamError("a probability level is out of range")
+        return levels.astype(np.uint8)
+
+    def sequence(self, count: int) -> np.ndarray:
+        """A vector of `count` integers, int64."""
+        low, size = self.number(), self.number()
+        if not 1 <= size <= MAX_SYMBOLS:
+            raise StreamError(f"an alphabet of {size} symbols")
+        if size == 1:
+            return np.full(count, low, dtype=np.int64)
+        return self.symbols(count, weights_of(self.levels(size))).astype(np.int64) + low
+
+    def finish(self) -> None:
+        """Check that the whole stream was used."""
+        if not self._coder.maybe_exhausted():
+            raise StreamError("a stream holds more than it should")
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Probability tables shared by planes: table k gives code `low + i` the level `levels[k, i]`.
+
+    levels: uint8 [K, S], K <= MAX_TABLES, 2 <= S <= MAX_SYMBOLS.
+    """
+
+    low: int
+    levels: np.ndarray
+
+    def weights(self) -> list[np.ndarray]:
+        """Integer weights of each table, [S] each; an empty table gives an empty array."""
+        return [weights_of(row) if row.any() else np.zeros(0, dtype=np.int64) for row in self.levels]
+
+    def lengths(self) -> np.ndarray:
+        """Code lengths in bits, float64 [K, S]; infinite in an empty table."""
+        return np.stack([lengths_of(w) if len(w) else np.full(self.levels.shape[1], np.inf) for w in self.weights()])
+
+    def write(self, encoder: Encoder) -> None:
+        """Code the bank."""
+        encoder.number(self.low)
+        encoder.number(self.levels.shape[1])
+        encoder.number(self.levels.shape[0])
+        for row in self.levels:
+            encoder.levels(row)
+
+    @staticmethod
+    def read(decoder: Decoder) -> Bank:
+        """Decode a bank. Raises StreamError."""
+        low, size, tables = decoder.number(), decoder.number(), decoder.number()
+        if not (2 <= size <= MAX_SYMBOLS and 1 <= tables <= MAX_TABLES):
+            raise StreamError(f"a bank of {tables} tables of {size} symbols")
+        return Bank(low, np.stack([decoder.levels(size) for _ in range(tables)]))
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Which table codes each entry of a plane: table `rows[r] + columns[c]`, clipped to the bank."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+
+    def tables(self, count: int) -> np.ndarray:
+        """Table index of every entry, uint8 [R, C], for a bank of `count` tables."""
+        rows, columns = self.rows.astype(np.int32), self.columns.astype(np.int32)
+        return np.clip(rows[:, None] + columns[None, :], 0, count - 1).astype(np.uint8)
+
+
+def _blocks(shape: tuple[int, int]) -> list[slice]:
+    """Runs of whole rows of at most BLOCK entries each (one row if a row is longer)."""
+    step = max(1, BLOCK // max(1, shape[1]))
+    return [slice(row, min(row + step, shape[0])) for row in range(0, shape[0], step)]
+
+
+def _order(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row-major entries grouped by table: (positions in that order, number of entries per table)."""
+    flat = tables.ravel()
+    return np.argsort(flat, kind="stable"), np.bincount(flat, minlength=MAX_TABLES)
+
+
+def write_plane(encoder: Encoder, codes: np.ndarray, classes: Classes, bank: Bank) -> None:
+    """Code a plane [R, C]: row classes, column classes, then block by block all codes of table 0, of table 1, ..."""
+    encoder.sequence(classes.rows)
+    encoder.sequence(classes.columns)
+    weights = bank.weights()
+    for block in _blocks(codes.shape):
+        part = Classes(classes.rows[block], classes.columns)
+        order, counts = _order(part.tables(len(weights)))
+        ordered = codes[block].ravel()[order].astype(np.int32) - bank.low
+        start = 0
+        for table in np.flatnonzero(counts):
+            encoder.symbols(ordered[start : start + counts[table]], weights[table])
+            start += counts[table]
+
+
+def read_plane(decoder: Decoder, shape: tuple[int, int], bank: Bank) -> np.ndarray:
+    """Decode a plane, int16 [R, C]. Raises StreamError."""
+    classes = Classes(decoder.sequence(shape[0]), decoder.sequence(shape[1]))
+    weights = bank.weights()
+    codes = np.empty(shape, dtype=np.int16)
+    for block in _blocks(shape):
+        part = Classes(classes.rows[block], classes.columns)
+        order, counts = _order(part.tables(len(weights)))
+        ordered = np.empty(len(order), dtype=np.int16)
+        start = 0
+        for table in np.flatnonzero(counts):
+            if not len(weights[table]):
+                raise StreamError("an empty probability table is in use")
+            ordered[start : start + counts[table]] = decoder.symbols(int(counts[table]), weights[table]) + bank.low
+            start += counts[table]
+        flat = np.empty_like(ordered)
+        flat[order] = ordered
+        codes[block] = flat.reshape(-1, shape[1])
+    return codes
+
+
+def plane_bits(codes: np.ndarray, classes: Classes, bank: Bank) -> float:
+    """The ideal length of a plane's codes in bits (classes and tables not counted)."""
+    lengths = bank.lengths()
+    return float(lengths[classes.tables(len(lengths)), codes.astype(np.int64) - bank.low].sum())
+
+
+def _histogram(first: np.ndarray, values: np.ndarray, groups: int, size: int) -> np.ndarray:
+    """Counts [R, groups, size] of values [R, C] by row and by the group `first` [C] of their column."""
+    rows = values.shape[0]
+    index = (np.arange(rows)[:, None] * groups + first[None, :]) * size + values
+    return np.bincount(index.ravel(), minlength=rows * groups * size).reshape(rows, groups, size)
+
+
+def _assign(values: np.ndarray, other: np.ndarray, lengths: np.ndarray, price: np.ndarray, low: int) -> np.ndarray:
+    """The class of each row of `values` [R, C] (symbols) that codes it shortest, given the columns' classes.
+
+    price: bits to name each candidate class low, low + 1, ...
+    """
+    kinds, group = np.unique(other, return_inverse=True)
+    histogram = _histogram(group, values, len(kinds), lengths.shape[1])
+    candidates = low + np.arange(len(price))
+    tables = np.clip(candidates[:, None] + kinds[None, :], 0, len(lengths) - 1)
+    # Entries a table cannot code are infinitely long; 0 * inf is avoided by a large finite length.
+    cost = np.einsum("rgs,kgs->rk", histogram.astype(np.float64), np.minimum(lengths, 1e6)[tables], optimize=True)
+    return candidates[np.argmin(cost + price, axis=1)]
+
+
+def _price(classes: np.ndarray, low: int, count: int) -> np.ndarray:
+    """Bits to name each class low..low+count-1, from how often they are used (add-one smoothed)."""
+    counts = np.bincount(classes - low, minlength=count) + 1.0
+    return -np.log2(counts / counts.sum())
+
+
+SPREADS_PER_OCTAVE = 3
+COLUMN_RANGE = 6
+
+
+def fit(
+    planes: list[np.ndarray],
+    *,
+    tables: int = 32,
+    rounds: int = 4,
+    columns: bool = True,
+    start: list[Classes] | None = None,
+) -> tuple[Bank, list[Classes]]:
+    """Tables and classes that code `planes` (integer matrices) shortest, by alternating minimisation.
+
+    Tables are the counts under the current classes; classes are the shortest under the current tables, naming cost
+    included (hard expectation-maximisation). `start` continues from earlier classes. Deterministic.
+    """
+    low = min(int(plane.min()) for plane in planes)
+    size = max(2, max(int(plane.max()) for plane in planes) - low + 1)
+    if size > MAX_SYMBOLS:
+        raise ValueError(f"codes span {size} values, more than {MAX_SYMBOLS}")
+    symbols = [plane.astype(np.int64) - low for plane in planes]
+    if start is None:
+        start = []
+        for plane in planes:
+            magnitude = np.abs(plane).astype(np.float64)
+            mean = magnitude.mean() + 1e-9
+            # Spread from 1/16 upwards covers planes that are nearly all zero.
+            row = np.rint(SPREADS_PER_OCTAVE * (np.log2(magnitude.mean(axis=1) + 1 / 16) + 4))
+            column = np.rint(SPREADS_PER_OCTAVE * np.log2((magnitude.mean(axis=0) + mean / 16) / mean))
+            column = np.clip(column, -COLUMN_RANGE, COLUMN_RANGE) if columns else np.zeros_like(column)
+            start.append(Classes(np.clip(row, 0, tables - 1).astype(np.int64), column.astype(np.int64)))
+    classes = start
+    bank = _tables(symbols, classes, low, size, tables)
+    for _ in range(rounds):
+        lengths = bank.lengths()
+        updated = []
+        for values, item in zip(symbols, classes, strict=True):
+            rows = _assign(values, item.columns, lengths, _price(item.rows, 0, tables), 0)
+            if columns:
+                price = _price(item.columns, -COLUMN_RANGE, 2 * COLUMN_RANGE + 1)
+                shifted = _assign(values.T, rows, lengths, price, -COLUMN_RANGE)
+            else:
+                shifted = item.columns
+            updated.append(Classes(rows, shifted))
+        classes = updated
+        bank = _tables(symbols, classes, low, size, tables)
+    return bank, classes
+
+
+def _tables(symbols: list[np.ndarray], classes: list[Classes], low: int, size: int, tables: int) -> Bank:
+    counts = np.zeros((tables, size))
+    for values, item in zip(symbols, classes, strict=True):
+        index = item.tables(tables).astype(np.int64) * size + values
+        counts += np.bincount(index.ravel(), minlength=tables * size).reshape(tables, size)
+    levels = np.stack([levels_of(row) if row.any() else np.zeros(size, dtype=np.uint8) for row in counts])
+    return Bank(low, levels)
+
+
+def write_words(encoder: Encoder, words: np.ndarray) -> None:
+    """Code a vector of unsigned 16-bit integers: as indices into its distinct values if those are few, else as bytes."""
+    distinct, index = np.unique(words, return_inverse=True)
+    if len(distinct) <= min(MAX_SYMBOLS, len(words) // 2):
+        encoder.number(len(distinct))
+        encoder.sequence(distinct >> 8)
+        encoder.uniform(distinct & 255, 256)
+        encoder.sequence(index)
+    else:
+        encoder.number(0)
+        encoder.sequence(words >> 8)
+        encoder.uniform(words & 255, 256)
+
+
+def read_words(decoder: Decoder, count: int) -> np.ndarray:
+    """Decode `count` unsigned 16-bit integers, uint16. Raises StreamError."""
+
+    def pairs(size: int) -> np.ndarray:
+        high, low = decoder.sequence(size), decoder.uniform(size, 256)
+        if size and (high.min() < 0 or high.max() > 255):
+            raise StreamError("a number is out of range")
+        return (high * 256 + low).astype(np.uint16)
+
+    distinct = decoder.number()
+    if distinct == 0:
+        return pairs(count)
+    if not 1 <= distinct <= min(MAX_SYMBOLS, count):
+        raise StreamError(f"a dictionary of {distinct} numbers")
+    values, index = pairs(distinct), decoder.sequence(count)
+    if index.min() < 0 or index.max() >= distinct:
+        raise StreamError("a number outside the dictionary")
+    return values[index]
