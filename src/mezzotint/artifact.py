@@ -727,8 +727,6 @@ def _write_verified(out: Path, data: bytes, tensors: Mapping[str, Grid | np.ndar
         raise ArtifactError(f"cannot write {out}: {reason}") from error
     state = open_artifact(out).network.state_dict()
     for name, tensor in tensors.items():
-        if not np.array_equal(
-            state[name].numpy().view(np.uint32), np.ascontiguousarray(_values(tensor)).view(np.uint32)
-        ):
+        if state[name].numpy().tobytes() != _values(tensor).tobytes():
             out.unlink(missing_ok=True)
             raise ArtifactError(f"{out}: {name} did not come back as written; nothing was kept")
