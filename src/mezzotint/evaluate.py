@@ -1,0 +1,463 @@
+"""Likelihood of a model on windows of tokens: what is exact, what is a bound, what is neither, and how sure.
+
+Scores anything that maps a canvas to logits (`Model.logits`), so a network in training and a reopened artifact are
+scored alike. Does not know how models are trained or stored, or where windows come from. Bits per byte divide by the
+bytes that `data` charges to the windows. Sums are float64.
+
+Two things can be random in a score. Masks: the NELBO draws them. Windows: with `tokens` only some windows are scored;
+they are evenly spaced and the same for every method and seed, so figures on the same `tokens` compare window by
+window. `Estimate` reports both errors apart and together.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mezzotint.data import Windows
+from mezzotint.errors import DataError
+from mezzotint.model import Model
+from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
+
+EXACT = "exact"
+UPPER_BOUND = "upper bound"
+NOT_A_BOUND = "not a bound"
+
+Progress = Callable[[int, int], None]
+"""Called with (forward passes done, forward passes in all)."""
+
+TOKENS_PER_FORWARD = 16_384
+RECONSTRUCTION_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@functools.cache
+def _gauss_nodes() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(200)
+
+
+def student_t_tail(t: float, degrees: float) -> float:
+    """P(|X| > t) for Student's t with `degrees` of freedom (infinite: the normal distribution).
+
+    Integrates the density after x = sqrt(degrees) tan(angle), which makes the range finite.
+    """
+    t = abs(t)
+    if math.isinf(degrees) or degrees > 1e6:
+        return math.erfc(t / math.sqrt(2))
+    start = math.atan(t / math.sqrt(degrees))
+    stop = math.pi / 2
+    if degrees > 30:  # cos^(degrees - 1) is negligible past here; keep the nodes where the mass is
+        stop = min(stop, start + 40 / math.sqrt(degrees))
+    nodes, weights = _gauss_nodes()
+    angles = start + (nodes + 1) * (stop - start) / 2
+    log_norm = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.lgamma(0.5)
+    density = np.exp(log_norm + (degrees - 1) * np.log(np.maximum(np.cos(angles), 1e-300)))
+    return float(min(1.0, 2 * np.dot(weights, density) * (stop - start) / 2))
+
+
+@functools.lru_cache(maxsize=1024)
+def student_t_quantile(confidence: float, degrees: float) -> float:
+    """The t with P(|X| <= t) = `confidence`; infinity for 0 degrees of freedom."""
+    if degrees <= 0:
+        return math.inf
+    low, high = 0.0, 1.0
+    while student_t_tail(high, degrees) > 1 - confidence:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_t_tail(middle, degrees) > 1 - confidence else (low, middle)
+    return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A likelihood figure with its kind and error.
+
+    kind: `exact` (a normalised distribution's own code length), `upper bound` (its expectation is at least the
+    model's -log p), or `not a bound`. bpb: bits per byte. stderr_bpb: standard error in all; its parts are
+    mask_stderr_bpb (the masks drawn, given the windows) and window_stderr_bpb (which windows were scored; 0 when all
+    were), nan where they were not told apart. forward_passes: how often the network ran over one window.
+    degrees_of_freedom: of Student's t in the interval (infinite where nothing was estimated from few repeats).
+    """
+
+    method: str
+    kind: str
+    bpb: float
+    stderr_bpb: float
+    nats_per_token: float
+    tokens: int
+    bytes: int
+    seconds: float
+    forward_passes: int
+    seed: int
+    mask_stderr_bpb: float = 0.0
+    window_stderr_bpb: float = 0.0
+    degrees_of_freedom: float = math.inf
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Two-sided interval in bits per byte, by Student's t."""
+        if self.stderr_bpb == 0:
+            return self.bpb, self.bpb
+        half = student_t_quantile(confidence, self.degrees_of_freedom) * self.stderr_bpb
+        return self.bpb - half, self.bpb + half
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON object; the interval is the 95% one, and null where it is unbounded."""
+        low, high = self.interval()
+        return {
+            "method": self.method,
+            "kind": self.kind,
+            "bpb": self.bpb,
+            "stderr_bpb": self.stderr_bpb if math.isfinite(self.stderr_bpb) else None,
+            "interval95_bpb": [low, high] if math.isfinite(low) and math.isfinite(high) else None,
+            "mask_stderr_bpb": self.mask_stderr_bpb if math.isfinite(self.mask_stderr_bpb) else None,
+            "window_stderr_bpb": self.window_stderr_bpb if math.isfinite(self.window_stderr_bpb) else None,
+            "nats_per_token": self.nats_per_token,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "forward_passes": self.forward_passes,
+            "seed": self.seed,
+        }
+
+
+def choose_windows(windows: Windows, tokens: int | None) -> list[int]:
+    """Indices of the windows to score: all, or as many evenly spaced ones as hold `tokens` tokens.
+
+    Depends on nothing but the two arguments. Raises DataError when there is nothing to score.
+    """
+    total = len(windows)
+    if total == 0:
+        raise DataError("nothing to score: the split has no tokens")
+    if tokens is None:
+        return list(range(total))
+    if tokens < 1:
+        raise DataError(f"cannot score {tokens} tokens: ask for at least 1")
+    wanted = -(-tokens // len(windows[0]))
+    if wanted >= total:
+        return list(range(total))
+    return [(2 * j + 1) * total // (2 * wanted) for j in range(wanted)]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One row of a forward batch: the ids, what is hidden, and what of that is scored (bool, all [T])."""
+
+    ids: Tensor
+    hidden: Tensor
+    scored: Tensor
+
+
+def run_passes(
+    model: Model, passes: Iterable[Pass], *, visibility: str = "full", batch: int | None = None
+) -> Iterator[np.ndarray]:
+    """Run canvases through the network, many at a time, and yield the NLL of each pass in order.
+
+    Yields float64 [T]: nats at the scored positions, 0 elsewhere. `batch` is rows at a time (default: what holds
+    16,384 tokens); it changes speed and memory, not the figures.
+    """
+    pending: list[Pass] = []
+
+    def flush() -> Iterator[np.ndarray]:
+        if not pending:
+            return
+        ids = torch.stack([p.ids for p in pending]).to(model.device)
+        hidden = torch.stack([p.hidden for p in pending]).to(model.device)
+        scored = torch.stack([p.scored for p in pending]).to(model.device)
+        with torch.inference_mode():
+            logits = model.logits(
+                ids.masked_fill(hidden, model.config.mask_id), visibility=visibility, positions=scored
+            )
+            nll = masked_nll(logits, ids, scored).double().cpu().numpy()
+        pending.clear()
+        yield from nll
+
+    for item in passes:
+        if pending and (
+            len(pending) >= (batch or max(1, TOKENS_PER_FORWARD // len(item.ids)))
+            or len(item.ids) != len(pending[0].ids)
+        ):
+            yield from flush()
+        pending.append(item)
+    yield from flush()
+
+
+def _generator(*key: int) -> torch.Generator:
+    """A generator of its own for every key, so that a draw does not depend on what was drawn before it."""
+    state = np.random.SeedSequence([k & 0xFFFFFFFFFFFFFFFF for k in key]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def _sampling_error(nats: np.ndarray, sizes: np.ndarray, total_windows: int) -> float:
+    """Standard error, in nats per byte, of sum(nats) / sum(sizes) from having scored only some windows.
+
+    The ratio estimator with finite-population correction (Cochran 1977, "Sampling techniques", eq. 6.13), treating
+    the evenly spaced windows as a random draw; infinite from a single window.
+    """
+    n = len(nats)
+    share_left = 1 - n / total_windows
+    if share_left <= 0:
+        return 0.0
+    if n < 2:
+        return math.inf
+    residual = nats - nats.sum() / sizes.sum() * sizes
+    return math.sqrt(share_left * n / (n - 1) * float(residual @ residual)) / float(sizes.sum())
+
+
+def _estimate(
+    method: str,
+    kind: str,
+    windows: Windows,
+    chosen: Sequence[int],
+    repeats: np.ndarray,
+    started: float,
+    forward_passes: int,
+    seed: int,
+) -> Estimate:
+    """Assemble an Estimate from nats [repeats, windows]; a single row means that no masks were drawn."""
+    sizes = np.array([windows.byte_count(i) for i in chosen], dtype=np.float64)
+    tokens = sum(len(windows[i]) for i in chosen)
+    if sizes.sum() == 0:
+        raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
+    per_window = repeats.mean(axis=0)
+    totals = repeats.sum(axis=1)
+    scale = 1 / (sizes.sum() * math.log(2))
+    r, n = repeats.shape
+    mask_error = 0.0 if r == 1 else float(totals.std(ddof=1)) / math.sqrt(r) * scale
+    degrees = math.inf if r == 1 else r - 1
+    window_error = _sampling_error(per_window, sizes, len(windows)) / math.log(2)
+    error = mask_error
+    if window_error:
+        # Two-stage sampling (Cochran 1977, eq. 10.15): the spread between scored windows already holds their mask
+        # error, so only the sampled share of it is added.
+        error = math.sqrt(window_error**2 + n / len(windows) * mask_error**2)
+        degrees = max(n - 1, 1)
+    return Estimate(
+        method=method,
+        kind=kind,
+        bpb=float(totals.mean() * scale),
+        stderr_bpb=error,
+        nats_per_token=float(totals.mean() / tokens),
+        tokens=tokens,
+        bytes=int(sizes.sum()),
+        seconds=time.perf_counter() - started,
+        forward_passes=forward_passes,
+        seed=seed,
+        mask_stderr_bpb=mask_error,
+        window_stderr_bpb=window_error,
+        degrees_of_freedom=degrees,
+    )
+
+
+def _tensor(windows: Windows, i: int) -> Tensor:
+    return torch.from_numpy(np.array(windows[i], dtype=np.int64))
+
+
+def nelbo_passes(
+    windows: Windows, chosen: Sequence[int], mask_id: int, seed: int, repeat: int
+) -> Iterator[tuple[Pass, int]]:
+    """The masks of one repeat: (pass, k) for each chosen window in turn.
+
+    Counts are stratified over the repeat's windows; the last, shorter window draws its own. Masks depend on the seed,
+    the repeat and the window's index only.
+    """
+    lengths = [len(windows[i]) for i in chosen]
+    draw = _generator(seed, repeat)
+    counts = torch.zeros(len(chosen), dtype=torch.long)
+    for length in sorted(set(lengths), reverse=True):
+        rows = torch.tensor([n for n, size in enumerate(lengths) if size == length])
+        counts[rows] = stratified_counts(len(rows), length, draw)
+    for n, i in enumerate(chosen):
+        ids = _tensor(windows, i)
+        _, masked = mask_by_count(ids[None], counts[n : n + 1], mask_id, _generator(seed, repeat, 1 + i))
+        yield Pass(ids, masked[0], masked[0]), int(counts[n])
+
+
+def nelbo(
+    model: Model,
+    windows: Windows,
+    *,
+    tokens: int | None = None,
+    repeats: int = 8,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Estimate:
+    """The NELBO of the windows: an upper bound on -log p, estimated without bias.
+
+    Each repeat is one mask per window with the counts k stratified over the windows; repeats are independent, and
+    the mask error is that of their mean, with repeats - 1 degrees of freedom (`Estimate.interval` uses Student's t).
+    Over all windows that is the whole error; over a subset the error from the choice of windows is added.
+    Deterministic in `seed`, up to rounding for any `batch`. Costs repeats * windows forward passes.
+    Raises DataError if there is nothing to score or fewer than 2 repeats.
+    """
+    if repeats < 2:
+        raise DataError("a standard error needs at least 2 repeats")
+    started = time.perf_counter()
+    chosen = choose_windows(windows, tokens)
+    nats = np.zeros((repeats, len(chosen)))
+    counts: list[int] = []
+
+    def passes() -> Iterator[Pass]:
+        for repeat in range(repeats):
+            for item, k in nelbo_passes(windows, chosen, model.config.mask_id, seed, repeat):
+                counts.append(k)
+                yield item
+
+    for done, nll in enumerate(run_passes(model, passes(), batch=batch)):
+        row = torch.from_numpy(nll)[None]
+        nats[divmod(done, len(chosen))] = nelbo_per_window(
+            row, torch.tensor([counts[done]], dtype=torch.float64)
+        ).item()
+        if progress:
+            progress(done + 1, nats.size)
+    return _estimate("nelbo", UPPER_BOUND, windows, chosen, nats, started, nats.size, seed)
+
+
+def chain_rule(
+    model: Model,
+    windows: Windows,
+    *,
+    tokens: int | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Estimate:
+    """Exact code length of the windows, each revealed from left to right: T forward passes for a window of T tokens.
+
+    chain(x) = sum_i -log p(x_i | x_<i, the rest masked), a normalised distribution over windows. No masks are drawn,
+    so over all windows the error is 0; `seed` is only recorded.
+    """
+    started = time.perf_counter()
+    chosen = choose_windows(windows, tokens)
+    lengths = [len(windows[i]) for i in chosen]
+    total = sum(lengths)
+    nats = np.zeros((1, len(chosen)))
+
+    def passes() -> Iterator[Pass]:
+        for i in chosen:
+            ids = _tensor(windows, i)
+            steps = torch.arange(len(ids))
+            for step in range(len(ids)):
+                yield Pass(ids, steps >= step, steps == step)
+
+    owner = np.repeat(np.arange(len(chosen)), lengths)
+    for done, nll in enumerate(run_passes(model, passes(), batch=batch)):
+        nats[0, owner[done]] += nll.sum()
+        if progress:
+            progress(done + 1, total)
+    return _estimate("chain", EXACT, windows, chosen, nats, started, total, seed)
+
+
+def causal(
+    model: Model,
+    windows: Windows,
+    *,
+    tokens: int | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Estimate:
+    """Exact next-token code length of a model trained with causal visibility: one forward pass per window.
+
+    The input is the window shifted right behind one MASK, so that the output at position i, which sees x_<i, predicts
+    x_i. A normalised distribution for any weights, but a poor one for weights never trained this way.
+    """
+    started = time.perf_counter()
+    chosen = choose_windows(windows, tokens)
+    nats = np.zeros((1, len(chosen)))
+    rows = batch or max(1, TOKENS_PER_FORWARD // max(len(windows[i]) for i in chosen))
+    groups: list[list[int]] = []
+    for n, i in enumerate(chosen):
+        if not groups or len(groups[-1]) >= rows or len(windows[chosen[groups[-1][0]]]) != len(windows[i]):
+            groups.append([])
+        groups[-1].append(n)
+    done = 0
+    for group in groups:
+        ids = torch.stack([_tensor(windows, chosen[n]) for n in group]).to(model.device)
+        everything = torch.ones_like(ids, dtype=torch.bool)
+        shifted = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=model.config.mask_id)
+        with torch.inference_mode():
+            logits = model.logits(shifted, visibility="causal", positions=everything)
+            nats[0, group] = masked_nll(logits, ids, everything).double().sum(dim=1).cpu().numpy()
+        done += len(group)
+        if progress:
+            progress(done, len(chosen))
+    return _estimate("causal", EXACT, windows, chosen, nats, started, len(chosen), seed)
+
+
+def reconstruction_score(
+    model: Model,
+    windows: Windows,
+    *,
+    tokens: int | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Estimate:
+    """The reference's score, as the reference computes it: (1/5) sum over t of CE(t) / t. Not a bound on anything.
+
+    Each token is masked with probability t, CE(t) is the mean over all masked tokens in nats per token, and the bytes
+    are those of the tokens shifted by one, as for a next-token model. A uniform model scores 3.5746 log V nats per
+    token where its true figure is log V. The error covers masks and the choice of windows.
+    """
+    started = time.perf_counter()
+    chosen = choose_windows(windows, tokens)
+    rates = RECONSTRUCTION_RATES
+    sums = np.zeros((len(rates), len(chosen)))
+    counts = np.zeros((len(rates), len(chosen)))
+
+    def passes() -> Iterator[Pass]:
+        for r, rate in enumerate(rates):
+            for n, i in enumerate(chosen):
+                ids = _tensor(windows, i)
+                masked = torch.rand(len(ids), generator=_generator(seed, r, 1 + i), dtype=torch.float64) < rate
+                counts[r, n] = int(masked.sum())
+                yield Pass(ids, masked, masked)
+
+    for done, nll in enumerate(run_passes(model, passes(), batch=batch)):
+        sums[divmod(done, len(chosen))] = nll.sum()
+        if progress:
+            progress(done + 1, sums.size)
+
+    size = shifted = 0
+    for i in chosen:
+        ids = np.asarray(windows[i])
+        size += len(ids)
+        following = np.asarray(windows[i + 1])[:1] if i + 1 < len(windows) else ids[:0]
+        target = np.concatenate((ids[1:], following))
+        if len(target):
+            shifted += int(model.tokenizer.byte_counts(target, ids[: len(target)]).sum())
+    if shifted == 0:
+        raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
+
+    masked_tokens = np.maximum(counts.sum(axis=1), 1)
+    ce = sums.sum(axis=1) / masked_tokens
+    weight = 1 / (len(rates) * np.array(rates))
+    score = float(weight @ ce)
+    residual = (weight / masked_tokens) @ (sums - ce[:, None] * counts)
+    n = len(chosen)
+    error = math.sqrt(n / (n - 1) * float(residual @ residual)) if n > 1 else math.inf
+    scale = size / shifted / math.log(2)
+    return Estimate(
+        method="reconstruction",
+        kind=NOT_A_BOUND,
+        bpb=score * scale,
+        stderr_bpb=error * scale,
+        nats_per_token=score,
+        tokens=size,
+        bytes=shifted,
+        seconds=time.perf_counter() - started,
+        forward_passes=sums.size,
+        seed=seed,
+        mask_stderr_bpb=math.nan,
+        window_stderr_bpb=math.nan,
+        degrees_of_freedom=max(n - 1, 1),
+    )

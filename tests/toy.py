@@ -1,0 +1,168 @@
+"""Models small enough to enumerate: every mask, every order and every text can be written out and summed exactly.
+
+They offer what scoring uses of a `Model` and of `Windows`. The enumerations here are deliberately plain loops that
+share no code with the package.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """The two numbers that scoring reads."""
+
+    vocab_size: int
+    sequence_length: int
+
+    @property
+    def mask_id(self) -> int:
+        return self.vocab_size
+
+
+class ToyTokenizer:
+    """Ids stand for 1 to 3 bytes; id 0 is BOS and stands for none."""
+
+    bos_id = 0
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.sha256 = "toy"
+
+    def byte_counts(self, ids: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+        ids = np.asarray(ids)
+        return np.where(ids == 0, 0, 1 + ids % 3)
+
+
+class TableModel:
+    """Independent random logits for every canvas: a denoiser whose conditionals agree with nothing.
+
+    Whatever is proved on it holds without any help from the model. float64, so that 1e-9 means something.
+    """
+
+    def __init__(self, vocab_size: int, length: int, seed: int = 0, scale: float = 1.5) -> None:
+        self.config = ToyConfig(vocab_size, length)
+        self.tokenizer = ToyTokenizer(vocab_size)
+        self.device = torch.device("cpu")
+        self.sha256 = f"toy-{vocab_size}-{length}-{seed}"
+        self.seed, self.scale = seed, scale
+        self.tables: dict[int, torch.Tensor] = {}
+        self.calls = 0
+        self.rows = 0
+
+    def table(self, length: int) -> torch.Tensor:
+        if length not in self.tables:
+            v = self.config.vocab_size
+            random = np.random.default_rng((self.seed, length))
+            values = random.normal(0.0, self.scale, size=((v + 1) ** length, length, v))
+            self.tables[length] = torch.from_numpy(values)
+        return self.tables[length]
+
+    def logits(
+        self, ids: torch.Tensor, *, visibility: str = "full", positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self.calls += 1
+        self.rows += ids.shape[0]
+        base = self.config.vocab_size + 1
+        length = ids.shape[1]
+        if visibility == "causal":
+            # What is right of a position must not matter: look up with everything after it set to MASK.
+            out = torch.empty(*ids.shape, self.config.vocab_size, dtype=torch.float64)
+            for i in range(length):
+                seen = ids.clone()
+                seen[:, i + 1 :] = self.config.mask_id
+                out[:, i] = self._lookup(seen, base, length)[:, i]
+        else:
+            assert visibility == "full"
+            out = self._lookup(ids, base, length)
+        return out if positions is None else out[positions]
+
+    def _lookup(self, ids: torch.Tensor, base: int, length: int) -> torch.Tensor:
+        key = torch.zeros(ids.shape[0], dtype=torch.long)
+        for i in range(length):
+            key = key * base + ids[:, i]
+        return self.table(length)[key]
+
+
+class UniformModel(TableModel):
+    """Every token equally likely everywhere, at any length."""
+
+    def logits(
+        self, ids: torch.Tensor, *, visibility: str = "full", positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self.calls += 1
+        self.rows += ids.shape[0]
+        out = torch.zeros(*ids.shape, self.config.vocab_size, dtype=torch.float64)
+        return out if positions is None else out[positions]
+
+
+class ToyWindows:
+    """Windows over a given sequence of ids; the last one may be shorter."""
+
+    def __init__(self, ids: np.ndarray, length: int, tokenizer: ToyTokenizer) -> None:
+        self.ids = np.asarray(ids, dtype=np.int64)
+        self.length = length
+        self.tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return -(-len(self.ids) // self.length)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.ids[i * self.length : (i + 1) * self.length]
+
+    def byte_count(self, i: int) -> int:
+        return int(self.tokenizer.byte_counts(self[i]).sum())
+
+
+def toy_windows(model: TableModel, tokens: int, seed: int = 0) -> ToyWindows:
+    """Random ids in windows of the model's length."""
+    ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, size=tokens)
+    return ToyWindows(ids, model.config.sequence_length, model.tokenizer)
+
+
+def conditional_nll(model: TableModel, x: tuple[int, ...], hidden: set[int], i: int) -> float:
+    """-log p(x_i | the tokens outside `hidden`), in nats, one canvas at a time."""
+    canvas = [model.config.mask_id if j in hidden else x[j] for j in range(len(x))]
+    row = model.logits(torch.tensor([canvas]))[0, i].tolist()
+    top = max(row)
+    return top + math.log(sum(math.exp(value - top) for value in row)) - row[x[i]]
+
+
+def enumerated_nelbo(model: TableModel, x: tuple[int, ...]) -> float:
+    """The NELBO of x in nats by its definition: the mean over every k and every set of k positions."""
+    length = len(x)
+    total = 0.0
+    for k in range(1, length + 1):
+        sets = list(itertools.combinations(range(length), k))
+        for hidden in sets:
+            nll = sum(conditional_nll(model, x, set(hidden), i) for i in hidden)
+            total += length / k * nll / len(sets) / length
+    return total
+
+
+def order_nll(model: TableModel, x: tuple[int, ...], order: tuple[int, ...]) -> float:
+    """Chain-rule NLL of x in nats when its tokens are revealed in `order`."""
+    hidden = set(range(len(x)))
+    total = 0.0
+    for i in order:
+        total += conditional_nll(model, x, hidden, i)
+        hidden.remove(i)
+    return total
+
+
+def enumerated_orders(model: TableModel, x: tuple[int, ...]) -> float:
+    """Mean chain-rule NLL of x in nats over all orders."""
+    orders = list(itertools.permutations(range(len(x))))
+    return sum(order_nll(model, x, order) for order in orders) / len(orders)
+
+
+def split_nelbo(model: TableModel, windows: ToyWindows) -> tuple[float, int]:
+    """(NELBO in nats, bytes) of all windows, enumerated."""
+    nats = sum(enumerated_nelbo(model, tuple(int(t) for t in windows[i])) for i in range(len(windows)))
+    return nats, sum(windows.byte_count(i) for i in range(len(windows)))
