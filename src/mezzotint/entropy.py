@@ -1,12 +1,12 @@
 """Integers <-> bytes: planes of codes under static tables chosen per row and column, by the `constriction` range coder.
 
 A plane is a matrix of small integers. Every row r carries a class a_r and every column c a class b_c; the code at
-(r, c) is coded under table a_r + b_c of a bank shared by many planes. Tables differ mostly in spread, so the two classes
-model a variance that factors over rows and columns. Tables, classes and codes all travel in the stream; nothing is
-adaptive, so a plane decodes in one vectorised pass per table.
+(r, c) is coded under table a_r + b_c of a bank shared by many planes. Tables differ mostly in spread, so the two
+classes model a variance that factors over rows and columns. Tables, classes and codes all travel in the stream;
+nothing is adaptive, so a plane decodes in one vectorised pass per table.
 
-All probabilities are integers over 2^24 made by integer arithmetic from stored levels, so that encoder and decoder agree
-on every machine. FORMAT.md has the byte-level specification. Knows nothing of weights, scales or files.
+All probabilities are integers over 2^24 made by integer arithmetic from stored levels, so that encoder and decoder
+agree on every machine. FORMAT.md has the byte-level specification. Knows nothing of weights, scales or files.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ TOTAL = 1 << PRECISION
 STEPS = 8  # levels per factor of two in probability
 MAX_LEVEL = STEPS * PRECISION
 MAX_SYMBOLS = 1024  # symbols in one alphabet
+MAX_MAGNITUDE = 511  # largest absolute code of a plane
 MAX_TABLES = 64  # tables in one bank
 BLOCK = 1 << 20  # entries of a plane that are sorted by table at a time
 OFFSET = 32_768  # integers are sent as unsigned 16-bit numbers this much larger
@@ -184,37 +185,60 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Bank:
-    """Probability tables shared by planes: table k gives code `low + i` the level `levels[k, i]`.
+    """Probability tables shared by planes, symmetric in the sign of a code.
 
-    levels: uint8 [K, S], K <= MAX_TABLES, 2 <= S <= MAX_SYMBOLS.
+    magnitudes: uint8 [K, M + 1], K <= MAX_TABLES, 1 <= M <= MAX_MAGNITUDE: entry [k, m] is the level of code m and of
+    code -m in table k, 0 where such codes do not occur.
     """
 
-    low: int
-    levels: np.ndarray
+    magnitudes: np.ndarray
+
+    @property
+    def limit(self) -> int:
+        """The largest magnitude M of a code."""
+        return self.magnitudes.shape[1] - 1
+
+    def levels(self) -> np.ndarray:
+        """Levels of codes -M..M, uint8 [K, 2 M + 1]."""
+        return np.concatenate((self.magnitudes[:, :0:-1], self.magnitudes), axis=1)
 
     def weights(self) -> list[np.ndarray]:
-        """Integer weights of each table, [S] each; an empty table gives an empty array."""
-        return [weights_of(row) if row.any() else np.zeros(0, dtype=np.int64) for row in self.levels]
+        """Integer weights of codes -M..M in each table, [2 M + 1] each; an empty table gives an empty array."""
+        return [weights_of(row) if row.any() else np.zeros(0, dtype=np.int64) for row in self.levels()]
 
     def lengths(self) -> np.ndarray:
-        """Code lengths in bits, float64 [K, S]; infinite in an empty table."""
-        return np.stack([lengths_of(w) if len(w) else np.full(self.levels.shape[1], np.inf) for w in self.weights()])
+        """Code lengths in bits, float64 [K, 2 M + 1]; infinite in an empty table."""
+        return np.stack([lengths_of(w) if len(w) else np.full(2 * self.limit + 1, np.inf) for w in self.weights()])
 
     def write(self, encoder: Encoder) -> None:
-        """Code the bank."""
-        encoder.number(self.low)
-        encoder.number(self.levels.shape[1])
-        encoder.number(self.levels.shape[0])
-        for row in self.levels:
-            encoder.levels(row)
+        """Code the bank: M, K, each table's number of leading non-zero levels, and these levels' second differences."""
+        used = (self.magnitudes > 0).sum(axis=1)
+        encoder.number(self.limit)
+        encoder.number(len(self.magnitudes))
+        encoder.sequence(used)
+        parts = [np.diff(row[:count].astype(np.int64), n=2, prepend=(0, 0)) for row, count in
+                 zip(self.magnitudes, used, strict=True)]  # fmt: skip
+        encoder.sequence(np.concatenate(parts))
 
     @staticmethod
     def read(decoder: Decoder) -> Bank:
         """Decode a bank. Raises StreamError."""
-        low, size, tables = decoder.number(), decoder.number(), decoder.number()
-        if not (2 <= size <= MAX_SYMBOLS and 1 <= tables <= MAX_TABLES):
-            raise StreamError(f"a bank of {tables} tables of {size} symbols")
-        return Bank(low, np.stack([decoder.levels(size) for _ in range(tables)]))
+        limit, tables = decoder.number(), decoder.number()
+        if not (1 <= limit <= MAX_MAGNITUDE and 1 <= tables <= MAX_TABLES):
+            raise StreamError(f"a bank of {tables} tables up to {limit}")
+        used = decoder.sequence(tables)
+        if used.min() < 0 or used.max() > limit + 1:
+            raise StreamError("a table with too many levels")
+        differences = decoder.sequence(int(used.sum()))
+        magnitudes = np.zeros((tables, limit + 1), dtype=np.uint8)
+        start = 0
+        for row, count in zip(magnitudes, used, strict=True):
+            levels = np.cumsum(np.cumsum(differences[start : start + count]))
+            if count and (levels.min() < 1 or levels.max() > MAX_LEVEL):
+                raise StreamError("a probability level is out of range")
+            row[:count] = levels
+            start += count
+        return Bank(magnitudes)
 
 
 @dataclass(frozen=True)
@@ -250,7 +274,7 @@ def write_plane(encoder: Encoder, codes: np.ndarray, classes: Classes, bank: Ban
     for block in _blocks(codes.shape):
         part = Classes(classes.rows[block], classes.columns)
         order, counts = _order(part.tables(len(weights)))
-        ordered = codes[block].ravel()[order].astype(np.int32) - bank.low
+        ordered = codes[block].ravel()[order].astype(np.int32) + bank.limit
         start = 0
         for table in np.flatnonzero(counts):
             encoder.symbols(ordered[start : start + counts[table]], weights[table])
@@ -270,7 +294,7 @@ def read_plane(decoder: Decoder, shape: tuple[int, int], bank: Bank) -> np.ndarr
         for table in np.flatnonzero(counts):
             if not len(weights[table]):
                 raise StreamError("an empty probability table is in use")
-            ordered[start : start + counts[table]] = decoder.symbols(int(counts[table]), weights[table]) + bank.low
+            ordered[start : start + counts[table]] = decoder.symbols(int(counts[table]), weights[table]) - bank.limit
             start += counts[table]
         flat = np.empty_like(ordered)
         flat[order] = ordered
@@ -281,7 +305,7 @@ def read_plane(decoder: Decoder, shape: tuple[int, int], bank: Bank) -> np.ndarr
 def plane_bits(codes: np.ndarray, classes: Classes, bank: Bank) -> float:
     """The ideal length of a plane's codes in bits (classes and tables not counted)."""
     lengths = bank.lengths()
-    return float(lengths[classes.tables(len(lengths)), codes.astype(np.int64) - bank.low].sum())
+    return float(lengths[classes.tables(len(lengths)), codes.astype(np.int64) + bank.limit].sum())
 
 
 def _histogram(first: np.ndarray, values: np.ndarray, groups: int, size: int) -> np.ndarray:
@@ -328,11 +352,10 @@ def fit(
     Tables are the counts under the current classes; classes are the shortest under the current tables, naming cost
     included (hard expectation-maximisation). `start` continues from earlier classes. Deterministic.
     """
-    low = min(int(plane.min()) for plane in planes)
-    size = max(2, max(int(plane.max()) for plane in planes) - low + 1)
-    if size > MAX_SYMBOLS:
-        raise ValueError(f"codes span {size} values, more than {MAX_SYMBOLS}")
-    symbols = [plane.astype(np.int64) - low for plane in planes]
+    limit = max(1, max(int(np.abs(plane).max()) for plane in planes))
+    if limit > MAX_MAGNITUDE:
+        raise ValueError(f"codes reach {limit}, more than {MAX_MAGNITUDE}")
+    symbols = [plane.astype(np.int64) + limit for plane in planes]
     if start is None:
         start = []
         for plane in planes:
@@ -344,7 +367,7 @@ def fit(
             column = np.clip(column, -COLUMN_RANGE, COLUMN_RANGE) if columns else np.zeros_like(column)
             start.append(Classes(np.clip(row, 0, tables - 1).astype(np.int64), column.astype(np.int64)))
     classes = start
-    bank = _tables(symbols, classes, low, size, tables)
+    bank = _tables(symbols, classes, limit, tables)
     for _ in range(rounds):
         lengths = bank.lengths()
         updated = []
@@ -357,23 +380,30 @@ def fit(
                 shifted = item.columns
             updated.append(Classes(rows, shifted))
         classes = updated
-        bank = _tables(symbols, classes, low, size, tables)
+        bank = _tables(symbols, classes, limit, tables)
     return bank, classes
 
 
-def _tables(symbols: list[np.ndarray], classes: list[Classes], low: int, size: int, tables: int) -> Bank:
+def _tables(symbols: list[np.ndarray], classes: list[Classes], limit: int, tables: int) -> Bank:
+    """Tables from the counts of each magnitude under the current classes. Gaps below the largest are filled."""
+    size = 2 * limit + 1
     counts = np.zeros((tables, size))
     for values, item in zip(symbols, classes, strict=True):
         index = item.tables(tables).astype(np.int64) * size + values
         counts += np.bincount(index.ravel(), minlength=tables * size).reshape(tables, size)
-    levels = np.stack([levels_of(row) if row.any() else np.zeros(size, dtype=np.uint8) for row in counts])
-    return Bank(low, levels)
+    halves = (counts[:, limit:] + counts[:, limit::-1]) / 2  # per symbol: zero's count, then the mean of +m and -m
+    magnitudes = np.zeros((tables, limit + 1), dtype=np.uint8)
+    for row, half in zip(magnitudes, halves, strict=True):
+        seen = np.flatnonzero(half)
+        if len(seen):
+            row[: seen[-1] + 1] = levels_of(np.where(half > 0, half, 0.25)[: seen[-1] + 1])
+    return Bank(magnitudes)
 
 
 def write_words(encoder: Encoder, words: np.ndarray) -> None:
-    """Code a vector of unsigned 16-bit integers: as indices into its distinct values if those are few, else as bytes."""
+    """Code a vector of unsigned 16-bit integers: indices into its distinct values if those are few, else bytes."""
     distinct, index = np.unique(words, return_inverse=True)
-    if len(distinct) <= min(MAX_SYMBOLS, len(words) // 2):
+    if 0 < len(distinct) <= min(MAX_SYMBOLS, len(words) // 2):
         encoder.number(len(distinct))
         encoder.sequence(distinct >> 8)
         encoder.uniform(distinct & 255, 256)
