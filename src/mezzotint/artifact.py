@@ -284,7 +284,7 @@ def _read_file(path: Path, file: BinaryIO, keep_values: bool) -> Opened:
             raise ArtifactError(f"damaged artifact: {name} holds numbers that are not finite")
         table.append({
             "name": name, "shape": list(shape), "codec": codec, "bytes": count,
-            "bits_per_weight": 8 * count / max(1, array.size), "zeros": float((array == 0).mean()) if array.size else 0.0,
+            "bits_per_weight": 8 * count / max(1, array.size), "zeros": float((array == 0).sum() / max(1, array.size)),
         })  # fmt: skip
         if keep_values:
             values[name] = array
