@@ -115,7 +115,6 @@ class TrainConfig:
     log_every: float = _option(1.0, "seconds between metric rows")
     checkpoint_minutes: float = _option(5.0, "minutes between checkpoints")
     keep_checkpoints: int = _option(2, "how many checkpoints to keep")
-    val_tokens: int = _option(32_768, "validation tokens scored at the end of the run (0: none)")
     tensorboard: bool = _option(False, "also write TensorBoard events (needs the tensorboard package)")
 
     def __post_init__(self) -> None:

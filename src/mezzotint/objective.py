@@ -55,14 +55,15 @@ def nelbo_per_window(nll: Tensor, counts: Tensor) -> Tensor:
     return nll.sum(dim=1) * (nll.shape[1] / counts)
 
 
-def training_loss(nll: Tensor, counts: Tensor, weighting: str) -> Tensor:
-    """Scalar loss in nats per token.
+def training_loss(nll: Tensor, counts: Tensor, weighting: str, windows: int, masked_tokens: int) -> Tensor:
+    """These rows' share of the loss of a whole batch of `windows` windows with `masked_tokens` masks, nats per token.
 
+    Shares of micro-batches or processes add up to the batch's loss. nll: [B, T]; counts: [B].
     `nelbo`: mean NELBO per token. `reference`: the seed's mean over all masked tokens of the batch, which weights a
     window by its mask rate t and so optimizes the integral of 2 t CE(t) dt instead of the integral of CE(t) dt.
     """
     if weighting == "nelbo":
-        return nelbo_per_window(nll, counts).mean() / nll.shape[1]
+        return nelbo_per_window(nll, counts).sum() / (nll.shape[1] * windows)
     if weighting == "reference":
-        return nll.sum() / counts.sum()
+        return nll.sum() / masked_tokens
     raise ValueError(f"unknown weighting {weighting!r}")

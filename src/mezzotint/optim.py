@@ -1,0 +1,119 @@
+"""Parameter groups, Muon + AdamW, the schedule, and the weights' moving average.
+
+Knows nothing of data, losses or files; told only how far the run has come.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mezzotint.config import TrainConfig
+
+
+def split_parameters(network: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Parameters by role, each `{name: parameter}`: `matrix` (weights of linear layers), `embedding`, `scalar`."""
+    roles: dict[str, dict[str, nn.Parameter]] = {"matrix": {}, "embedding": {}, "scalar": {}}
+    owners = dict(network.named_modules())
+    for name, parameter in network.named_parameters():
+        owner = owners[name.rpartition(".")[0]]
+        if isinstance(owner, nn.Linear):
+            roles["matrix"][name] = parameter
+        elif isinstance(owner, nn.Embedding):
+            roles["embedding"][name] = parameter
+        else:
+            roles["scalar"][name] = parameter
+    return roles
+
+
+class Optimizers:
+    """Muon (Jordan et al. 2024) on matrices, AdamW on the rest, stepped together."""
+
+    def __init__(self, network: nn.Module, config: TrainConfig) -> None:
+        self.config = config
+        self.parameters = split_parameters(network)
+        fused = all(p.device.type in ("cpu", "cuda") for p in network.parameters())
+        self.muon = torch.optim.Muon(
+            self.parameters["matrix"].values(),
+            lr=config.matrix_lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            adjust_lr_fn="original",
+        )
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": list(self.parameters["embedding"].values()), "weight_decay": config.weight_decay},
+                {"params": list(self.parameters["scalar"].values()), "weight_decay": 0.0},
+            ],
+            betas=(config.beta1, config.beta2),
+            eps=1e-10,
+            fused=fused,
+        )
+
+    def schedule(self, progress: float) -> float:
+        """Set learning rates and momentum for a run that is `progress` (0..1) done; returns the rates' scale."""
+        c = self.config
+        scale = learning_rate_scale(progress, c.warmup, c.warmdown)
+        warm = min(1.0, progress / c.momentum_warmup) if c.momentum_warmup else 1.0
+        for group in self.muon.param_groups:
+            group["lr"] = c.matrix_lr * scale
+            group["momentum"] = c.momentum_start + (c.momentum - c.momentum_start) * warm
+        for group, rate in zip(self.adamw.param_groups, (c.embedding_lr, c.scalar_lr), strict=True):
+            group["lr"] = rate * scale
+        return scale
+
+    def step(self) -> None:
+        """Apply the gradients and clear them."""
+        for optimizer in (self.muon, self.adamw):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every state tensor by `parameter name/state name`, so that it can be stored without pickle."""
+        tensors = {}
+        for role in self.parameters.values():
+            for name, parameter in role.items():
+                for optimizer in (self.muon, self.adamw):
+                    for key, value in optimizer.state.get(parameter, {}).items():
+                        tensors[f"{name}/{key}"] = torch.as_tensor(value).detach()
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state_tensors` gave. Raises KeyError on a tensor of an unknown parameter."""
+        roles = {name: role for role, named in self.parameters.items() for name in named}
+        for key, value in tensors.items():
+            name, _, state = key.rpartition("/")
+            optimizer = self.muon if roles[name] == "matrix" else self.adamw
+            parameter = self.parameters[roles[name]][name]
+            device = parameter.device if value.ndim or optimizer.defaults.get("fused") else value.device
+            optimizer.state[parameter][state] = value.to(device).clone()
+
+
+def learning_rate_scale(progress: float, warmup: float, warmdown: float) -> float:
+    """Trapezoid: linear rise over the first `warmup` share of the run, linear fall over the last `warmdown` share.
+
+    Never 0 before the end, so that the first step of a run counted by steps is not lost.
+    """
+    rise = min(1.0, (progress + 1e-3) / warmup) if warmup else 1.0
+    fall = min(1.0, (1.0 - progress) / warmdown) if warmdown else 1.0
+    return max(0.0, min(rise, fall))
+
+
+class MovingAverage:
+    """Exponential moving average of parameters in float32, whose horizon grows with the run.
+
+    At step n the decay is 1 - 1 / (1 + horizon * n): the average spans the last `horizon` share of the steps taken,
+    whatever the run's length, and starts as a plain copy. Always float32: a bfloat16 shadow stops moving once a step's
+    change is below its resolution.
+    """
+
+    def __init__(self, network: nn.Module, horizon: float) -> None:
+        self.horizon = horizon
+        self.named = dict(network.named_parameters())
+        self.average = {name: p.detach().float().clone() for name, p in self.named.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Fold in the parameters after optimizer step `step` (counted from 1)."""
+        weight = 1.0 / (1.0 + self.horizon * step)
+        torch._foreach_lerp_(list(self.average.values()), [p.detach().float() for p in self.named.values()], weight)

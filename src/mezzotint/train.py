@@ -1,0 +1,592 @@
+"""The training loop, and the only writer of run folders and checkpoints.
+
+Knows the order of a step: windows, masks, loss, optimizer, average. Does not know how models are scored or packed.
+
+A run folder holds config.json, tokenizer.model, metrics.jsonl (a row per logged step), train.log and
+checkpoints/step_XXXXXXXX/ with weights.safetensors, average.safetensors (the EMA, which is what is scored),
+optimizer.safetensors, state.json and, written last, manifest.json with the SHA-256 of each. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mezzotint.config import ModelConfig, TrainConfig, from_dict, to_dict
+from mezzotint.data import Dataset, Loader, Tokenizer
+from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
+from mezzotint.files import atomic_folder, atomic_write
+from mezzotint.model import Denoiser, Model, count_parameters
+from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts, training_loss
+from mezzotint.optim import MovingAverage, Optimizers
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with every metrics row, which also carries `progress` (0..1) and `seconds_left`."""
+
+WEIGHTS, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
+    "weights.safetensors",
+    "average.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+)
+
+
+class Interrupted(MezzotintError):
+    """The run was asked to stop (SIGINT, SIGTERM); its checkpoint is written."""
+
+
+# --- devices and processes ------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; `auto` takes CUDA, then MPS, then the CPU. Raises ConfigError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}: use auto, cpu, cuda or mps") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("this PyTorch sees no CUDA device; use --device cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("this PyTorch sees no MPS device; use --device cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise ConfigError(f"device {name!r} is not supported: use auto, cpu, cuda or mps")
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device_name: str) -> Iterator[tuple[int, int, int]]:
+    """Join torchrun's process group if there is one; yields (rank, world size, local rank)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or dist.is_initialized():
+        initialized = dist.is_initialized()
+        yield (dist.get_rank(), dist.get_world_size(), 0) if initialized else (0, 1, 0)
+        return
+    cuda = device_name == "cuda" or (device_name == "auto" and torch.cuda.is_available())
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0"))
+    finally:
+        dist.destroy_process_group()
+
+
+def commit_id() -> str | None:
+    """The commit of the source tree this package runs from, with `+` if it has changes; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        if Path(run("rev-parse", "--show-toplevel")) not in folder.parents:
+            return None
+        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+class MaskedLoss(nn.Module):
+    """Denoiser and cross-entropy in one module: (corrupted, ids, masked) -> NLL [B, T] in nats, zero where not masked.
+
+    Only masked positions go through the output layer.
+    """
+
+    def __init__(self, network: Denoiser, compiled: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.hidden = torch.compile(network.hidden) if compiled else network.hidden
+
+    def forward(self, corrupted: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
+        return masked_nll(self.network.logits(self.hidden(corrupted)[masked]), ids, masked)
+
+
+def step_masks(config: TrainConfig, step: int, length: int) -> tuple[Tensor, torch.Generator]:
+    """Mask counts [batch] of the whole global batch, and the generator of its mask noise.
+
+    A function of seed and step alone: every process draws the same global batch's masks and takes its rows, so neither
+    the number of processes nor a resume changes them.
+    """
+    digest = hashlib.sha256(f"masks {config.seed} {step}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return stratified_counts(config.batch, length, generator), generator
+
+
+class Trainer:
+    """State of a run: network, optimizers, average, step; and how one step is made."""
+
+    def __init__(self, network: Denoiser, config: TrainConfig, loader: Loader, device: torch.device) -> None:
+        self.network = network
+        self.config = config
+        self.loader = loader
+        self.device = device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        if config.batch % self.world:
+            raise ConfigError(f"batch {config.batch} must be a multiple of the {self.world} processes")
+        self.rows = config.batch // self.world
+        self.optimizers = Optimizers(network, config)
+        self.average = MovingAverage(network, config.ema_horizon)
+        self.step = 0
+        self.seconds = 0.0
+        self.compiled = config.compile
+        self.loss = self._wrap(config.compile)
+
+    def _wrap(self, compiled: bool) -> nn.Module:
+        module: nn.Module = MaskedLoss(self.network, compiled)
+        if self.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            module = nn.parallel.DistributedDataParallel(module, device_ids=ids)
+        return module
+
+    def warm_up(self) -> str | None:
+        """Run one forward and backward pass and drop its gradients, so that compilation is not timed as training.
+
+        Falls back to eager mode where torch.compile does not work (no C++ compiler, unsupported platform); returns
+        the reason, else None.
+        """
+        reason = None
+        try:
+            self.gradients(self.loader.batch(self.step), self.step)
+        except Exception as error:
+            if not self.compiled:
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            self.compiled = False
+            self.loss = self._wrap(False)
+            self.gradients(self.loader.batch(self.step), self.step)
+        self.network.zero_grad(set_to_none=True)
+        return reason
+
+    def gradients(self, windows: np.ndarray, step: int) -> tuple[float, float]:
+        """Add the gradients of this process's rows; returns the global batch's (loss, NELBO) in nats per token."""
+        config, length = self.config, windows.shape[1]
+        counts, generator = step_masks(config, step, length)
+        all_ids = torch.zeros(config.batch, length, dtype=torch.int64)
+        mine = slice(self.rank * self.rows, (self.rank + 1) * self.rows)
+        all_ids[mine] = torch.from_numpy(windows)
+        corrupted, masked = (t[mine] for t in mask_by_count(all_ids, counts, self.network.config.mask_id, generator))
+        ids, row_counts, total = all_ids[mine], counts[mine], int(counts.sum())
+        micro = config.micro_batch or self.rows
+        figures = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, self.rows, micro):
+            part = slice(start, start + micro)
+            last = start + micro >= self.rows
+            quiet = contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync()  # type: ignore[operator]
+            k = row_counts[part].to(self.device, non_blocking=True)
+            with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                nll = self.loss(*(t[part].to(self.device, non_blocking=True) for t in (corrupted, ids, masked))).float()
+                loss = training_loss(nll, k, config.weighting, config.batch, total)
+                # DistributedDataParallel averages gradients over processes; shares are meant to be summed.
+                (loss * self.world).backward()
+            figures[0] += loss.detach().double().cpu()
+            figures[1] += nelbo_per_window(nll.detach().double(), k).sum().cpu() / (config.batch * length)
+        if self.world > 1:
+            shared = figures.to(self.device) if self.device.type == "cuda" else figures
+            dist.all_reduce(shared)
+            figures = shared.cpu()
+        return float(figures[0]), float(figures[1])
+
+    def run_step(self, progress: float) -> dict[str, float]:
+        """One optimizer step at `progress` (0..1). Raises MezzotintError, naming the windows, if it is not finite."""
+        windows = self.loader.batch(self.step)
+        loss, nelbo = self.gradients(windows, self.step)
+        limit = self.config.grad_clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise MezzotintError(
+                f"step {self.step}: loss {loss} and gradient norm {norm} on data windows of step {self.step}, rank "
+                f"{self.rank}, are not finite; the last checkpoint is kept: lower the learning rate or use float32"
+            )
+        scale = self.optimizers.schedule(progress)
+        self.optimizers.step()
+        self.step += 1
+        self.average.update(self.step)
+        return {"loss": loss, "nelbo": nelbo, "grad_norm": norm, "lr_scale": scale}
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
+    """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep`."""
+    folder = run / "checkpoints" / f"step_{trainer.step:08d}"
+    with atomic_folder(folder) as temporary:
+        tensors = {name: p.detach().cpu().contiguous() for name, p in trainer.network.named_parameters()}
+        save_file(tensors, temporary / WEIGHTS)
+        save_file({name: t.cpu().contiguous() for name, t in trainer.average.average.items()}, temporary / AVERAGE)
+        state = trainer.optimizers.state_tensors()
+        save_file({name: t.cpu().contiguous() for name, t in state.items()}, temporary / OPTIMIZER)
+        described = {"step": trainer.step, "seconds": trainer.seconds, "loader": trainer.loader.state_dict()}
+        (temporary / STATE).write_text(json.dumps(described))
+        files = {name: _sha256(temporary / name) for name in (WEIGHTS, AVERAGE, OPTIMIZER, STATE)}
+        (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    for old in _checkpoint_folders(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _checkpoint_folders(run: Path) -> list[Path]:
+    """Checkpoint folders, newest first, valid or not."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint's state if every file has its SHA-256. Raises CheckpointError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name in (WEIGHTS, AVERAGE, OPTIMIZER, STATE):
+            if _sha256(folder / name) != manifest["files"][name]:
+                raise CheckpointError(f"{folder / name} does not match its SHA-256")
+        return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint ({type(error).__name__})") from error
+
+
+def newest_checkpoint(run: Path, warn: Callable[[str], None] = lambda line: None) -> tuple[Path, dict[str, Any]]:
+    """The newest valid checkpoint and its state; damaged ones are skipped with a warning. Raises CheckpointError."""
+    for folder in _checkpoint_folders(run):
+        try:
+            return folder, check_checkpoint(folder)
+        except CheckpointError as error:
+            warn(f"skipping {error}")
+    raise CheckpointError(f"{run} has no valid checkpoint; train it first with `mezzotint train`")
+
+
+def load_checkpoint(folder: Path, state: dict[str, Any], trainer: Trainer) -> None:
+    """Put a checkpoint back into the trainer. Raises CheckpointError if it does not fit the model."""
+    try:
+        weights = load_file(folder / WEIGHTS)
+        trainer.network.load_state_dict(weights)
+        for name, value in load_file(folder / AVERAGE).items():
+            trainer.average.average[name].copy_(value)
+        trainer.optimizers.load_state_tensors(load_file(folder / OPTIMIZER))
+        trainer.loader.load_state_dict(state["loader"])
+        trainer.step, trainer.seconds = int(state["step"]), float(state["seconds"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """A run's config.json, with `model` and `train` as dataclasses. Raises CheckpointError."""
+    path = Path(run) / "config.json"
+    try:
+        described = json.loads(path.read_text())
+        described["model"] = from_dict(ModelConfig, described["model"])
+        described["train"] = from_dict(TrainConfig, described["train"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{run} is not a run folder: it has no config.json") from error
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return described
+
+
+def load_run(run: Path) -> Model:
+    """The model of a run folder: the averaged weights of its newest valid checkpoint, in eval mode on the CPU.
+
+    Raises CheckpointError.
+    """
+    run = Path(run)
+    described = read_run(run)
+    folder, state = newest_checkpoint(run, lambda line: print(line, file=sys.stderr))
+    try:
+        tokenizer = Tokenizer.load(run / "tokenizer.model")
+    except (OSError, DataError) as error:
+        raise CheckpointError(f"{run / 'tokenizer.model'} cannot be read: {error}") from error
+    network = Denoiser(described["model"])
+    try:
+        network.load_state_dict(load_file(folder / AVERAGE))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit the run's config.json") from error
+    info = {"commit": described.get("commit"), "train": to_dict(described["train"]), "steps": state["step"]}
+    return Model(described["model"], tokenizer, network.eval(), info)
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+class _Log:
+    """metrics.jsonl and train.log of a run; silent on all processes but the first."""
+
+    def __init__(self, run: Path, first: bool, step: int) -> None:
+        self.first = first
+        if not first:
+            return
+        metrics = run / "metrics.jsonl"
+        kept = []
+        if step and metrics.exists():  # rows after the checkpoint will be made again
+            for line in metrics.read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+        atomic_write(metrics, "".join(kept))
+        self.metrics = metrics.open("a", buffering=1)
+        self.log = (run / "train.log").open("a" if step else "w", buffering=1)
+
+    def row(self, values: dict[str, Any]) -> None:
+        if self.first:
+            self.metrics.write(json.dumps(values) + "\n")
+
+    def line(self, text: str) -> None:
+        if self.first:
+            self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def close(self) -> None:
+        if self.first:
+            self.metrics.close()
+            self.log.close()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of them; a second one is obeyed at once."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller keeps its own handling
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(
+    data: Path | str,
+    out: Path | str,
+    *,
+    model: ModelConfig,
+    config: TrainConfig,
+    resume: bool = False,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train a denoiser on a prepared folder and write the run folder `out`.
+
+    With `resume`, goes on from the newest valid checkpoint of `out` (from the start if it has none); the same model
+    and data are required. A run counted by steps that is stopped and resumed ends bit-equal on the CPU.
+
+    Returns steps, tokens, seconds, tokens_per_second, parameters, train_nelbo_bpb (mean over the last tenth of the
+    steps, an estimate on training text), final_checkpoint, setup_seconds (compilation, not counted in `seconds`),
+    compiled, peak_memory_bytes.
+    Raises DataError, ConfigError, CheckpointError; Interrupted after a signal, with a checkpoint written.
+    """
+    with process_group(config.device) as (rank, world, local_rank), _signals() as received:
+        return _train(Path(data), Path(out), model, config, resume, progress, warn, received, rank, world, local_rank)
+
+
+def _train(
+    data: Path,
+    out: Path,
+    model: ModelConfig,
+    config: TrainConfig,
+    resume: bool,
+    progress: Progress | None,
+    warn: Callable[[str], None],
+    received: list[int],
+    rank: int,
+    world: int,
+    local_rank: int,
+) -> dict[str, Any]:
+    first = rank == 0
+    started = time.monotonic()
+    device = choose_device(config.device, local_rank)
+    dataset = Dataset.open(data)
+    tokenizer = dataset.tokenizer
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ConfigError(f"the data has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: set --vocab-size")
+    stream = dataset.split("train")
+    bits_per_nat = len(stream) / stream.bytes / math.log(2)  # nats per token -> bits per byte of the training text
+    torch.manual_seed(config.seed)
+    network = Denoiser(model).to(device)
+    loader = Loader(stream, model.sequence_length, config.batch, config.seed, rank, world)
+    trainer = Trainer(network, config, loader, device)
+
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; name a folder for the run")
+    described = {
+        "model": to_dict(model),
+        "train": to_dict(config),
+        "data": {"tokenizer_sha256": tokenizer.sha256, "tokens": len(stream), "bytes": stream.bytes},
+        "commit": commit_id(),
+        "torch": torch.__version__,
+    }
+    resumed = False
+    if resume and _checkpoint_folders(out):
+        before = json.loads((out / "config.json").read_text())
+        for key in ("model", "data"):
+            if before.get(key) != described[key]:
+                raise CheckpointError(f"{out} was trained with another {key}; resume it with the same, or start anew")
+        folder, state = newest_checkpoint(out, warn)
+        load_checkpoint(folder, state, trainer)
+        resumed = True
+    elif not resume and _checkpoint_folders(out):
+        raise CheckpointError(f"{out} already holds a run; add --resume to go on with it, or name another folder")
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write(out / "config.json", json.dumps(described, indent=1))
+        atomic_write(out / "tokenizer.model", tokenizer.serialized)
+    log = _Log(out, first, trainer.step)
+    board = _tensorboard(out) if config.tensorboard and first else None
+    length = model.sequence_length
+    log.line(f"{'resuming at' if resumed else 'starting at'} step {trainer.step}; {json.dumps(described)}")
+    log.line(f"parameters {count_parameters(network)}, processes {world}, device {device}")
+
+    reason = trainer.warm_up()
+    if reason:
+        warn(f"torch.compile does not work here ({reason}); training without it")
+        log.line(f"not compiled: {reason}")
+    setup = time.monotonic() - started
+    log.line(f"set up in {setup:.1f} s, compiled: {trainer.compiled}")
+
+    goal = config.minutes * 60
+    clock = time.monotonic() - trainer.seconds
+    saved_at = logged_at = time.monotonic()
+    first_step, first_seconds = trainer.step, trainer.seconds
+    checkpoint: Path | None = None
+    since: list[float] = []  # NELBO of the steps since the last row
+    tail: list[float] = []  # (all) NELBOs of this process, for the mean over the run's last tenth
+
+    def done() -> float:
+        return min(1.0, trainer.step / config.steps if config.steps else trainer.seconds / goal)
+
+    def save() -> Path | None:
+        folder = save_checkpoint(out, trainer, config.keep_checkpoints) if first else None
+        log.line(f"checkpoint at step {trainer.step}")
+        return folder
+
+    try:
+        while True:
+            trainer.seconds = time.monotonic() - clock
+            part = done()
+            # Clocks and signals differ between processes; the first one decides for all.
+            flags = _agree([part, float(bool(received)), float(_due(saved_at, config))], world, device)
+            part = flags[0]
+            if part >= 1.0:
+                break
+            if flags[1]:
+                save()
+                raise Interrupted(f"stopped at step {trainer.step}; go on with --resume")
+            if flags[2]:
+                save()
+                saved_at = time.monotonic()
+            figures = trainer.run_step(part)
+            since.append(figures["nelbo"])
+            tail.append(figures["nelbo"])
+            now = time.monotonic()
+            if now - logged_at >= config.log_every or (config.steps and trainer.step == config.steps):
+                seconds = now - clock
+                tokens_per_second = (trainer.step - first_step) * config.batch * length / max(seconds - first_seconds, 1e-9)
+                row = {
+                    "step": trainer.step,
+                    "tokens": trainer.step * config.batch * length,
+                    "seconds": round(seconds, 3),
+                    "train_nelbo_bpb": float(np.mean(since)) * bits_per_nat,
+                    "loss": figures["loss"],
+                    "lr_scale": figures["lr_scale"],
+                    "grad_norm": figures["grad_norm"],
+                    "tokens_per_second": tokens_per_second,
+                }
+                log.row(row)
+                if board is not None:
+                    for key in ("train_nelbo_bpb", "loss", "lr_scale", "grad_norm", "tokens_per_second"):
+                        board.add_scalar(key, row[key], trainer.step)
+                if progress is not None and first:
+                    share = max(part, 1e-9)
+                    progress({**row, "progress": part, "seconds_left": seconds * (1 - share) / share})
+                since.clear()
+                logged_at = now
+        checkpoint = save()
+    finally:
+        log.line(f"ended at step {trainer.step} after {trainer.seconds:.1f} s")
+        log.close()
+        if board is not None:
+            board.close()
+    steps = trainer.step - first_step
+    seconds = trainer.seconds - first_seconds
+    last = tail[-max(1, len(tail) // 10) :]
+    folder = checkpoint or (out / "checkpoints" / f"step_{trainer.step:08d}")
+    return {
+        "steps": trainer.step,
+        "tokens": trainer.step * config.batch * length,
+        "seconds": trainer.seconds,
+        "tokens_per_second": steps * config.batch * length / seconds if steps else 0.0,
+        "parameters": count_parameters(network),
+        "train_nelbo_bpb": float(np.mean(last)) * bits_per_nat if last else None,
+        "final_checkpoint": str(folder),
+        "setup_seconds": setup,
+        "compiled": trainer.compiled,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _due(saved_at: float, config: TrainConfig) -> bool:
+    return time.monotonic() - saved_at >= config.checkpoint_minutes * 60
+
+
+def _agree(values: list[float], world: int, device: torch.device) -> list[float]:
+    """The first process's values, everywhere; a signal seen by any process counts."""
+    if world == 1:
+        return values
+    shared = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    signalled = shared[1].clone()
+    dist.all_reduce(signalled, dist.ReduceOp.MAX)
+    dist.broadcast(shared, 0)
+    return [float(shared[0]), float(signalled), float(shared[2])]
+
+
+def _tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("TensorBoard is not installed: pip install 'mezzotint[tensorboard]'") from error
+    return SummaryWriter(str(out / "tensorboard"))
