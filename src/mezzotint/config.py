@@ -42,6 +42,7 @@ class ModelConfig:
     unet_skips: bool = _option(False, "add the first half's outputs to the second half, learned per channel")
     embedding_mix: bool = _option(False, "each layer mixes its input with the embedding, learned per channel")
     channel_scales: bool = _option(False, "learned per-channel scales on attention and MLP outputs")
+    neighbour_reach: int = _option(0, "tokens to each side that a depthwise convolution mixes in (0: none)")
     bigram_buckets: int = _option(0, "rows of the hashed bigram embedding (0: none)")
     bigram_width: int = _option(128, "width of the hashed bigram embedding")
     value_embedding_width: int = _option(0, "width of the token embedding added to values (0: none)")
@@ -52,7 +53,7 @@ class ModelConfig:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be positive, not {value!r}")
-        for name in ("rotary_dims", "bigram_buckets", "value_embedding_width", "value_embedding_layers"):
+        for name in ("rotary_dims", "neighbour_reach", "bigram_buckets", "value_embedding_width", "value_embedding_layers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative")
         if self.width % self.heads or self.head_width % 2:

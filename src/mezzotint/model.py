@@ -18,22 +18,63 @@ from mezzotint.data import Tokenizer
 from mezzotint.errors import ConfigError
 
 
-def visibility_mask(visibility: str, length: int, device: torch.device) -> tuple[bool, Tensor | None]:
-    """(is_causal, mask) for scaled_dot_product_attention; mask is bool [T, T], True where a query may look.
+def block_size(visibility: str, length: int) -> int:
+    """Positions that see one another: `full` is one block of all, `causal` blocks of 1, `block(k)` blocks of k.
 
-    `full`: everything. `causal`: itself and the left. `block(k)`: its own block of k positions and all before it.
-    Raises ConfigError for any other word.
+    A position sees its own block and all before it. Raises ConfigError for any other word.
     """
     if visibility == "full":
-        return False, None
+        return length
     if visibility == "causal":
-        return True, None
+        return 1
     if visibility.startswith("block(") and visibility.endswith(")") and visibility[6:-1].isdigit():
         size = int(visibility[6:-1])
         if size >= 1:
-            block = torch.arange(length, device=device) // size
-            return False, block[:, None] >= block[None, :]
+            return size
     raise ConfigError(f"visibility must be full, causal or block(k) with k >= 1, not {visibility!r}")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
+    """Softmax attention with grouped heads under block visibility. q: [B, H, T, D]; k, v: [B, H_kv, T, D]."""
+    length = q.shape[2]
+    mask = None
+    if 1 < size < length:
+        block = torch.arange(length, device=q.device) // size
+        mask = block[:, None] >= block[None, :]
+    if q.device.type == "cpu" and torch.compiler.is_compiling() and length <= 1024:
+        # The CPU's fused kernel has a slow backward pass; compiled matrix products take under half its time.
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
+        if size == 1 and length > 1:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1).to(v.dtype) @ v
+    grouped = q.shape[1] != k.shape[1]
+    causal = size == 1 and length > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def mix_neighbours(x: Tensor, taps: Tensor, size: int) -> Tensor:
+    """Depthwise convolution over positions that respects block visibility. x: [B, T, W]; taps: [2r + 1, W].
+
+    Tap r + d reads the neighbour d to the right. Beyond the window there is nothing; beyond the own block, nothing to
+    the right.
+    """
+    length, reach = x.shape[1], taps.shape[0] // 2
+    padded = F.pad(x, (0, 0, reach, reach))
+    within = torch.arange(length, device=x.device) % size
+    mixed = torch.zeros_like(x)
+    for offset in range(-reach, reach + 1):
+        if offset > 0 and size == 1:
+            break
+        tap = taps[reach + offset].to(x.dtype)
+        neighbour = padded[:, reach + offset : reach + offset + length]
+        if offset > 0 and size < length:
+            neighbour = neighbour * (within + offset < size)[:, None].to(x.dtype)
+        mixed = mixed + neighbour * tap
+    return mixed
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -57,7 +98,7 @@ class Attention(nn.Module):
         self.query_gain = nn.Parameter(torch.full((config.heads,), config.query_gain))
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, is_causal: bool, mask: Tensor | None, value_bias: Tensor | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, size: int, value_bias: Tensor | None
     ) -> Tensor:
         c = self.config
         b, t, _ = x.shape
@@ -71,14 +112,7 @@ class Attention(nn.Module):
         k = F.rms_norm(k, (c.head_width,))
         q = rotate(q, cos, sin) * self.query_gain.to(q.dtype)[:, None]
         k = rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2).to(q.dtype),
-            v.transpose(1, 2).to(q.dtype),
-            attn_mask=mask,
-            is_causal=is_causal,
-            enable_gqa=c.kv_heads != c.heads,
-        ).transpose(1, 2)
+        y = attend(q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2), size).transpose(1, 2)
         if c.exclusive_attention:
             # A head's output minus its component along its own position's value: what others say, not oneself.
             grouped = y.reshape(b, t, c.kv_heads, c.heads // c.kv_heads, c.head_width)
@@ -170,6 +204,8 @@ class Denoiser(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size + 1, config.width)
         self.bigram = BigramEmbedding(config) if config.bigram_buckets else None
         self.value_embedding = ValueEmbedding(config) if config.value_embedding_width else None
+        taps = 2 * config.neighbour_reach + 1
+        self.neighbour_taps = nn.Parameter(torch.zeros(taps, config.width)) if config.neighbour_reach else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
         skips = config.layers // 2
         self.skip_scales = nn.Parameter(torch.ones(skips, config.width)) if config.unet_skips else None
@@ -210,10 +246,12 @@ class Denoiser(nn.Module):
     def hidden(self, ids: Tensor, visibility: str = "full") -> Tensor:
         """The normalised last hidden state, [B, T, W]."""
         c = self.config
-        is_causal, mask = visibility_mask(visibility, ids.shape[1], ids.device)
+        size = block_size(visibility, ids.shape[1])
         x = self.embedding(ids)
         if self.bigram is not None:
             x = x + self.bigram(ids)
+        if self.neighbour_taps is not None:
+            x = x + mix_neighbours(x, self.neighbour_taps, size)
         x = embedded = F.rms_norm(x, (c.width,))
         cos, sin = self.rotary(ids.shape[1], ids.device, x.dtype)
         values = self.value_embedding(ids) if self.value_embedding is not None else None
@@ -225,7 +263,7 @@ class Denoiser(nn.Module):
             late = i - (c.layers - c.value_embedding_layers)
             if self.value_embedding is not None and values is not None and late >= 0:
                 bias = values * self.value_embedding.layer_scales[late].to(values.dtype)
-            x = block(x, embedded, cos, sin, is_causal, mask, bias)
+            x = block(x, embedded, cos, sin, size, bias)
             if self.skip_scales is not None and i < c.layers // 2:
                 skips.append(x)
         return F.rms_norm(x, (c.width,))

@@ -1,0 +1,207 @@
+"""The denoiser: shapes, the reference's parameter count, visibility, and a second plain implementation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from mezzotint.config import PRESETS, ModelConfig
+from mezzotint.errors import ConfigError
+from mezzotint.model import Denoiser, count_parameters, mix_neighbours
+
+PLAIN = ModelConfig(vocab_size=11, sequence_length=12, layers=3, width=16, heads=4, kv_heads=2, mlp_ratio=2.0)
+RICH = dataclasses.replace(
+    PLAIN,
+    activation="leaky_relu2",
+    rotary_dims=2,
+    depth_scaled_norm=True,
+    exclusive_attention=True,
+    unet_skips=True,
+    embedding_mix=True,
+    channel_scales=True,
+    neighbour_reach=2,
+    bigram_buckets=7,
+    bigram_width=4,
+    value_embedding_width=4,
+)
+
+
+def build(config: ModelConfig, seed: int = 0) -> Denoiser:
+    """A network all of whose parameters matter (no zeros or ones left from initialisation)."""
+    torch.manual_seed(seed)
+    network = Denoiser(config).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return network
+
+
+def test_reference_has_the_seeds_parameter_count():
+    with torch.device("meta"):
+        assert count_parameters(Denoiser(PRESETS["reference"].model)) == 26_993_884
+
+
+def test_small_is_within_its_size():
+    with torch.device("meta"):
+        assert count_parameters(Denoiser(PRESETS["small"].model)) <= 5_300_000
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+
+def naive_logits(net: Denoiser, ids: list[int], size: int) -> torch.Tensor:
+    """The same network position by position and head by head, for one window, from reference.md's description."""
+    c, w = net.config, dict(net.named_parameters())
+    length, d = len(ids), net.config.head_width
+    x = torch.stack([w["embedding.weight"][i] for i in ids])
+    if c.bigram_buckets:
+        rows = []
+        for n, own in enumerate(ids):
+            b = ((36313 * own) ^ (27191 * ids[n - 1])) % (c.bigram_buckets - 1) if n else c.bigram_buckets - 1
+            rows.append(w["bigram.project.weight"] @ w["bigram.embedding.weight"][b] * w["bigram.scale"])
+        x = x + torch.stack(rows)
+    if c.neighbour_reach:
+        r = c.neighbour_reach
+        mixed = x.clone()
+        for n in range(length):
+            for m in range(max(0, n - r), min(length, n + r + 1)):
+                if m // size <= n // size:
+                    mixed[n] = mixed[n] + w["neighbour_taps"][r + m - n] * x[m]
+        x = mixed
+    x = x0 = rms(x)
+    skips = []
+    for i in range(c.layers):
+        p = {k.removeprefix(f"blocks.{i}."): v for k, v in w.items() if k.startswith(f"blocks.{i}.")}
+        if c.unet_skips and i >= c.layers // 2 and skips:
+            x = x + w["skip_scales"][i - c.layers // 2] * skips.pop()
+        if c.embedding_mix:
+            x = p["embedding_mix"][0] * x + p["embedding_mix"][1] * x0
+        scale = 1 / math.sqrt(i + 1) if c.depth_scaled_norm else 1.0
+        h = rms(x) * scale
+        q = (h @ p["attention.query.weight"].T).view(length, c.heads, d)
+        k = (h @ p["attention.key.weight"].T).view(length, c.kv_heads, d)
+        v = h @ p["attention.value.weight"].T
+        late = i - (c.layers - c.value_embedding_layers)
+        if c.value_embedding_width and late >= 0:
+            e = torch.stack([w["value_embedding.embedding.weight"][t] for t in ids])
+            v = v + e @ w["value_embedding.project.weight"].T * w["value_embedding.scale"] * w[
+                "value_embedding.layer_scales"
+            ][late]
+        v = v.view(length, c.kv_heads, d)
+        q, k = rms(q), rms(k)
+        channels = c.rotary_dims or d
+
+        def turn(x: torch.Tensor, channels: int = channels) -> torch.Tensor:
+            out = x.clone()
+            for n in range(length):
+                for j in range(channels // 2):
+                    angle = n * c.rotary_base ** (-2 * j / channels)
+                    a, b = x[n, :, j], x[n, :, j + channels // 2]
+                    out[n, :, j] = a * math.cos(angle) + b * math.sin(angle)
+                    out[n, :, j + channels // 2] = b * math.cos(angle) - a * math.sin(angle)
+            return out
+
+        q, k = turn(q) * p["attention.query_gain"][:, None], turn(k)
+        y = torch.zeros(length, c.heads, d)
+        for head in range(c.heads):
+            kv = head // (c.heads // c.kv_heads)
+            for n in range(length):
+                seen = [m for m in range(length) if m // size <= n // size]
+                weights = torch.softmax(torch.stack([q[n, head] @ k[m, kv] / math.sqrt(d) for m in seen]), 0)
+                out = sum(a * v[m, kv] for a, m in zip(weights, seen))
+                if c.exclusive_attention:
+                    unit = v[n, kv] / v[n, kv].norm()
+                    out = out - (out @ unit) * unit
+                y[n, head] = out
+        a = y.view(length, -1) @ p["attention.output.weight"].T
+        x = x + a * (p["attention_scale"] if c.channel_scales else 1.0)
+        h = rms(x) * scale @ p["mlp.up.weight"].T
+        h = torch.where(h > 0, h, h * (0.5 if c.activation == "leaky_relu2" else 0.0)).square()
+        x = x + h @ p["mlp.down.weight"].T * (p["mlp_scale"] if c.channel_scales else 1.0)
+        if c.unet_skips and i < c.layers // 2:
+            skips.append(x)
+    raw = rms(x) @ w["embedding.weight"][: c.vocab_size].T
+    return c.softcap * torch.tanh(raw / c.softcap)
+
+
+@pytest.mark.parametrize("config", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize(("visibility", "size"), [("full", 12), ("causal", 1), ("block(4)", 4), ("block(5)", 5)])
+def test_equals_a_plain_second_implementation(config, visibility, size):
+    net = build(config)
+    ids = torch.randint(0, config.vocab_size + 1, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got = net(ids, visibility=visibility)
+        for row in range(2):
+            torch.testing.assert_close(got[row], naive_logits(net, ids[row].tolist(), size), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("visibility", ["causal", "block(3)"])
+def test_nothing_leaks_from_what_cannot_be_seen(visibility):
+    net = build(RICH)
+    size = 1 if visibility == "causal" else 3
+    ids = torch.randint(0, 11, (1, 12), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        before = net(ids, visibility=visibility)
+        for changed in range(12):
+            other = ids.clone()
+            other[0, changed] = (other[0, changed] + 1) % 11
+            same = net(other, visibility=visibility)
+            start = changed // size * size
+            torch.testing.assert_close(same[:, :start], before[:, :start], atol=0, rtol=0)
+            assert not torch.equal(same[:, start:], before[:, start:])
+
+
+def test_positions_select_rows_of_the_output():
+    net = build(RICH)
+    ids = torch.randint(0, 12, (3, 7), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(net(ids, positions=ids == 11), net(ids)[ids == 11])
+
+
+def test_logits_are_capped_and_exclude_mask():
+    net = build(PLAIN)
+    with torch.no_grad():
+        net.embedding.weight.mul_(1e4)
+        logits = net(torch.zeros(1, 4, dtype=torch.int64))
+    assert logits.shape == (1, 4, 11) and logits.dtype == torch.float32
+    assert float(logits.abs().max()) <= 30.0
+
+
+def test_fresh_network_is_nearly_uniform():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        logp = Denoiser(RICH)(torch.full((1, 12), 11)).log_softmax(-1)
+    assert float((logp + math.log(11)).abs().max()) < 0.2
+
+
+def test_compiled_attention_equals_the_library_kernel(monkeypatch):
+    net = build(RICH)
+    ids = torch.randint(0, 12, (2, 12), generator=torch.Generator().manual_seed(4))
+    for visibility in ("full", "causal", "block(5)"):
+        with torch.no_grad():
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+            eager = net(ids, visibility=visibility)
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+            torch.testing.assert_close(net(ids, visibility=visibility), eager, atol=1e-5, rtol=1e-4)
+
+
+def test_neighbours_of_one_position_window():
+    x = torch.randn(1, 1, 4)
+    taps = torch.randn(3, 4)
+    torch.testing.assert_close(mix_neighbours(x, taps, 1), x * taps[1])
+
+
+@pytest.mark.parametrize("word", ["", "block(0)", "block(x)", "left", "block(-1)"])
+def test_unknown_visibility(word):
+    with pytest.raises(ConfigError, match="visibility"):
+        build(PLAIN)(torch.zeros(1, 3, dtype=torch.int64), visibility=word)
+
+
+def test_bad_shapes():
+    for change in ({"heads": 3}, {"kv_heads": 3}, {"rotary_dims": 3}, {"width": 0}, {"activation": "gelu"}):
+        with pytest.raises(ConfigError):
+            dataclasses.replace(PLAIN, **change)
