@@ -88,9 +88,13 @@ def naive_logits(net: Denoiser, ids: list[int], size: int) -> torch.Tensor:
         late = i - (c.layers - c.value_embedding_layers)
         if c.value_embedding_width and late >= 0:
             e = torch.stack([w["value_embedding.embedding.weight"][t] for t in ids])
-            v = v + e @ w["value_embedding.project.weight"].T * w["value_embedding.scale"] * w[
-                "value_embedding.layer_scales"
-            ][late]
+            v = (
+                v
+                + e
+                @ w["value_embedding.project.weight"].T
+                * w["value_embedding.scale"]
+                * w["value_embedding.layer_scales"][late]
+            )
         v = v.view(length, c.kv_heads, d)
         q, k = rms(q), rms(k)
         channels = c.rotary_dims or d
@@ -112,7 +116,7 @@ def naive_logits(net: Denoiser, ids: list[int], size: int) -> torch.Tensor:
             for n in range(length):
                 seen = [m for m in range(length) if m // size <= n // size]
                 weights = torch.softmax(torch.stack([q[n, head] @ k[m, kv] / math.sqrt(d) for m in seen]), 0)
-                out = sum(a * v[m, kv] for a, m in zip(weights, seen))
+                out = sum(a * v[m, kv] for a, m in zip(weights, seen, strict=True))
                 if c.exclusive_attention:
                     unit = v[n, kv] / v[n, kv].norm()
                     out = out - (out @ unit) * unit

@@ -53,7 +53,13 @@ class ModelConfig:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be positive, not {value!r}")
-        for name in ("rotary_dims", "neighbour_reach", "bigram_buckets", "value_embedding_width", "value_embedding_layers"):
+        for name in (
+            "rotary_dims",
+            "neighbour_reach",
+            "bigram_buckets",
+            "value_embedding_width",
+            "value_embedding_layers",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative")
         if self.width % self.heads or self.head_width % 2:

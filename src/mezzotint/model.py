@@ -97,9 +97,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=False)
         self.query_gain = nn.Parameter(torch.full((config.heads,), config.query_gain))
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, size: int, value_bias: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, size: int, value_bias: Tensor | None) -> Tensor:
         c = self.config
         b, t, _ = x.shape
         q = self.query(x).view(b, t, c.heads, c.head_width)
@@ -112,7 +110,9 @@ class Attention(nn.Module):
         k = F.rms_norm(k, (c.head_width,))
         q = rotate(q, cos, sin) * self.query_gain.to(q.dtype)[:, None]
         k = rotate(k, cos, sin)
-        y = attend(q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2), size).transpose(1, 2)
+        y = attend(q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2), size).transpose(
+            1, 2
+        )
         if c.exclusive_attention:
             # A head's output minus its component along its own position's value: what others say, not oneself.
             grouped = y.reshape(b, t, c.kv_heads, c.heads // c.kv_heads, c.head_width)
@@ -225,9 +225,7 @@ class Denoiser(nn.Module):
     def rotary(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, 1, rotated channels / 2]."""
         channels = self.config.rotary_dims or self.config.head_width
-        rate = self.config.rotary_base ** (
-            -torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels
-        )
+        rate = self.config.rotary_base ** (-torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels)
         angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * rate
         return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
 
@@ -269,7 +267,7 @@ class Denoiser(nn.Module):
         return F.rms_norm(x, (c.width,))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Tied output layer without the MASK row, soft-capped (Gemma Team 2024, eq. in section 2). [..., W] -> [..., V]."""
+        """Tied output layer without the MASK row, soft-capped (Gemma Team 2024, section 2). [..., W] -> [..., V]."""
         cap = self.config.softcap
         raw = F.linear(hidden, self.embedding.weight[: self.config.vocab_size]).float()
         return cap * torch.tanh(raw / cap)

@@ -525,7 +525,9 @@ def _train(
             now = time.monotonic()
             if now - logged_at >= config.log_every or (config.steps and trainer.step == config.steps):
                 seconds = now - clock
-                tokens_per_second = (trainer.step - first_step) * config.batch * length / max(seconds - first_seconds, 1e-9)
+                tokens_per_second = (
+                    (trainer.step - first_step) * config.batch * length / max(seconds - first_seconds, 1e-9)
+                )
                 row = {
                     "step": trainer.step,
                     "tokens": trainer.step * config.batch * length,

@@ -1,0 +1,94 @@
+"""Roles of parameters, the schedule, the moving average, and optimizer state without pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mezzotint.config import PRESETS, ModelConfig, TrainConfig
+from mezzotint.model import Denoiser
+from mezzotint.optim import MovingAverage, Optimizers, learning_rate_scale, split_parameters
+
+MODEL = ModelConfig(vocab_size=11, sequence_length=8, layers=2, width=16, heads=2, kv_heads=1, neighbour_reach=1)
+
+
+def test_every_parameter_has_one_role():
+    with torch.device("meta"):
+        net = Denoiser(PRESETS["reference"].model)
+    roles = split_parameters(net)
+    named = [name for role in roles.values() for name in role]
+    assert sorted(named) == sorted(name for name, _ in net.named_parameters())
+    assert all(p.ndim == 2 for p in roles["matrix"].values())
+    assert set(roles["embedding"]) == {
+        "embedding.weight",
+        "bigram.embedding.weight",
+        "value_embedding.embedding.weight",
+    }
+    assert len(roles["matrix"]) == 11 * 6 + 2
+
+
+def test_schedule_is_a_trapezoid():
+    scales = [learning_rate_scale(i / 100, 0.1, 0.5) for i in range(101)]
+    assert 0 < scales[0] < 0.02 and scales[10] == scales[50] == 1 and scales[75] == pytest.approx(0.5)
+    assert scales[100] == 0
+    assert learning_rate_scale(0, 0, 0) == 1
+
+
+def test_moving_average_against_the_recursion():
+    net = torch.nn.Linear(1, 1, bias=False)
+    average = MovingAverage(net, 0.1)
+    expected = float(net.weight.detach())
+    for step in range(1, 50):
+        with torch.no_grad():
+            net.weight.fill_(float(step))
+        average.update(step)
+        expected += (step - expected) / (1 + 0.1 * step)
+    assert float(average.average["weight"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_moving_average_is_float32_and_does_not_freeze():
+    net = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    average = MovingAverage(net, 1.0)
+    with torch.no_grad():
+        net.weight.fill_(1.0078125)  # one bfloat16 step up
+    for step in range(1, 40_000, 400):
+        average.update(step)
+    assert average.average["weight"].dtype == torch.float32
+    assert 1.0 < float(average.average["weight"]) < 1.0078125
+
+
+def run(steps: int, net: Denoiser, optimizers: Optimizers, start: int = 0) -> None:
+    for step in range(start, start + steps):
+        torch.manual_seed(step)
+        net(torch.randint(0, 12, (2, 8))).square().mean().backward()
+        optimizers.schedule(step / 10)
+        optimizers.step()
+
+
+def test_state_round_trip_is_bit_equal():
+    config = dataclasses.replace(TrainConfig(), warmdown=0.5)
+    nets = []
+    for split in (False, True):
+        torch.manual_seed(0)
+        net = Denoiser(MODEL)
+        optimizers = Optimizers(net, config)
+        run(5, net, optimizers)
+        if split:
+            tensors = {k: v.clone() for k, v in optimizers.state_tensors().items()}
+            assert all(isinstance(v, torch.Tensor) for v in tensors.values())
+            optimizers = Optimizers(net, config)
+            optimizers.load_state_tensors(tensors)
+        run(5, net, optimizers, 5)
+        nets.append(net)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_of_another_model_is_refused():
+    optimizers = Optimizers(Denoiser(MODEL), TrainConfig())
+    with pytest.raises(KeyError):
+        optimizers.load_state_tensors({"nothing.weight/momentum_buffer": torch.zeros(2, 2)})
