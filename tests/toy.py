@@ -166,3 +166,54 @@ def split_nelbo(model: TableModel, windows: ToyWindows) -> tuple[float, int]:
     """(NELBO in nats, bytes) of all windows, enumerated."""
     nats = sum(enumerated_nelbo(model, tuple(int(t) for t in windows[i])) for i in range(len(windows)))
     return nats, sum(windows.byte_count(i) for i in range(len(windows)))
+
+
+class ToyText(ToyTokenizer):
+    """Lowercase letters, digits and spaces one by one; loses everything else, and runs of spaces, as real ones do."""
+
+    alphabet = " abcdefghijklmnopqrstuvwxyz0123456789\n"
+    unk_id = 1
+
+    def __init__(self) -> None:
+        super().__init__(2 + len(self.alphabet))
+
+    def encode(self, text: str) -> list[int]:
+        while "  " in text:
+            text = text.replace("  ", " ")
+        return [self.alphabet.find(c) + 2 if c in self.alphabet else self.unk_id for c in text.lower()]
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b"".join(b"?" if i < 2 else self.alphabet[i - 2].encode() for i in ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.decode_bytes(ids).decode()
+
+    def byte_counts(self, ids: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+        return (np.asarray(ids) != 0).astype(int)
+
+
+class NeighbourModel:
+    """Logits from a position's two neighbours by fixed random tables: quick at any length, float32, position-free."""
+
+    def __init__(self, tokenizer: ToyTokenizer, length: int, seed: int = 0, scale: float = 1.0) -> None:
+        self.config = ToyConfig(tokenizer.vocab_size, length)
+        self.tokenizer = tokenizer
+        self.device = torch.device("cpu")
+        self.sha256 = f"{seed:064x}"
+        v = tokenizer.vocab_size
+        random = np.random.default_rng(seed)
+        self.left = torch.from_numpy(random.normal(0, scale, (v + 1, v)).astype(np.float32))
+        self.right = torch.from_numpy(random.normal(0, scale, (v + 1, v)).astype(np.float32))
+        self.rows = 0
+
+    def logits(
+        self, ids: torch.Tensor, *, visibility: str = "full", positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self.rows += ids.shape[0]
+        edge = torch.nn.functional.pad(ids, (1, 1), value=self.config.mask_id)
+        right = edge[:, 2:].clone()
+        if visibility != "full":
+            size = 1 if visibility == "causal" else int(visibility[6:-1])
+            right[:, size - 1 :: size] = self.config.mask_id
+        out = self.left[edge[:, :-2]] + self.right[right]
+        return out if positions is None else out[positions]

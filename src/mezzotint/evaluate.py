@@ -12,19 +12,27 @@ window. `Estimate` reports both errors apart and together.
 from __future__ import annotations
 
 import functools
+import hashlib
+import io
+import json
 import math
+import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mezzotint.data import Windows
 from mezzotint.errors import DataError
-from mezzotint.model import Model
+from mezzotint.files import atomic_write
+from mezzotint.model import Model, block_size
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
 
 EXACT = "exact"
@@ -260,6 +268,107 @@ def _tensor(windows: Windows, i: int) -> Tensor:
     return torch.from_numpy(np.array(windows[i], dtype=np.int64))
 
 
+def world() -> tuple[int, int]:
+    """(rank, processes) of the torch.distributed group, (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def model_digest(model: Model) -> str:
+    """SHA-256 that tells models apart: the artifact's own, or of all weights."""
+    if model.sha256:
+        return model.sha256
+    digest = hashlib.sha256()
+    for name, value in sorted(model.network.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Journal:
+    """Figures of finished units of work: shared by processes, and kept in a file when there is one.
+
+    Unit u belongs to process u mod (number of processes). Every process computes its own and writes its own file
+    (`path`, or `path.r` for rank r > 0), at most every `interval` seconds; whoever opens the journal later reads all of
+    them, so a run may go on with another number of processes. The file names what it is about; a journal of another
+    model, data or setting is refused with DataError.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        model: Model,
+        windows: Windows,
+        settings: dict[str, Any],
+        units: int,
+        interval: float = 30.0,
+    ) -> None:
+        self.rank, self.processes = world()
+        self.device = model.device
+        self.values = np.full(units, np.nan)
+        self.path = None
+        self.interval = interval
+        self.saved = time.monotonic()
+        if path is None:
+            return
+        path = Path(path)
+        sample = hashlib.sha256(str(len(windows)).encode())
+        for i in sorted({j * (len(windows) - 1) // 63 for j in range(64)}):
+            sample.update(np.asarray(windows[i], dtype=np.int64).tobytes())
+        self.key = json.dumps(
+            {**settings, "model": model_digest(model), "windows": sample.hexdigest(), "units": units}, sort_keys=True
+        )
+        parts = [path, *path.parent.glob(f"{path.name}.*")]
+        for part in parts:
+            if part.is_file() and (part == path or part.suffix[1:].isdigit()):
+                known = self._load(part)
+                self.values = np.where(np.isnan(self.values), known, self.values)
+        if self.processes > 1:
+            dist.barrier()  # nobody writes before everybody has read
+        self.path = path if self.rank == 0 else path.with_name(f"{path.name}.{self.rank}")
+
+    def _load(self, part: Path) -> np.ndarray:
+        try:
+            with np.load(part, allow_pickle=False) as stored:
+                key, values = str(stored["key"]), stored["values"]
+        except Exception as error:  # zip, header and key errors alike: it is not ours
+            raise DataError(f"{part} is not a scoring journal: delete it or name another file") from error
+        if key != self.key or values.shape != self.values.shape or values.dtype != np.float64:
+            raise DataError(f"{part} belongs to another model, data or setting: delete it or name another file")
+        return values
+
+    def mine(self) -> list[int]:
+        """The units that this process has yet to compute."""
+        return [u for u in range(self.rank, len(self.values), self.processes) if np.isnan(self.values[u])]
+
+    def record(self, values: dict[int, float]) -> None:
+        """Note finished units, and save if it is time."""
+        for unit, value in values.items():
+            self.values[unit] = value
+        if time.monotonic() - self.saved >= self.interval:
+            self.save()
+
+    def save(self) -> None:
+        """Write this process's file, whole or not at all."""
+        if self.path is not None:
+            buffer = io.BytesIO()
+            np.savez(buffer, key=np.array(self.key), values=self.values)
+            atomic_write(self.path, buffer.getvalue())
+        self.saved = time.monotonic()
+
+    def result(self) -> np.ndarray:
+        """All units of all processes, float64, the same on every process."""
+        self.save()
+        if self.processes == 1:
+            return self.values
+        own = np.zeros_like(self.values)
+        own[self.rank :: self.processes] = self.values[self.rank :: self.processes]
+        shared = torch.from_numpy(own).to(self.device)
+        dist.all_reduce(shared)
+        return shared.cpu().numpy()
+
+
 def nelbo_passes(
     windows: Windows, chosen: Sequence[int], mask_id: int, seed: int, repeat: int
 ) -> Iterator[tuple[Pass, int]]:
@@ -321,39 +430,114 @@ def nelbo(
     return _estimate("nelbo", UPPER_BOUND, windows, chosen, nats, started, nats.size, seed)
 
 
+def reveal_order(order: str, length: int) -> list[np.ndarray]:
+    """The positions of a window of `length` tokens in the order they are revealed, as groups revealed together.
+
+    Tokens of a group are predicted at once from the groups before, each by its own conditional, so any order makes an
+    exact code: the groups depend on the length alone, never on a token, a probability or the rest of the batch.
+
+    `left`: one by one from left to right. `random(s)`: one by one in the s-th fixed random order. `block(k)`: from
+    left to right, k neighbours at once. `spread(n)`: n groups of about equal size whose positions lie far apart
+    (bit-reversed), so that what is predicted together depends on one another as little as may be.
+    Raises DataError for any other word.
+    """
+    match = re.fullmatch(r"(left|random|block|spread)(?:\((\d+)\))?", order)
+    name, number = (match[1], match[2]) if match else (None, None)
+    if name == "left" and number is None:
+        return [np.array([i]) for i in range(length)]
+    if name == "random" and number is not None:
+        shuffled = np.random.Generator(np.random.PCG64([int(number), length])).permutation(length)
+        return [np.array([i]) for i in shuffled]
+    if name == "block" and number is not None and int(number) >= 1:
+        return [np.arange(i, min(i + int(number), length)) for i in range(0, length, int(number))]
+    if name == "spread" and number is not None and int(number) >= 1:
+        bits = max(1, (length - 1).bit_length())
+        reversed_bits = [int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits)]
+        positions = np.array([i for i in reversed_bits if i < length])
+        return [np.sort(group) for group in np.array_split(positions, min(int(number), length))]
+    raise DataError(f"unknown order {order!r}: use left, random(seed), block(size) or spread(passes)")
+
+
+def canvas_length(visibility: str, length: int, last: int) -> int:
+    """How much of a window of `length` tokens the network must be given to predict positions up to `last`.
+
+    What a position cannot see cannot matter: under `causal` or `block(k)` the canvas ends with the last block.
+    """
+    size = block_size(visibility, length)
+    return min(length, (last // size + 1) * size)
+
+
 def chain_rule(
     model: Model,
     windows: Windows,
     *,
     tokens: int | None = None,
+    order: str = "left",
+    visibility: str = "full",
     seed: int = 0,
     batch: int | None = None,
+    journal: Path | None = None,
     progress: Progress | None = None,
 ) -> Estimate:
-    """Exact code length of the windows, each revealed from left to right: T forward passes for a window of T tokens.
+    """Exact code length of the windows, each revealed in `order` (see `reveal_order`).
 
-    chain(x) = sum_i -log p(x_i | x_<i, the rest masked), a normalised distribution over windows. No masks are drawn,
-    so over all windows the error is 0; `seed` is only recorded.
+    chain(x, order) = sum_i -log p(x_i | the groups before i's, the rest masked): a normalised distribution over
+    windows, which `compress` turns into a file of this size. One forward pass per group, so T for a window of T
+    tokens from left to right. Under `causal` or `block(k)` visibility only the part of the canvas that can be seen is
+    computed. No masks are drawn, so over all windows the error is 0; `seed` is only recorded.
+    `journal` and torchrun: see `Journal`. Raises DataError if there is nothing to score.
     """
     started = time.perf_counter()
     chosen = choose_windows(windows, tokens)
-    lengths = [len(windows[i]) for i in chosen]
-    total = sum(lengths)
-    nats = np.zeros((1, len(chosen)))
+    orders = {length: reveal_order(order, length) for length in {len(windows[i]) for i in chosen}}
+    total = sum(len(orders[len(windows[i])]) for i in chosen)
+    settings = {"method": "chain", "order": order, "visibility": visibility, "tokens": tokens}
+    book = Journal(journal, model, windows, settings, len(chosen))
+    rows = batch or max(1, TOKENS_PER_FORWARD // max(orders))
+    todo = book.mine()
+    share = sum(len(orders[len(windows[chosen[n]])]) for n in todo)
+    done = 0
+    for start in range(0, len(todo), rows):
+        # Step by step over a set of windows, so that the rows of a batch have one canvas length.
+        group = todo[start : start + rows]
+        nats = dict.fromkeys(group, 0.0)
+        owners: deque[int] = deque()
+        for nll in run_passes(
+            model, _chain_passes(windows, chosen, group, orders, visibility, owners), visibility=visibility, batch=batch
+        ):
+            nats[owners.popleft()] += float(nll.sum())
+            done += 1
+            if progress:
+                progress(done, share)
+        book.record(nats)
+    result = book.result()[None]
+    method = "chain" if (order, visibility) == ("left", "full") else f"chain {order} {visibility}"
+    return _estimate(method, EXACT, windows, chosen, result, started, total, seed)
 
-    def passes() -> Iterator[Pass]:
-        for i in chosen:
-            ids = _tensor(windows, i)
-            steps = torch.arange(len(ids))
-            for step in range(len(ids)):
-                yield Pass(ids, steps >= step, steps == step)
 
-    owner = np.repeat(np.arange(len(chosen)), lengths)
-    for done, nll in enumerate(run_passes(model, passes(), batch=batch)):
-        nats[0, owner[done]] += nll.sum()
-        if progress:
-            progress(done + 1, total)
-    return _estimate("chain", EXACT, windows, chosen, nats, started, total, seed)
+def _chain_passes(
+    windows: Windows,
+    chosen: Sequence[int],
+    group: Sequence[int],
+    orders: dict[int, list[np.ndarray]],
+    visibility: str,
+    owners: deque[int],
+) -> Iterator[Pass]:
+    """Every step of every window in `group`; appends to `owners` which window each pass belongs to."""
+    texts = {n: _tensor(windows, chosen[n]) for n in group}
+    hidden = {n: torch.ones(len(ids), dtype=torch.bool) for n, ids in texts.items()}
+    for step in range(max(len(orders[len(ids)]) for ids in texts.values())):
+        for n, ids in texts.items():
+            groups = orders[len(ids)]
+            if step >= len(groups):
+                continue
+            positions = torch.from_numpy(groups[step])
+            length = canvas_length(visibility, len(ids), int(groups[step].max()))
+            scored = torch.zeros(len(ids), dtype=torch.bool)
+            scored[positions] = True
+            owners.append(n)
+            yield Pass(ids[:length], hidden[n][:length].clone(), scored[:length])
+            hidden[n][positions] = False
 
 
 def causal(

@@ -1,0 +1,634 @@
+"""Lossless compression of any bytes with a model's chain rule: the likelihood, cashed in.
+
+Text becomes tokens, tokens become windows, and a range coder (`constriction`) spends -log2 p(token) bits on each, with
+p as `evaluate.chain_rule` has it. Whatever the tokenizer cannot give back byte for byte is kept beside it, so every
+input comes back exactly. Does not know how models are made or stored.
+
+File format `.mzz`, version 1; integers are LEB128 varints unless a width is given:
+
+    "MZZ1"                                                        magic and version
+    model 16 bytes | "order visibility": length, ASCII | rows | threads        what is needed to decode
+    numerics 8 bytes                                              see below
+    frame*                                                        each of at most 1 MiB of input
+    0 | SHA-256 of the whole input, 32 bytes                      the end
+
+    frame: bytes of input (at least 1) | mode 1 byte | body: length, bytes | CRC-32 of the frame so far, 4 bytes
+    mode 0: the input itself; 1: the input under LZMA; 2: modelled:
+      count of segments, each (kind 1 byte, size): kind 0, size tokens of text; kind 1, size bytes of the rest
+      length and bytes of the rest (all of kind 1, under LZMA if that is shorter: 1 byte tells)
+      little-endian 32-bit words of the range coder over the tokens of all text segments, each led by BOS
+
+Decoding repeats the encoder's arithmetic, so it must be the same arithmetic. Guaranteed: the same model, torch build,
+kind of processor and number of threads decode what they encoded; probabilities are integers (of 2^24) before they
+reach the coder. Another build or processor may round a logit differently. To notice before, not after, the header
+holds the hash of coded probe windows; if they do not code alike here, decoding stops with an error that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import lzma
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import constriction
+import numpy as np
+import torch
+from torch import Tensor
+
+from mezzotint.errors import ConfigError, DataError
+from mezzotint.evaluate import TOKENS_PER_FORWARD, canvas_length, model_digest, reveal_order
+from mezzotint.files import sync_folder
+from mezzotint.model import Model, block_size
+
+MAGIC = b"MZZ1"
+FRAME_BYTES = 1 << 20
+TOTAL = 1 << 24
+STORED, LZMA, MODELLED = 0, 1, 2
+TEXT, REST = 0, 1
+SHORTEST = 24
+DAMAGED = "the compressed file is damaged"
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all; 0 if unknown)."""
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What a compression came to. model_bits: what the range coder had to pay, -log2 of the coded probabilities."""
+
+    input_bytes: int
+    output_bytes: int
+    tokens: int
+    rest_bytes: int
+    model_bits: float
+    forward_passes: int
+
+    @property
+    def bpb(self) -> float:
+        """Bits of the whole file per byte of input; 0 for empty input."""
+        return 8 * self.output_bytes / self.input_bytes if self.input_bytes else 0.0
+
+
+# --- probabilities and the coder ------------------------------------------------------------------------------------
+
+
+def integer_probabilities(logits: Tensor) -> np.ndarray:
+    """Softmax rounded to integers of at least 1 that sum to 2^24. logits: [n, V]; returns float32 [n, V].
+
+    Integers up to 2^24 are exact in float32, which is what the coder takes.
+    """
+    x = logits.double().cpu().numpy()
+    x = np.exp(x - x.max(axis=1, keepdims=True))
+    x /= x.sum(axis=1, keepdims=True)
+    counts = np.floor(x * (TOTAL - x.shape[1])).astype(np.int64) + 1
+    # What rounding down left over, at most V, goes to the likeliest token.
+    counts[np.arange(len(counts)), counts.argmax(axis=1)] += TOTAL - counts.sum(axis=1)
+    return counts.astype(np.float32)
+
+
+def _parts(logits: Tensor, symbols: np.ndarray) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Logits and symbols a bounded number of rows at a time: float64 copies of all would be large."""
+    step = max(1, (1 << 23) // logits.shape[1])
+    for start in range(0, len(symbols), step):
+        yield logits[start : start + step], symbols[start : start + step]
+
+
+@dataclass(frozen=True)
+class _Code:
+    """How windows are coded: the order of revelation, what sees what, and how many windows go together."""
+
+    order: str
+    visibility: str
+    rows: int
+
+
+class _Coder:
+    """Codes the tokens of windows step by step; encodes without `words`, decodes with them."""
+
+    def __init__(self, model: Model, code: _Code, words: np.ndarray | None) -> None:
+        self.model, self.code = model, code
+        self.family = constriction.stream.model.Categorical(perfect=False)
+        self.encoder = constriction.stream.queue.RangeEncoder() if words is None else None
+        self.decoder = None if words is None else constriction.stream.queue.RangeDecoder(words)
+        self.bits = 0.0
+        self.passes = 0
+
+    def run(self, count: int, tokens: np.ndarray | None, tick: Callable[[float], None]) -> np.ndarray:
+        """Encode `tokens`, or decode `count` of them. int64 [count]. `tick` is told the share done."""
+        length = self.model.config.sequence_length
+        out = np.zeros(count, dtype=np.int64) if tokens is None else tokens
+        full = count // length
+        blocks = [
+            out[start * length : min(start + self.code.rows, full) * length].reshape(-1, length)
+            for start in range(0, full, self.code.rows)
+        ]
+        if count % length:
+            blocks.append(out[full * length :].reshape(1, -1))
+        done = 0
+        for block in blocks:
+            for symbols in self._windows(block):
+                done += symbols
+                tick(done / count)
+        return out
+
+    def _windows(self, block: np.ndarray) -> Iterator[int]:
+        """One batch of windows [B, T], in place. Both directions do exactly the same arithmetic."""
+        rows, length = block.shape
+        canvas = torch.full((rows, length), self.model.config.mask_id, dtype=torch.long)
+        for group in reveal_order(self.code.order, length):
+            stop = canvas_length(self.code.visibility, length, int(group.max()))
+            scored = torch.zeros(rows, stop, dtype=torch.bool)
+            scored[:, group] = True
+            with torch.inference_mode():
+                logits = self.model.logits(
+                    canvas[:, :stop].to(self.model.device),
+                    visibility=self.code.visibility,
+                    positions=scored.to(self.model.device),
+                )
+            self.passes += rows
+            known = block[:, group].reshape(-1)
+            found = [self._symbols(part, symbols) for part, symbols in _parts(logits, known)]
+            block[:, group] = np.concatenate(found).reshape(rows, len(group))
+            canvas[:, group] = torch.from_numpy(np.ascontiguousarray(block[:, group]))
+            yield len(known)
+
+    def _symbols(self, logits: Tensor, known: np.ndarray) -> np.ndarray:
+        weights = integer_probabilities(logits)
+        if self.encoder is None:
+            assert self.decoder is not None
+            return self.decoder.decode(self.family, weights).astype(np.int64)
+        self.encoder.encode(known.astype(np.int32), self.family, weights)
+        self.bits += float(np.log2(TOTAL / weights[np.arange(len(known)), known].astype(np.float64)).sum())
+        return known
+
+    def words(self) -> bytes:
+        """The coded words, little-endian."""
+        assert self.encoder is not None
+        return self.encoder.get_compressed().astype("<u4").tobytes()
+
+
+def numerics(model: Model, code: _Code) -> bytes:
+    """Eight bytes that differ where a model's probabilities come out differently: coded probe windows, hashed.
+
+    The probes have the shapes that coding uses (fewer rows) and are half revealed at random.
+    """
+    length = model.config.sequence_length
+    draw = np.random.Generator(np.random.PCG64(0))
+    digest = hashlib.sha256()
+    for batch in sorted({1, min(code.rows, 4)}):
+        ids = draw.integers(0, model.config.vocab_size + 1, size=(batch, length))
+        scored = torch.zeros(batch, length, dtype=torch.bool)
+        scored[:, :: max(1, length // 16)] = True
+        ids[scored.numpy()] = model.config.mask_id
+        with torch.inference_mode():
+            logits = model.logits(
+                torch.from_numpy(ids).to(model.device),
+                visibility=code.visibility,
+                positions=scored.to(model.device),
+            )
+        weights = integer_probabilities(logits)
+        symbols = draw.integers(0, model.config.vocab_size, size=len(weights)).astype(np.int32)
+        encoder = constriction.stream.queue.RangeEncoder()
+        encoder.encode(symbols, constriction.stream.model.Categorical(perfect=False), weights)
+        digest.update(weights.tobytes() + encoder.get_compressed().astype("<u4").tobytes())
+    return digest.digest()[:8]
+
+
+# --- text and the rest ----------------------------------------------------------------------------------------------
+
+
+def _comes_back(model: Model, data: bytes) -> list[int] | None:
+    """The tokens of `data` if the tokenizer gives the same bytes back, else None."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    ids = model.tokenizer.encode(text)
+    special = model.tokenizer.bos_id
+    return ids if special not in ids and model.tokenizer.decode_bytes(ids) == data else None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the input: `ids` are its tokens, or None where the tokenizer cannot give its bytes back."""
+
+    data: bytes
+    ids: list[int] | None
+
+
+def segments(model: Model, data: bytes) -> list[Segment]:
+    """Split `data` into stretches of text and of the rest; their bytes concatenate to `data`.
+
+    Halves what does not come back, near line or word ends, down to some bytes; neighbouring texts are joined where
+    the whole still comes back.
+    """
+    pieces: list[Segment] = []
+    stack = [data]
+    while stack:
+        part = stack.pop()
+        ids = _comes_back(model, part)
+        if ids is not None or len(part) <= SHORTEST:
+            pieces.append(Segment(part, ids))
+        else:
+            middle = _cut(part)
+            stack += [part[middle:], part[:middle]]
+    texts: list[Segment] = []
+    for piece in pieces:
+        if texts and piece.ids is not None and texts[-1].ids is not None:
+            both = _comes_back(model, texts[-1].data + piece.data)
+            if both is not None:
+                texts[-1] = Segment(texts[-1].data + piece.data, both)
+                continue
+        texts.append(piece)
+    # A short stretch of text among the rest is not worth its BOS and its place in the table.
+    out: list[Segment] = []
+    rest: list[bytes] = []
+    for piece in texts:
+        if piece.ids is None or (len(piece.data) < SHORTEST and len(texts) > 1):
+            rest.append(piece.data)
+            continue
+        if rest:
+            out.append(Segment(b"".join(rest), None))
+            rest = []
+        out.append(piece)
+    if rest:
+        out.append(Segment(b"".join(rest), None))
+    return out
+
+
+def _cut(data: bytes) -> int:
+    """Where to halve: after the newline, else the space, nearest the middle, else between characters."""
+    middle = len(data) // 2
+    for mark in (b"\n", b" "):
+        after, before = data.find(mark, middle, len(data) - 1), data.rfind(mark, 0, middle)
+        candidates = [at + 1 for at in (after, before) if at >= 0]
+        if candidates:
+            return min(candidates, key=lambda at: abs(at - middle))
+    at = middle
+    while at > middle - 4 and at > 1 and data[at] & 0xC0 == 0x80:
+        at -= 1
+    return at
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while True:
+        value, low = value >> 7, value & 0x7F
+        out.append(low | (0x80 if value else 0))
+        if not value:
+            return bytes(out)
+
+
+class _Reader:
+    """Bounded reads from a stream; running out is a DataError."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.taken = b""
+
+    def bytes(self, count: int) -> bytes:
+        data = self.file.read(count)
+        self.taken += data
+        if len(data) != count:
+            raise DataError("the compressed file is cut short")
+        return data
+
+    def varint(self, most: int) -> int:
+        value = shift = 0
+        while True:
+            byte = self.bytes(1)[0]
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if not byte & 0x80:
+                break
+            if shift > 35:
+                raise DataError(DAMAGED)
+        if value > most:
+            raise DataError(DAMAGED)
+        return value
+
+
+def _squeeze(data: bytes) -> bytes:
+    return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=6)
+
+
+def _unsqueeze(data: bytes, size: int) -> bytes:
+    """LZMA back to exactly `size` bytes, without ever holding more."""
+    try:
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=64 << 20)
+        out = decoder.decompress(data, max_length=size + 1)
+    except lzma.LZMAError as error:
+        raise DataError(DAMAGED) from error
+    if len(out) != size:
+        raise DataError(DAMAGED)
+    return out
+
+
+def _frames(file: BinaryIO) -> Iterator[bytes]:
+    """The input in pieces of at most 1 MiB, cut after a line, a word or a character where one is near."""
+    kept = b""
+    while True:
+        fresh = file.read(FRAME_BYTES - len(kept))
+        data = kept + fresh
+        if not data:
+            return
+        if len(data) < FRAME_BYTES:
+            # A short read is not always the end (pipes), so only an empty one is.
+            kept = data
+            if fresh:
+                continue
+            yield data
+            return
+        cut = max(data.rfind(b"\n", len(data) - 4096), data.rfind(b" ", len(data) - 4096)) + 1
+        if cut <= 0:
+            cut = len(data)
+            while cut > len(data) - 4 and data[cut - 1] & 0xC0 == 0x80:
+                cut -= 1
+            if data[cut - 1] >= 0xC0:
+                cut -= 1
+        yield data[:cut]
+        kept = data[cut:]
+
+
+def compress_stream(
+    source: BinaryIO,
+    target: BinaryIO,
+    model: Model,
+    *,
+    order: str = "left",
+    visibility: str = "full",
+    rows: int | None = None,
+    progress: Progress | None = None,
+    size: int = 0,
+) -> CompressionReport:
+    """Compress `source` to `target`, a MiB at a time, so that memory stays flat for any length.
+
+    order: see `evaluate.reveal_order`; `left` is smallest and costs a forward pass per token. rows: windows that go
+    through the network together (default: what holds 16,384 tokens). size: the input's length, for `progress` alone.
+    Raises DataError for an unknown order, ConfigError for an unknown visibility.
+    """
+    length = model.config.sequence_length
+    code = _Code(order, visibility, rows or max(1, TOKENS_PER_FORWARD // length))
+    _check(code, length)
+    name = f"{order} {visibility}".encode("ascii")
+    header = MAGIC + _model_id(model) + _varint(len(name)) + name
+    header += _varint(code.rows) + _varint(torch.get_num_threads()) + numerics(model, code)
+    target.write(header)
+    written, read, tokens, rest_bytes, bits, passes = len(header), 0, 0, 0, 0.0, 0
+    digest = hashlib.sha256()
+    for data in _frames(source):
+        digest.update(data)
+
+        def tick(share: float, before: int = read, frame: int = len(data)) -> None:
+            if progress:
+                progress(before + int(share * frame), size)
+
+        part = _encode_frame(data, model, code, tick)
+        frame = _varint(len(data)) + bytes([part.mode]) + _varint(len(part.body)) + part.body
+        frame += zlib.crc32(frame).to_bytes(4, "little")
+        target.write(frame)
+        written += len(frame)
+        read += len(data)
+        tokens, rest_bytes = tokens + part.tokens, rest_bytes + part.rest_bytes
+        bits, passes = bits + part.bits, passes + part.passes
+        if progress:
+            progress(read, size)
+    target.write(b"\0" + digest.digest())
+    return CompressionReport(read, written + 33, tokens, rest_bytes, bits, passes)
+
+
+def _model_id(model: Model) -> bytes:
+    return hashlib.sha256(model_digest(model).encode()).digest()[:16]
+
+
+def _check(code: _Code, length: int) -> None:
+    """Raise the error that an order, visibility or number of rows deserves before anything is computed."""
+    reveal_order(code.order, length)
+    block_size(code.visibility, length)
+    if not 1 <= code.rows <= 4096:
+        raise DataError("rows must be between 1 and 4096")
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """An encoded frame; tokens and bits are 0 unless the model coded it."""
+
+    mode: int
+    body: bytes
+    tokens: int
+    rest_bytes: int
+    bits: float
+    passes: int
+
+
+def _encode_frame(data: bytes, model: Model, code: _Code, tick: Callable[[float], None]) -> _Frame:
+    """The shortest of the three modes."""
+    squeezed = _squeeze(data)
+    mode, body = (LZMA, squeezed) if len(squeezed) < len(data) else (STORED, data)
+    parts = segments(model, data)
+    stream = [t for part in parts if part.ids is not None for t in (model.tokenizer.bos_id, *part.ids)]
+    if not stream:
+        return _Frame(mode, body, 0, len(data), 0.0, 0)
+    rest = b"".join(part.data for part in parts if part.ids is None)
+    packed = _squeeze(rest)
+    packed = b"\1" + packed if len(packed) < len(rest) else b"\0" + rest
+    table = _varint(len(parts))
+    for part in parts:
+        table += b"\1" + _varint(len(part.data)) if part.ids is None else b"\0" + _varint(len(part.ids))
+    coder = _Coder(model, code, None)
+    coder.run(len(stream), np.array(stream, dtype=np.int64), tick)
+    modelled = table + _varint(len(packed)) + packed + coder.words()
+    if len(modelled) < len(body):
+        return _Frame(MODELLED, modelled, len(stream), len(rest), coder.bits, coder.passes)
+    return _Frame(mode, body, 0, len(data), 0.0, coder.passes)
+
+
+def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progress: Progress | None = None) -> int:
+    """Write the original bytes to `target` and return their number.
+
+    Raises DataError: not a compressed file, damaged, of a newer version, made with another model, or on a machine
+    whose arithmetic differs. What was written to `target` before an error is not to be used.
+    """
+    reader = _Reader(source)
+    magic = source.read(4)
+    if magic[:3] != MAGIC[:3]:
+        raise DataError("not a compressed file: it does not begin with MZZ1")
+    if magic != MAGIC:
+        raise DataError("the compressed file is of another version: use the mezzotint that wrote it, or a newer one")
+    if reader.bytes(16) != _model_id(model):
+        raise DataError("the file was compressed with another model: name that one")
+    name = reader.bytes(reader.varint(64)).decode("ascii", "replace")
+    order, _, visibility = name.partition(" ")
+    code = _Code(order, visibility, reader.varint(4096))
+    try:
+        _check(code, model.config.sequence_length)
+    except (DataError, ConfigError) as error:
+        raise DataError(DAMAGED) from error
+    threads = reader.varint(4096)
+    expected = reader.bytes(8)
+    used = torch.get_num_threads()
+    try:
+        torch.set_num_threads(max(1, threads))
+        if numerics(model, code) != expected:
+            raise DataError(
+                "this machine or torch build rounds differently from the one that compressed the file: decompress there"
+            )
+        digest = hashlib.sha256()
+        total = 0
+        while True:
+            reader.taken = b""
+            size = reader.varint(FRAME_BYTES)
+            if size == 0:
+                break
+            mode = reader.bytes(1)[0]
+            body = reader.bytes(reader.varint(FRAME_BYTES))
+            if zlib.crc32(reader.taken).to_bytes(4, "little") != reader.bytes(4):
+                raise DataError(DAMAGED)
+
+            def tick(share: float, before: int = total, frame: int = size) -> None:
+                if progress:
+                    progress(before + int(share * frame), 0)
+
+            data = _decode_frame(mode, body, size, model, code, tick)
+            digest.update(data)
+            target.write(data)
+            total += size
+            if progress:
+                progress(total, 0)
+        if reader.bytes(32) != digest.digest() or source.read(1):
+            raise DataError("the compressed file is damaged, or decoded with other arithmetic: its checksum is wrong")
+    finally:
+        torch.set_num_threads(used)
+    return total
+
+
+def _decode_frame(mode: int, body: bytes, size: int, model: Model, code: _Code, tick: Callable[[float], None]) -> bytes:
+    if mode == STORED:
+        data = body
+    elif mode == LZMA:
+        data = _unsqueeze(body, size)
+    elif mode == MODELLED:
+        data = _decode_modelled(body, size, model, code, tick)
+    else:
+        raise DataError(DAMAGED)
+    if len(data) != size:
+        raise DataError(DAMAGED)
+    return data
+
+
+def _decode_modelled(body: bytes, size: int, model: Model, code: _Code, tick: Callable[[float], None]) -> bytes:
+    file = io.BytesIO(body)
+    reader = _Reader(file)
+    table = [(reader.bytes(1)[0], reader.varint(FRAME_BYTES)) for _ in range(reader.varint(FRAME_BYTES))]
+    rest_size = sum(count for kind, count in table if kind == REST)
+    stream_size = sum(count + 1 for kind, count in table if kind == TEXT)
+    # No token stands for less than a byte, except BOS and the space that the tokenizer may put in front of a text.
+    if any(kind not in (TEXT, REST) for kind, _ in table) or rest_size > size or stream_size > size + 2 * len(table):
+        raise DataError(DAMAGED)
+    packed = reader.bytes(reader.varint(FRAME_BYTES))
+    rest = _unsqueeze(packed[1:], rest_size) if packed[:1] == b"\1" else packed[1:]
+    words = file.read()
+    if len(rest) != rest_size or len(words) % 4:
+        raise DataError(DAMAGED)
+    coder = _Coder(model, code, np.frombuffer(words, dtype="<u4").astype(np.uint32))
+    try:
+        stream = coder.run(stream_size, None, tick)
+    except AssertionError as error:  # the range decoder met words that no encoder writes
+        raise DataError(DAMAGED) from error
+    out = []
+    at = used = 0
+    for kind, count in table:
+        if kind == TEXT:
+            out.append(model.tokenizer.decode_bytes(stream[at + 1 : at + 1 + count].tolist()))
+            at += count + 1
+        else:
+            out.append(rest[used : used + count])
+            used += count
+    return b"".join(out)
+
+
+def compress(
+    data: bytes, model: Model, *, order: str = "left", visibility: str = "full", rows: int | None = None
+) -> bytes:
+    """The compressed form of `data`. See `compress_stream`."""
+    target = io.BytesIO()
+    compress_stream(io.BytesIO(data), target, model, order=order, visibility=visibility, rows=rows)
+    return target.getvalue()
+
+
+def decompress(data: bytes, model: Model) -> bytes:
+    """The bytes that `compress` was given. Raises DataError as `decompress_stream` does."""
+    target = io.BytesIO()
+    decompress_stream(io.BytesIO(data), target, model)
+    return target.getvalue()
+
+
+def compress_file(
+    source: Path,
+    target: Path,
+    model: Model,
+    *,
+    order: str = "left",
+    visibility: str = "full",
+    rows: int | None = None,
+    progress: Progress | None = None,
+) -> CompressionReport:
+    """Compress the file `source` to `target`, which appears whole or not at all. See `compress_stream`."""
+    with _open(source) as file, _whole(target) as out:
+        return compress_stream(
+            file,
+            out,
+            model,
+            order=order,
+            visibility=visibility,
+            rows=rows,
+            progress=progress,
+            size=Path(source).stat().st_size,
+        )
+
+
+def decompress_file(source: Path, target: Path, model: Model, *, progress: Progress | None = None) -> int:
+    """Decompress the file `source` to `target`, which appears whole and checked or not at all; returns its bytes."""
+    with _open(source) as file, _whole(target) as out:
+        return decompress_stream(file, out, model, progress=progress)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A temporary neighbour of `path` that takes its name once everything is written and on the disk."""
+    path = Path(path)
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
