@@ -1,0 +1,183 @@
+"""The loop, run folders and checkpoints: resume, damage, signals, micro-batches, and what a run reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mezzotint.config import ModelConfig, TrainConfig
+from mezzotint.data import Dataset, Loader, prepare
+from mezzotint.errors import CheckpointError, ConfigError, MezzotintError
+from mezzotint.model import Denoiser
+from mezzotint.train import Interrupted, Trainer, load_run, newest_checkpoint, read_run, train
+
+QUICK = TrainConfig(steps=12, batch=4, compile=False, dtype="float32", log_every=0.0, checkpoint_minutes=60)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    words = "the old plate was dark until the burnisher drew the light out of it slowly".split()
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    prepare([folder / "corpus.jsonl"], folder / "data", vocab_size=280, val_fraction=0.1)
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def model(data) -> ModelConfig:
+    vocab = Dataset.open(data).tokenizer.vocab_size
+    return ModelConfig(vocab_size=vocab, sequence_length=16, layers=2, width=16, heads=2, kv_heads=1)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder, _ = newest_checkpoint(run)
+    return {
+        **load_file(folder / "weights.safetensors"),
+        **{f"a.{k}": v for k, v in load_file(folder / "average.safetensors").items()},
+    }
+
+
+def test_learns_and_reports(data, model, tmp_path):
+    config = dataclasses.replace(QUICK, steps=60)
+    result = train(data, tmp_path / "run", model=model, config=config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert np.mean([r["train_nelbo_bpb"] for r in rows[-10:]]) < 0.8 * np.mean([r["train_nelbo_bpb"] for r in rows[:5]])
+    assert result["steps"] == 60 and result["tokens"] == 60 * 4 * 16
+    assert result["train_nelbo_bpb"] == pytest.approx(np.mean([r["train_nelbo_bpb"] for r in rows[-6:]]))
+    loaded = load_run(tmp_path / "run")
+    assert loaded.config == model and loaded.info["steps"] == 60
+    assert Path(result["final_checkpoint"]).is_dir()
+
+
+def test_first_row_is_the_uniform_models_bits(data, model, tmp_path):
+    """A fresh network is uniform up to small embeddings: log2 V bits per token."""
+    train(data, tmp_path / "run", model=model, config=dataclasses.replace(QUICK, steps=1, batch=64))
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    stream = Dataset.open(data).split("train")
+    uniform = np.log2(model.vocab_size) * len(stream) / stream.bytes
+    assert row["train_nelbo_bpb"] == pytest.approx(uniform, rel=0.02)
+
+
+@pytest.mark.parametrize("weighting", ["nelbo", "reference"])
+def test_micro_batches_change_nothing_but_rounding(data, model, weighting):
+    gradients = []
+    for micro in (0, 1, 3):
+        torch.manual_seed(0)
+        net = Denoiser(model)
+        config = dataclasses.replace(QUICK, micro_batch=micro, weighting=weighting)
+        loader = Loader(Dataset.open(data).split("train"), 16, 4, 0)
+        trainer = Trainer(net, config, loader, torch.device("cpu"))
+        figures = trainer.gradients(loader.batch(3), 3)
+        gradients.append((figures, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])))
+    for figures, gradient in gradients[1:]:
+        assert figures == pytest.approx(gradients[0][0], rel=1e-5)
+        torch.testing.assert_close(gradient, gradients[0][1], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_resume_is_bit_equal(data, model, tmp_path, stop):
+    whole = train(data, tmp_path / "whole", model=model, config=QUICK)
+
+    def interrupt(row):
+        if row["step"] == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=f"step {stop}.*--resume"):
+        train(data, tmp_path / "parts", model=model, config=QUICK, progress=interrupt)
+    resumed = train(data, tmp_path / "parts", model=model, config=QUICK, resume=True)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13)) and resumed["steps"] == whole["steps"]
+
+
+def test_damaged_checkpoint_is_skipped_and_said(data, model, tmp_path):
+    run = tmp_path / "run"
+    first = dataclasses.replace(QUICK, steps=4, checkpoint_minutes=1e-9, keep_checkpoints=3)
+    train(data, run, model=model, config=first)
+    folders = sorted((run / "checkpoints").iterdir())
+    assert len(folders) == 3
+    path = folders[-1] / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    said = []
+    folder, state = newest_checkpoint(run, said.append)
+    assert folder == folders[-2] and state["step"] == 3
+    assert len(said) == 1 and "weights.safetensors" in said[0] and "\n" not in said[0]
+    for folder in folders:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+        load_run(run)
+
+
+def test_a_run_is_not_overwritten_or_mixed(data, model, tmp_path):
+    run = tmp_path / "run"
+    train(data, run, model=model, config=dataclasses.replace(QUICK, steps=2))
+    before = weights(run)
+    with pytest.raises(CheckpointError, match="--resume"):
+        train(data, run, model=model, config=QUICK)
+    with pytest.raises(CheckpointError, match="another model"):
+        train(data, run, model=dataclasses.replace(model, layers=1), config=QUICK, resume=True)
+    assert all(torch.equal(before[k], v) for k, v in weights(run).items())
+
+
+def test_bad_input(data, model, tmp_path):
+    with pytest.raises(ConfigError, match="vocab"):
+        train(data, tmp_path / "r", model=dataclasses.replace(model, vocab_size=77), config=QUICK)
+    with pytest.raises(ConfigError, match="device"):
+        train(data, tmp_path / "r", model=model, config=dataclasses.replace(QUICK, device="abacus"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        train(data, tmp_path / "file", model=model, config=QUICK)
+    for folder in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(CheckpointError, match="not a run folder"):
+            read_run(folder)
+    assert not (tmp_path / "r").exists()
+
+
+def test_non_finite_loss_stops_and_names_the_step(data, model, tmp_path):
+    config = dataclasses.replace(QUICK, embedding_lr=1e30, scalar_lr=1e30, matrix_lr=1e30, grad_clip=0.0)
+    with pytest.raises(MezzotintError, match=r"step \d+.*windows") as caught:
+        train(data, tmp_path / "run", model=model, config=config)
+    assert "\n" not in str(caught.value)
+
+
+def test_compile_failure_falls_back(data, model, tmp_path, monkeypatch):
+    def broken(function, **options):
+        def fail(*args):
+            raise RuntimeError("no working C++ compiler found")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    said: list[str] = []
+    config = dataclasses.replace(QUICK, steps=2, compile=True)
+    result = train(data, tmp_path / "run", model=model, config=config, warn=said.append)
+    assert result["compiled"] is False and len(said) == 1 and "no working C++ compiler" in said[0]
+
+
+def test_runs_outside_the_main_thread(data, model, tmp_path):
+    results: list[dict] = []
+    config = dataclasses.replace(QUICK, steps=2)
+    thread = threading.Thread(target=lambda: results.append(train(data, tmp_path / "r", model=model, config=config)))
+    thread.start()
+    thread.join()
+    assert results[0]["steps"] == 2
+
+
+def test_minutes_end_the_run(data, model, tmp_path):
+    result = train(data, tmp_path / "r", model=model, config=dataclasses.replace(QUICK, steps=0, minutes=0.02))
+    assert 1.1 < result["seconds"] < 6 and result["steps"] > 1
