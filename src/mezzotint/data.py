@@ -12,6 +12,7 @@ import errno
 import hashlib
 import io
 import json
+import mmap
 import queue
 import sysconfig
 import threading
@@ -33,7 +34,7 @@ SHARD_TOKENS = 100_000_000
 SPACE = "\u2581"
 FORMAT = 1
 TOKENIZER_SAMPLE_BYTES = 16_000_000
-DEFAULT_VOCAB_SIZE = 1024
+DEFAULT_VOCAB_SIZES = (1024, 512, 384)  # the first that the text can fill
 HUB_REPOSITORY = "willdepueoai/parameter-golf"
 
 Progress = Callable[[str, int], None]
@@ -406,7 +407,8 @@ def prepare(
 
     sources, val: files (.txt, .jsonl, .parquet with a text column), folders of them, `stdlib`, or, alone,
     `fineweb:sp1024[:SHARDS]`. Without `val`, a `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a
-    single document, its end. Without `tokenizer`, one of `vocab_size` pieces (default 1,024) is trained on `sources`.
+    single document, its end. Without `tokenizer`, one of `vocab_size` pieces is trained on `sources` (default
+    1,024, or fewer where the text is too short for that).
 
     Returns train and val, each {documents, tokens, bytes, piece_bytes, not_round_trip}, vocab_size, bytes_per_token.
     bytes are those of the text's UTF-8; piece_bytes what the piece table says; not_round_trip counts documents that
@@ -428,9 +430,7 @@ def prepare(
             if len(sources) > 1 or val or tokenizer or vocab_size or val_fraction:
                 raise DataError("fineweb:... comes with its own tokenizer and validation split; give it alone")
             return _prepare_published(str(sources[0]), out, progress)
-        return _prepare_texts(
-            sources, out, tokenizer, vocab_size or DEFAULT_VOCAB_SIZE, val_fraction or 0.02, val, seed, progress
-        )
+        return _prepare_texts(sources, out, tokenizer, vocab_size, val_fraction or 0.02, val, seed, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DataError(f"the disk is full: could not write {out}; nothing was left there") from error
@@ -441,7 +441,7 @@ def _prepare_texts(
     sources: Sequence[str | Path],
     out: Path,
     tokenizer_path: str | Path | None,
-    vocab_size: int,
+    vocab_size: int | None,
     val_fraction: float,
     val: Sequence[str | Path] | None,
     seed: int,
@@ -462,8 +462,16 @@ def _prepare_texts(
     if tokenizer_path is not None:
         tokenizer = Tokenizer.load(tokenizer_path)
     else:
-        texts = all_documents(sources, "sampling for the tokenizer")
-        tokenizer = train_tokenizer(_sample(texts, TOKENIZER_SAMPLE_BYTES, count), vocab_size)
+        tokenizer = None
+        for size in (vocab_size,) if vocab_size else DEFAULT_VOCAB_SIZES:
+            texts = all_documents(sources, "sampling for the tokenizer")
+            try:
+                tokenizer = train_tokenizer(_sample(texts, TOKENIZER_SAMPLE_BYTES, count), size)
+                break
+            except DataError:
+                if size in (vocab_size, DEFAULT_VOCAB_SIZES[-1]):
+                    raise
+        assert tokenizer is not None
     chosen: set[int] = set()
     if not val and count > 1:
         held = min(count - 1, max(1, round(count * val_fraction)))
@@ -593,7 +601,11 @@ def _open_shard(path: Path) -> np.ndarray:
         raise DataError(f"shard {path} is damaged: {size} bytes, its header says {HEADER_BYTES + 2 * tokens}")
     if tokens == 0:
         return np.zeros(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+    ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+    if hasattr(mmap, "MADV_RANDOM"):
+        # Windows are read in shuffled order; read-ahead would fetch 30 times what is used.
+        ids._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return ids
 
 
 class TokenStream:
