@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import lzma
+import math
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,6 +51,12 @@ TOKENIZER_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME
 GRID, GRID_COLUMNS, FLOAT16, FLOAT32 = "grid", "grid+columns", "float16", "float32"
 CODECS = (GRID, GRID_COLUMNS, FLOAT16, FLOAT32)
 RANGE, LZMA = "range", "lzma"
+
+PACK_CODECS = ("mezzotint", "int6", "reference")
+TOLERANCE = 0.0005  # nats per token of predicted cost
+BIT_PRICE = 0.12  # lambda over step^2; ln 2 / 6 = 0.116 at high rate, where D = step^2 / 12 and dR = -dln(step) / ln 2
+PRICED_PASSES = 1
+COARSEST = 64.0  # the coarsest step tried for a budget, over the finest
 
 Progress = Callable[[str], None]
 
@@ -92,20 +99,22 @@ class Coded:
     codes: int
 
 
+def _banks(tensors: Mapping[str, Grid | np.ndarray]) -> list[list[str]]:
+    """Which quantized tensors share probability tables: embeddings (wide alphabets) and matrices form one bank each."""
+    names = [name for name, tensor in tensors.items() if isinstance(tensor, Grid)]
+    groups = [[n for n in names if n.endswith("embedding.weight") == embedding] for embedding in (True, False)]
+    return [group for group in groups if group]
+
+
 def _encode_range(
     tensors: Mapping[str, Grid | np.ndarray], start: dict[str, entropy.Classes] | None, rounds: int
 ) -> tuple[dict[str, Any], list[bytes], dict[str, entropy.Classes], float]:
     """Range-code tensors: (header entries, sections, the classes found, ideal bits of the codes)."""
-    # Wide and narrow alphabets do not share tables: embeddings and matrices form one bank each.
-    groups: dict[bool, list[str]] = {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Grid):
-            groups.setdefault("embedding" in name, []).append(name)
     sections: list[bytes] = []
     streams: dict[str, tuple[int, bytes]] = {}
     found: dict[str, entropy.Classes] = {}
     bits = 0.0
-    for number, names in enumerate(groups.values()):
+    for number, names in enumerate(_banks(tensors)):
         grids = [tensors[name] for name in names]
         planes = [grid.codes for grid in grids if isinstance(grid, Grid)]
         begin = [start[name] for name in names] if start is not None else None
@@ -370,7 +379,10 @@ def _tensors(
     )  # fmt: skip
     if not rows_ok or [row[0] for row in table] != list(shapes):
         raise ArtifactError("damaged artifact: the tensor table does not match the config")
-    for name, codec, _, _ in table:
+    for name, codec, bank, _ in table:
+        banked = codec in (GRID, GRID_COLUMNS) and header["coding"] == RANGE
+        if not (0 <= bank < len(banks) if banked else bank == -1):
+            raise ArtifactError(f"damaged artifact: {name} has no such table bank")
         if codec in (GRID, GRID_COLUMNS) and len(shapes[name]) != 2:
             raise ArtifactError(f"damaged artifact: {name} is no matrix")
     if header["coding"] == RANGE:
@@ -407,8 +419,6 @@ def _range_tensors(
                 if codec == FLOAT16:
                     values = entropy.read_words(decoder, size).view(np.float16).astype(np.float32).reshape(shape)
                 else:
-                    if not 0 <= number < len(banks):
-                        raise entropy.StreamError("there is no such table bank")
                     rows = entropy.read_words(decoder, shape[0]).view(np.float16)
                     columns = None
                     if codec == GRID_COLUMNS:
@@ -458,7 +468,8 @@ def _lzma_tensors(
             if offset - before != count:
                 raise ArtifactError(f"damaged artifact: {name} has the wrong number of bytes")
             yield name, shape, codec, count, values
-        if inflater.decompress(data, 1) or not inflater.eof or inflater.unused_data:
+        rest = b"" if inflater.eof else inflater.decompress(data, 1)
+        if rest or not inflater.eof or inflater.unused_data:
             raise ArtifactError("damaged artifact: the LZMA stream is too long")
     except (lzma.LZMAError, EOFError) as error:
         raise ArtifactError(f"damaged artifact: the LZMA stream does not decode ({error})") from error
@@ -535,118 +546,182 @@ def calibration_windows(model: Model, calibration: TokenStream | None, tokens: i
     return [np.asarray(windows[int(i)]) for i in np.linspace(0, len(windows) - 1, count)]
 
 
-@dataclass
-class Plan:
-    """Packed tensors before pruning, and which codes may go first."""
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to pack a model: the file's bytes, what its tensors stand for, and what it took."""
 
+    data: bytes
     tensors: dict[str, Grid | np.ndarray]
-    damage: dict[str, np.ndarray]  # for each prunable tensor: the cost of zeroing each entry, float32 [R, C]
+    code_bits: float
+    pruned: int
 
 
-def _plan_gptq(model: Model, windows: list[np.ndarray], seed: int, progress: Progress) -> Plan:
-    """int6 GPTQ matrices, int8 embeddings, float16 for the rest."""
-    progress(f"calibrating on {sum(map(len, windows)):,} tokens")
-    hessians = quantize.calibration_hessians(model, windows, seed)
-    tensors: dict[str, Grid | np.ndarray] = {}
-    damage: dict[str, np.ndarray] = {}
-    for name, value in _state(model).items():
-        module = name.removesuffix(".weight")
-        if module in hessians:
-            progress(f"quantizing {module}")
-            hessian = hessians[module]
-            diagonal = hessian.diagonal().numpy()
-            weigh = diagonal if diagonal.sum() > 0 else np.ones_like(diagonal)
-            rows = quantize.row_scales(value, weigh, quantize.INT6_LIMIT)
-            tensors[name] = quantize.gptq(torch.from_numpy(value), hessian, rows)
-            damage[name] = (np.square(rows.astype(np.float64))[:, None] * weigh[None, :]).astype(np.float32)
-        elif value.ndim == 2 and "embedding.weight" in name:
-            rows = quantize.row_scales(value, np.ones(value.shape[1]), quantize.INT8_LIMIT)
-            tensors[name] = quantize.round_to_grid(value, rows, quantize.INT8_LIMIT)
-        else:
+class _Rate:
+    """Rate-distortion quantization: GPTQ on curvature grids whose roundings pay for their bits. One knob, the step."""
+
+    def __init__(self, model: Model, windows: list[np.ndarray], seed: int, tolerance: float, say: Progress) -> None:
+        say(f"curvature from {sum(map(len, windows)):,} tokens")
+        self.curvature = quantize.curvature(model, windows, seed)
+        self.state = _state(model)
+        self.writer = _Writer(model, RANGE)
+        self.say = say
+        self.best: _Attempt | None = None
+        weights = sum(v.size for n, v in self.state.items() if n.removesuffix(".weight") in self.curvature)
+        self.finest = math.sqrt(24 * tolerance / weights)
+
+    def attempt(self, step: float) -> _Attempt:
+        """Pack at one step: plain GPTQ, then GPTQ under the code lengths that the codes before it gave."""
+        scales: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        tensors: dict[str, Grid | np.ndarray] = {}
+        for name, value in self.state.items():
+            module = name.removesuffix(".weight")
+            if module in self.curvature:
+                scales[name] = quantize.curved_scales(value, self.curvature[module], step, entropy.MAX_MAGNITUDE)
             tensors[name] = _floats(value)
-    return Plan(tensors, damage)
+        models: dict[str, tuple[np.ndarray, entropy.Classes]] = {}
+        for _ in range(1 + PRICED_PASSES):
+            for name, (rows, columns) in scales.items():
+                curvature = self.curvature[name.removesuffix(".weight")]
+                price = None
+                if models:
+                    lengths, classes = models[name]
+                    price = quantize.Price(lengths, classes.tables(len(lengths)), curvature.rows, BIT_PRICE * step**2)
+                tensors[name] = quantize.gptq(
+                    torch.from_numpy(self.state[name]), curvature.inputs, rows, columns,
+                    limit=entropy.MAX_MAGNITUDE, price=price,
+                )  # fmt: skip
+            models = {}
+            for names in _banks(tensors):
+                planes = [grid.codes for name in names if isinstance(grid := tensors[name], Grid)]
+                bank, classes_of = entropy.fit(planes)
+                lengths = bank.lengths()
+                models.update({n: (lengths, c) for n, c in zip(names, classes_of, strict=True)})
+        self.writer.classes = {name: classes for name, (_, classes) in models.items()}
+        data = self.writer.write(tensors)
+        self.say(f"{len(data):,} bytes at step {step:.3g}")
+        return _Attempt(data, tensors, self.writer.code_bits, 0)
+
+    def fit(self, limit: int) -> tuple[_Attempt | None, int]:
+        """The finest attempt found of at most `limit` bytes, if any, and the smallest size seen.
+
+        Size falls smoothly with the logarithm of the step, so false position with a bisection every third time gets
+        within 0.3% of the limit in few attempts.
+        """
+        fine, coarse = 0.0, math.log(COARSEST)
+        first = self.attempt(self.finest)
+        if len(first.data) <= limit:
+            return first, len(first.data)
+        last = self.attempt(self.finest * COARSEST)
+        if len(last.data) > limit:
+            return None, len(last.data)
+        fine_size, best = len(first.data), last
+        for number in range(8):
+            if limit - len(best.data) <= 0.003 * limit or coarse - fine < 0.002:
+                break
+            # Logarithms of sizes are closer to straight lines than sizes are.
+            top, bottom = math.log(fine_size), math.log(len(best.data))
+            share = (top - math.log(limit * 0.9985)) / max(1e-9, top - bottom)
+            share = 0.5 if number % 3 == 2 else min(0.97, max(0.03, share))
+            middle = fine + (coarse - fine) * share
+            tried = self.attempt(self.finest * math.exp(middle))
+            if len(tried.data) <= limit:
+                coarse, best = middle, tried
+            else:
+                fine, fine_size = middle, len(tried.data)
+        return best, len(last.data)
 
 
-def _plan_reference(model: Model, windows: list[np.ndarray], seed: int, progress: Progress) -> Plan:
-    """The reference's quantization (five clip percentiles, int8 embeddings), on Hessians from real text."""
-    progress(f"calibrating on {sum(map(len, windows)):,} tokens")
-    hessians = quantize.calibration_hessians(model, windows, seed)
-    tensors: dict[str, Grid | np.ndarray] = {}
-    damage: dict[str, np.ndarray] = {}
-    for name, value in _state(model).items():
-        module = name.removesuffix(".weight")
-        if value.size <= 65_536 or value.ndim != 2:
-            tensors[name] = _floats(value)
-        elif module in hessians:
-            progress(f"quantizing {module}")
-            rows = quantize.percentile_scales(value, quantize.INT6_LIMIT)
-            tensors[name] = quantize.gptq(torch.from_numpy(value), hessians[module], rows)
-            damage[name] = np.broadcast_to(np.square(rows.astype(np.float32))[:, None], value.shape)
-        else:
-            rows = (np.abs(value).max(axis=1) / quantize.INT8_LIMIT).astype(np.float16)
-            tensors[name] = quantize.round_to_grid(value, rows, quantize.INT8_LIMIT)
-    return Plan(tensors, damage)
+class _Pruned:
+    """int6 codes on a row grid, made to fit by zeroing the codes of +-1 whose loss does the least damage."""
 
-
-class _Pruner:
-    """Zeroes the n codes of +-1 whose loss does the least damage."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.names = list(plan.damage)
+    def __init__(self, model: Model, windows: list[np.ndarray], seed: int, codec: str, say: Progress) -> None:
+        say(f"Hessians from {sum(map(len, windows)):,} tokens")
+        hessians = quantize.calibration_hessians(model, windows, seed)
+        self.say = say
+        self.tensors: dict[str, Grid | np.ndarray] = {}
         self.where: dict[str, np.ndarray] = {}
         costs = []
-        for name in self.names:
-            grid = plan.tensors[name]
-            assert isinstance(grid, Grid)
-            self.where[name] = np.flatnonzero(np.abs(grid.codes).ravel() == 1)
-            costs.append(plan.damage[name].ravel()[self.where[name]])
+        for name, value in _state(model).items():
+            hessian = hessians.get(name.removesuffix(".weight"))
+            grid, damage = (_int6 if codec == "int6" else _reference)(name, value, hessian)
+            self.tensors[name] = grid
+            if damage is not None and isinstance(grid, Grid):
+                self.where[name] = np.flatnonzero(np.abs(grid.codes).ravel() == 1)
+                costs.append(damage.ravel()[self.where[name]])
         self.costs = np.concatenate(costs) if costs else np.zeros(0, dtype=np.float32)
         self.order = np.argsort(self.costs, kind="stable")
+        self.writer = _Writer(model, RANGE if codec == "int6" else LZMA)
 
-    def __len__(self) -> int:
-        return len(self.costs)
-
-    def pruned(self, count: int) -> dict[str, Grid | np.ndarray]:
+    def attempt(self, count: int) -> _Attempt:
+        """Pack with the `count` cheapest codes of +-1 zeroed."""
         gone = np.zeros(len(self.costs), dtype=bool)
         gone[self.order[:count]] = True
-        tensors = dict(self.plan.tensors)
+        tensors = dict(self.tensors)
         start = 0
-        for name in self.names:
-            stop = start + len(self.where[name])
+        for name, where in self.where.items():
+            stop = start + len(where)
             grid = tensors[name]
             if gone[start:stop].any() and isinstance(grid, Grid):
                 codes = grid.codes.copy()
-                codes.ravel()[self.where[name][gone[start:stop]]] = 0
+                codes.ravel()[where[gone[start:stop]]] = 0
                 tensors[name] = dataclasses.replace(grid, codes=codes)
             start = stop
-        return tensors
+        data = self.writer.write(tensors)
+        self.say(f"{len(data):,} bytes with {count:,} codes of +-1 dropped")
+        return _Attempt(data, tensors, self.writer.code_bits, count)
+
+    def fit(self, limit: int) -> tuple[_Attempt | None, int]:
+        """About the fewest codes dropped that fit `limit` bytes, if any do, and the smallest size seen.
+
+        Size falls almost linearly with the count, so interpolation safeguarded by bisection takes few attempts.
+        """
+        first = self.attempt(0)
+        if len(first.data) <= limit:
+            return first, len(first.data)
+        best = self.attempt(len(self.costs))
+        smallest = len(best.data)
+        if smallest > limit:
+            return None, smallest
+        low, low_size, high = 0, len(first.data), len(self.costs)
+        for number in range(12):
+            if high - low <= 1 or limit - len(best.data) <= limit // 2000:
+                break
+            share = (low_size - limit * 0.9998) / max(1, low_size - len(best.data))
+            middle = low + int((high - low) * (min(0.95, max(0.05, share)) if number % 3 < 2 else 0.5))
+            tried = self.attempt(min(high - 1, max(low + 1, middle)))
+            if len(tried.data) <= limit:
+                high, best = tried.pruned, tried
+            else:
+                low, low_size = tried.pruned, len(tried.data)
+        return best, smallest
 
 
-def _smallest_count(size_of: Callable[[int], int], most: int, limit: int, attempts: int = 12) -> int | None:
-    """About the smallest n in 0..most with size_of(n) <= limit; None if even `most` is too large.
+def _int6(name: str, value: np.ndarray, hessian: torch.Tensor | None) -> tuple[Grid | np.ndarray, np.ndarray | None]:
+    """One tensor under int6 GPTQ (int8 embeddings), and what zeroing each entry costs: scale^2 times H's diagonal."""
+    if hessian is not None:
+        diagonal = hessian.diagonal().numpy()
+        weigh = diagonal if diagonal.sum() > 0 else np.ones_like(diagonal)
+        rows = quantize.row_scales(value, weigh, quantize.INT6_LIMIT)
+        damage = np.square(rows.astype(np.float64))[:, None] * weigh[None, :]
+        return quantize.gptq(torch.from_numpy(value), hessian, rows), damage.astype(np.float32)
+    if name.endswith("embedding.weight"):
+        rows = quantize.row_scales(value, np.ones(value.shape[1]), quantize.INT8_LIMIT)
+        return quantize.round_to_grid(value, rows, quantize.INT8_LIMIT), None
+    return _floats(value), None
 
-    size_of falls almost linearly, so interpolation safeguarded by bisection takes few evaluations. The answer is
-    always one that was evaluated and fits.
-    """
-    low, low_size = 0, size_of(0)
-    if low_size <= limit:
-        return 0
-    high, high_size = most, size_of(most)
-    if high_size > limit:
-        return None
-    for attempt in range(attempts):
-        if high - low <= 1 or limit - high_size <= limit // 2000:
-            break
-        share = (low_size - limit * 0.9998) / max(1, low_size - high_size)
-        middle = low + int((high - low) * (min(0.95, max(0.05, share)) if attempt % 3 < 2 else 0.5))
-        middle = min(high - 1, max(low + 1, middle))
-        size = size_of(middle)
-        if size <= limit:
-            high, high_size = middle, size
-        else:
-            low, low_size = middle, size
-    return high
+
+def _reference(
+    name: str, value: np.ndarray, hessian: torch.Tensor | None
+) -> tuple[Grid | np.ndarray, np.ndarray | None]:
+    """One tensor as the seed packs it, and its damage: squared row scale. Hessians are from real text, though."""
+    if value.size <= 65_536 or value.ndim != 2:
+        return _floats(value), None
+    if hessian is not None:
+        rows = quantize.percentile_scales(value, quantize.INT6_LIMIT)
+        damage = np.broadcast_to(np.square(rows.astype(np.float32))[:, None], value.shape)
+        return quantize.gptq(torch.from_numpy(value), hessian, rows), damage
+    rows = (np.abs(value).max(axis=1) / quantize.INT8_LIMIT).astype(np.float16)
+    return quantize.round_to_grid(value, rows, quantize.INT8_LIMIT), None
 
 
 def pack(
@@ -657,24 +732,30 @@ def pack(
     budget: int = BUDGET,
     code: Sequence[Path | str] = (),
     codec: str = "mezzotint",
+    tolerance: float = TOLERANCE,
     calibration_tokens: int = 32_768,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize, code and write `model` to `out` so that the file and the `code` files fit `budget` decimal bytes.
 
-    calibration: the training split's tokens; its masked text gives the Hessians. codec: `mezzotint`, or `reference` for
-    the seed's quantization and LZMA. The written file is reopened and every weight compared before this returns.
+    calibration: the training split's tokens; masked text from it gives curvature and Hessians. codec: `mezzotint`
+    (rate-distortion GPTQ), `int6` (GPTQ to int6 on a row grid, range-coded, +-1 dropping) or `reference` (the seed's
+    quantization and LZMA). tolerance (`mezzotint` only): the predicted cost in nats per token below which bytes are
+    not worth spending, so that an artifact need not fill its budget. The written file is reopened and every weight
+    compared before this returns.
 
     Returns `artifact_bytes`, `code_bytes`, `total_bytes`, `budget_bytes`, `parameters`, `bits_per_parameter` (of the
-    artifact), `pruned_codes`, `entropy_bits_per_code` (ideal code length per quantized weight; for `reference` the LZMA
-    stream's), `verified`. Raises ArtifactError if there is no calibration text, if the budget cannot be met (naming the
-    smallest reachable size) or if the file cannot be written; `out` is then untouched.
+    artifact), `pruned_codes`, `entropy_bits_per_code` (ideal code length per quantized weight; for `reference` the
+    LZMA stream's), `verified`. Raises ArtifactError if there is no calibration text, if the budget cannot be met
+    (naming the smallest reachable size) or if the file cannot be written; `out` is then untouched.
     """
     say = progress or (lambda _: None)
     out = Path(out)
-    if codec not in ("mezzotint", "reference"):
-        raise ArtifactError(f"unknown codec {codec!r}; known: mezzotint, reference")
+    if codec not in PACK_CODECS:
+        raise ArtifactError(f"unknown codec {codec!r}; known: {', '.join(PACK_CODECS)}")
+    if not 0 < tolerance < 10:
+        raise ArtifactError(f"tolerance is a small positive number of nats per token, not {tolerance!r}")
     code_bytes = 0
     for item in code:
         if not Path(item).is_file():
@@ -682,40 +763,70 @@ def pack(
         code_bytes += Path(item).stat().st_size
     if not out.parent.is_dir():
         raise ArtifactError(f"{out.parent}: no such folder to write {out.name} to")
-    limit = budget - code_bytes
     windows = calibration_windows(model, calibration, calibration_tokens)
-    plan = (_plan_gptq if codec == "mezzotint" else _plan_reference)(model, windows, seed, say)
-    writer = _Writer(model, RANGE if codec == "mezzotint" else LZMA)
-    pruner = _Pruner(plan)
-    written: dict[int, tuple[bytes, float]] = {}
+    packer = (
+        _Rate(model, windows, seed, tolerance, say)
+        if codec == "mezzotint"
+        else _Pruned(model, windows, seed, codec, say)
+    )
+    attempt, smallest = packer.fit(budget - code_bytes)
+    if attempt is None:
+        raise ArtifactError(f"a budget of {budget:,} bytes cannot be met: the smallest reachable size is "
+                            f"{smallest + code_bytes:,} bytes ({code_bytes:,} of them code)")  # fmt: skip
+    _write_verified(out, attempt.data, attempt.tensors)
+    return _report(model, attempt, code_bytes, budget)
 
-    def size_of(count: int) -> int:
-        data = writer.write(pruner.pruned(count))
-        say(f"{len(data):,} bytes with {count:,} codes of +-1 dropped")
-        written[count] = data, writer.code_bits
-        return len(data)
 
-    count = _smallest_count(size_of, len(pruner), limit)
-    if count is None:
-        smallest = len(written[len(pruner)][0]) + code_bytes
-        raise ArtifactError(f"a budget of {budget:,} bytes cannot be met: the smallest reachable size is {smallest:,} "
-                            f"bytes ({code_bytes:,} of them code)")  # fmt: skip
-    data, bits = written[count]
-    tensors = pruner.pruned(count)
-    _write_verified(out, data, tensors)
+def _report(model: Model, attempt: _Attempt, code_bytes: int, budget: int) -> dict[str, Any]:
     parameters = count_parameters(model.network)
-    codes = sum(tensor.codes.size for tensor in tensors.values() if isinstance(tensor, Grid))
+    codes = sum(tensor.codes.size for tensor in attempt.tensors.values() if isinstance(tensor, Grid))
     return {
-        "artifact_bytes": len(data),
+        "artifact_bytes": len(attempt.data),
         "code_bytes": code_bytes,
-        "total_bytes": len(data) + code_bytes,
+        "total_bytes": len(attempt.data) + code_bytes,
         "budget_bytes": budget,
         "parameters": parameters,
-        "bits_per_parameter": 8 * len(data) / parameters,
-        "pruned_codes": count,
-        "entropy_bits_per_code": bits / max(1, codes),
+        "bits_per_parameter": 8 * len(attempt.data) / parameters,
+        "pruned_codes": attempt.pruned,
+        "entropy_bits_per_code": attempt.code_bits / max(1, codes),
         "verified": True,
     }
+
+
+def sweep(
+    model: Model,
+    calibration: TokenStream | None,
+    score: Callable[[Model], np.ndarray],
+    *,
+    tolerances: Sequence[float] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+    calibration_tokens: int = 32_768,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, float]]:
+    """Bytes against likelihood: pack at each tolerance and score what the file's bytes stand for.
+
+    score: bits per byte of each of a fixed set of windows under fixed masks, so that differences to the unpacked model
+    pair up. Returns one dict per tolerance: `tolerance`, `bytes`, `bits_per_parameter`, `nelbo_bpb`, `cost_bpb` (over
+    the unpacked model) and `cost_stderr_bpb`.
+    """
+    say = progress or (lambda _: None)
+    windows = calibration_windows(model, calibration, calibration_tokens)
+    before = np.asarray(score(model), dtype=np.float64)
+    packer = _Rate(model, windows, seed, tolerances[0], say)
+    points = []
+    for tolerance in tolerances:
+        attempt = packer.attempt(packer.finest * math.sqrt(tolerance / tolerances[0]))
+        network = _network(model.config, {name: _values(tensor) for name, tensor in attempt.tensors.items()})
+        after = np.asarray(score(dataclasses.replace(model, network=network)), dtype=np.float64)
+        cost = after - before
+        points.append({
+            "tolerance": tolerance, "bytes": len(attempt.data),
+            "bits_per_parameter": 8 * len(attempt.data) / count_parameters(model.network),
+            "nelbo_bpb": float(after.mean()), "cost_bpb": float(cost.mean()),
+            "cost_stderr_bpb": float(cost.std(ddof=1) / math.sqrt(len(cost))),
+        })  # fmt: skip
+        say(f"{len(attempt.data):,} bytes: {points[-1]['cost_bpb']:+.5f} bits per byte")
+    return points
 
 
 def _write_verified(out: Path, data: bytes, tensors: Mapping[str, Grid | np.ndarray]) -> None:

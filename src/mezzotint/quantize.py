@@ -75,6 +75,75 @@ def calibration_hessians(model: Model, windows: Iterable[np.ndarray], seed: int 
     return {name: total / max(1, seen[name]) for name, total in sums.items()}
 
 
+@dataclass(frozen=True)
+class Curvature:
+    """A Kronecker-factored second derivative of the NELBO for one matrix W [R, C].
+
+    Changing W by D costs about 1/2 * sum_r rows[r] * D[r] @ inputs @ D[r] nats per token. rows float64 [R], mean 1;
+    inputs float64 [C, C].
+    """
+
+    inputs: Tensor
+    rows: np.ndarray
+
+
+def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws: int = 1) -> dict[str, Curvature]:
+    """Curvature of the NELBO in every linear layer and embedding, by module name, from masked text.
+
+    The Fisher matrix of the model's own predictions (labels drawn from the model; Martens 2020, "New insights...",
+    section 5) under the NELBO's weights T / k. With independent labels the gradient G [R, C] of one window's
+    sum of sqrt(T / k) * -log p(label) has mean zero and the window's weighted Fisher as its covariance, with every term
+    that couples positions through attention. It is kept as one Kronecker product per matrix, diag(rows) x inputs, with
+    inputs = E[G^T G] and rows ~ the diagonal of E[G G^T] (Gupta et al. 2018, "Shampoo"; its trace is exact).
+    Tied embeddings thus count both as inputs and as output layer. `draws` label draws per window lower the noise.
+    """
+    windows = list(windows)
+    network, config = model.network, model.config
+    generator = torch.Generator().manual_seed(seed)
+    length = max(len(window) for window in windows)
+    counts = stratified_counts(len(windows), length, generator)
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    inputs = {n: torch.zeros(m.weight.shape[1], m.weight.shape[1], dtype=torch.float64) for n, m in layers.items()}
+    rows = {n: torch.zeros(m.weight.shape[0], dtype=torch.float64) for n, m in layers.items()}
+    wanted = [p.requires_grad for p in network.parameters()]
+    network.requires_grad_(False)
+    for module in layers.values():
+        module.weight.requires_grad_(True)
+    tokens = 0
+    try:
+        for window, count in zip(windows, counts, strict=True):
+            ids = torch.as_tensor(window, dtype=torch.int64)[None]
+            # A last, shorter window keeps its mask rate.
+            scaled = (count[None] * len(window) / length).ceil().long().clamp(1, len(window))
+            corrupted, masked = mask_by_count(ids, scaled, config.mask_id, generator)
+            logits = network(corrupted.to(model.device), positions=masked.to(model.device))
+            tokens += len(window)
+            for draw in range(draws):
+                noise = torch.rand(logits.shape, generator=generator).to(logits.device)
+                labels = (logits.detach() - torch.log(-torch.log(noise.clamp_min(1e-20)))).argmax(-1)
+                loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+                gradients = torch.autograd.grad(
+                    loss, [m.weight for m in layers.values()], retain_graph=draw + 1 < draws
+                )
+                weight = len(window) / float(scaled) / draws
+                for name, gradient in zip(layers, gradients, strict=True):
+                    g = gradient.float()
+                    inputs[name] += (g.T @ g).double().cpu() * weight
+                    rows[name] += g.square().sum(1).double().cpu() * weight
+    finally:
+        for parameter, flag in zip(network.parameters(), wanted, strict=True):
+            parameter.requires_grad_(flag)
+    result = {}
+    for name in layers:
+        row = rows[name].numpy()
+        mean = row.mean()
+        # Rows that hardly occur in the sample still occur in the world.
+        row = (row + 0.05 * mean) / (1.05 * mean) if mean > 0 else np.ones_like(row)
+        # `inputs` carries the sum over rows: per row it is a share.
+        result[name] = Curvature(inputs[name] / (tokens * len(row)), row)
+    return result
+
+
 def snap(scales: np.ndarray, per_octave: int = 16) -> np.ndarray:
     """Scales rounded to float16 numbers nearest a geometric grid of `per_octave` steps; 0 stays 0.
 
@@ -118,42 +187,114 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return hessian.double() + damping * mean * torch.eye(len(hessian), dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class Price:
+    """What a rounding pays for the bits of its code.
+
+    lengths: bits of code -M..M under each table, float [K, 2 M + 1]; tables: which table codes each entry, [R, C];
+    rows: importance of each row's squared error, [R]; per_bit: the error one bit is worth (lambda).
+    """
+
+    lengths: np.ndarray
+    tables: np.ndarray
+    rows: np.ndarray
+    per_bit: float
+
+
 def gptq(
     weight: Tensor,
     hessian: Tensor,
     rows: np.ndarray,
+    columns: np.ndarray | None = None,
     *,
     limit: int = INT6_LIMIT,
     damping: float = 0.01,
     block: int = 128,
+    price: Price | None = None,
 ) -> Grid:
-    """Codes that make the layer's output error small: E |(W - Q) x|^2 = tr((W - Q) H (W - Q)^T), H = E[x x^T].
+    """Codes that make the layer's output error small: tr((W - Q) H (W - Q)^T), H = E[x x^T] or a curvature.
 
     GPTQ (Frantar et al. 2022, algorithm 1): columns are rounded one after the other, by descending diagonal of H, and
-    each column's error is spread over the columns still to come by the Cholesky factor of H^-1.
-    weight [R, C]; hessian [C, C]; rows float16 [R].
+    each column's error is spread over the columns still to come by the Cholesky factor of H^-1. With a `price`, each
+    rounding takes the cheapest of the two neighbouring codes and zero, by its error's final cost plus per_bit times
+    its code length, so the whole trades error against bits.
+    weight [R, C]; hessian [C, C]; rows, columns: float16 scales [R], [C].
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    h = damped(hessian, damping)[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    factor = inverse_factor(hessian, order, damping).float()
     work = weight.detach().float().cpu().T[order].contiguous()  # [C, R]: one column of W per row
     scale = torch.from_numpy(rows.astype(np.float32))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    across = torch.ones(len(work)) if columns is None else torch.from_numpy(columns.astype(np.float32))[order]
+    across = torch.where(across > 0, across, torch.ones_like(across))
+    if price is not None:
+        span = price.lengths.shape[1]
+        limit = min(limit, span // 2)
+        # Bits no table codes (infinite) become merely unaffordable, so that no comparison meets inf - inf.
+        bits = torch.from_numpy(np.minimum(price.lengths, 64.0) * price.per_bit).float().ravel()
+        base = torch.from_numpy(price.tables.astype(np.int64)).T[order] * span + span // 2
+        importance = torch.from_numpy(price.rows).float()
     codes = torch.empty_like(work)
-    columns = len(work)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
+    columns_count = len(work)
+    for start in range(0, columns_count, block):
+        stop = min(start + block, columns_count)
         errors = torch.empty(stop - start, work.shape[1])
         for j in range(start, stop):
-            codes[j] = torch.clamp(torch.round(work[j] / scale), -limit, limit)
-            error = (work[j] - codes[j] * scale) / factor[j, j]
+            step = scale * across[j]
+            x = work[j] / step
+            if price is None:
+                code = torch.clamp(torch.round(x), -limit, limit)
+            else:
+                low = torch.clamp(torch.floor(x), -limit, limit)
+                high = torch.clamp(low + 1, -limit, limit)
+                weigh = importance * (step / factor[j, j]).square()
+
+                def cost(q: Tensor, x=x, weigh=weigh, j=j) -> Tensor:
+                    return weigh * (x - q).square() + bits[base[j] + q.long()]
+
+                low_cost, high_cost = cost(low), cost(high)
+                code = torch.where(high_cost < low_cost, high, low)
+                zero = torch.zeros_like(code)
+                code = torch.where(cost(zero) < torch.minimum(low_cost, high_cost), zero, code)
+            codes[j] = code
+            error = (work[j] - code * step) / factor[j, j]
             errors[j - start] = error
             work[j + 1 : stop] -= factor[j, j + 1 : stop, None] * error
         work[stop:] -= factor[start:stop, stop:].T @ errors
     result = torch.empty_like(codes)
     result[order] = codes
-    return Grid(result.T.contiguous().numpy().astype(np.int16), rows)
+    return Grid(result.T.contiguous().numpy().astype(np.int16), rows, columns)
+
+
+def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped `hessian` with rows and columns in `order`, float64."""
+    h = damped(hessian, damping)[order][:, order]
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+
+
+def curved_scales(
+    weight: np.ndarray, curvature: Curvature, step: float, limit: int, damping: float = 0.01
+) -> tuple[np.ndarray, np.ndarray]:
+    """Float16 scales (rows [R], columns [C]) whose rounding errors all cost alike: about step^2 / 24 nats per weight.
+
+    In GPTQ the error on column j ends up costing rows[r] * L_j^2 times its square, L_j being what of the input's column
+    j cannot be said by the columns after it (the Cholesky factor of `inputs`). At high rate the fewest bits for a given
+    total need every error to cost the same, hence a grid of step / (sqrt(rows[r]) L_j): reverse water-filling with
+    the quantizer's spacing instead of its rate (Lifar et al. 2026, "WaterSIC"). Rows are widened where codes would
+    pass 80% of `limit`. A matrix without curvature gets 8 steps per standard deviation of a row.
+    """
+    if not curvature.inputs.diagonal().mean() > 0:
+        rows = np.maximum(np.sqrt(np.square(weight).mean(axis=1)) / 8, np.abs(weight).max(axis=1) / (0.8 * limit))
+        return snap(rows, 8), np.ones(weight.shape[1], dtype=np.float16)
+    order = torch.argsort(curvature.inputs.diagonal(), descending=True, stable=True)
+    own = torch.empty(len(order), dtype=torch.float64)
+    own[order] = 1 / inverse_factor(curvature.inputs, order, damping).diagonal()
+    columns = step / own.numpy()
+    middle = float(np.exp(np.log(columns).mean()))  # keeps both vectors well inside float16
+    across = snap(columns / middle, 8)
+    rows = middle / np.sqrt(curvature.rows)
+    rows = np.maximum(rows, (np.abs(weight) / across.astype(np.float64)).max(axis=1) / (0.8 * limit))
+    return snap(rows, 8), across
 
 
 def percentile_scales(weight: np.ndarray, limit: int) -> np.ndarray:

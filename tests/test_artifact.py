@@ -1,0 +1,464 @@
+"""Artifacts: round trips, budgets, determinism, golden bytes, and files made to do harm."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import resource
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from mezzotint import artifact, entropy, quantize
+from mezzotint.config import ModelConfig, preset, to_dict
+from mezzotint.data import Tokenizer
+from mezzotint.errors import ArtifactError
+from mezzotint.model import Denoiser, Model
+
+GOLDEN = Path(__file__).parent / "golden"
+TEXT = Path(__file__).read_text()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=buffer, vocab_size=420, model_type="bpe",
+        byte_fallback=True, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    return Tokenizer(buffer.getvalue())
+
+
+class Stream:
+    """The part of a TokenStream that packing uses."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = np.array(ids, dtype=np.uint16)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def windows(self, length: int) -> list[np.ndarray]:
+        return [self.ids[i : i + length].astype(np.int64) for i in range(0, len(self.ids), length)]
+
+
+@pytest.fixture(scope="module")
+def text(tokenizer: Tokenizer) -> Stream:
+    return Stream(tokenizer.encode(TEXT))
+
+
+def make(tokenizer: Tokenizer, seed: int = 0, **changes) -> Model:
+    """A model whose every matrix matters: random weights where training would start from zero."""
+    options = {"sequence_length": 64, "layers": 2, "width": 32, "heads": 2, "kv_heads": 1, **changes}
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, **options)
+    torch.manual_seed(seed)
+    network = Denoiser(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+        network.embedding.weight.normal_(std=0.5)
+    return Model(config, tokenizer, network, {"commit": "abc", "steps": 7})
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> Model:
+    return make(tokenizer, unet_skips=True, channel_scales=True, bigram_buckets=50, value_embedding_width=8)
+
+
+@pytest.fixture(scope="module")
+def packed(model: Model, text: Stream, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "model.mzt"
+    artifact.pack(model, text, out)
+    return out
+
+
+@pytest.mark.parametrize("codec", artifact.PACK_CODECS)
+def test_pack_and_open(model: Model, text: Stream, tmp_path: Path, codec: str) -> None:
+    out = tmp_path / "model.mzt"
+    result = artifact.pack(model, text, out, codec=codec)
+    assert result["verified"] is True
+    assert result["artifact_bytes"] == out.stat().st_size == result["total_bytes"]
+    opened = artifact.open_artifact(out)
+    assert opened.config == model.config
+    assert opened.tokenizer.serialized == model.tokenizer.serialized
+    assert opened.info == model.info
+    assert opened.sha256 == hashlib.sha256(out.read_bytes()).hexdigest()
+    ids = torch.arange(40)[None] % 200
+    error = (opened.logits(ids) - model.logits(ids)).square().mean() / model.logits(ids).var()
+    assert error < 0.05
+    assert torch.equal(opened.logits(ids), artifact.open_artifact(out).logits(ids))
+
+
+def test_packing_twice_gives_the_same_bytes(model: Model, text: Stream, packed: Path, tmp_path: Path) -> None:
+    artifact.pack(model, text, tmp_path / "again.mzt")
+    assert (tmp_path / "again.mzt").read_bytes() == packed.read_bytes()
+
+
+def test_weights_are_the_codes_times_the_scales(tokenizer: Tokenizer, text: Stream, tmp_path: Path) -> None:
+    """Every opened weight of an int6 matrix is one of 63 multiples of its row's scale."""
+    out = tmp_path / "model.mzt"
+    artifact.pack(make(tokenizer), text, out, codec="int6")
+    for name, module in quantize.matrices(artifact.open_artifact(out).network).items():
+        weight = module.weight.numpy()
+        for row in weight:
+            levels = np.unique(np.abs(row[row != 0]))
+            assert len(levels) <= 31, name
+            ratio = levels / levels.min() if len(levels) else levels
+            scale = (
+                next(k for k in range(1, 32) if np.allclose(ratio * k, np.rint(ratio * k), atol=1e-3))
+                if len(levels)
+                else 1
+            )
+            assert np.rint(ratio * scale).max(initial=0) <= 31
+
+
+@pytest.mark.parametrize("codec", artifact.PACK_CODECS)
+def test_a_tighter_budget_is_met_and_damage_grows(tokenizer: Tokenizer, text: Stream, tmp_path: Path, codec: str):
+    model = make(tokenizer, width=64, layers=3)
+    ids = torch.from_numpy(text.windows(64)[3])[None]
+
+    def damage(path: Path) -> float:
+        opened = artifact.open_artifact(path)
+        return float((opened.logits(ids) - model.logits(ids)).square().mean())
+
+    free = artifact.pack(model, text, tmp_path / "free.mzt", codec=codec, tolerance=1e-4)
+    code = tmp_path / "code.py"
+    code.write_text("#" * 500)
+    budget = int(free["artifact_bytes"] * (0.997 if codec == "reference" else 0.99)) + 500
+    tight = artifact.pack(model, text, tmp_path / "tight.mzt", codec=codec, budget=budget, code=[code], tolerance=1e-4)
+    assert tight["code_bytes"] == 500
+    assert tight["total_bytes"] == (tmp_path / "tight.mzt").stat().st_size + 500 <= budget
+    assert tight["total_bytes"] > 0.97 * budget
+    assert (tight["pruned_codes"] > 0) == (codec != "mezzotint")
+    assert damage(tmp_path / "tight.mzt") > damage(tmp_path / "free.mzt")
+
+
+def test_refuses_with_the_smallest_reachable_size(model: Model, text: Stream, tmp_path: Path) -> None:
+    out = tmp_path / "model.mzt"
+    with pytest.raises(ArtifactError, match="smallest reachable size is") as caught:
+        artifact.pack(model, text, out, budget=5_000)
+    assert not list(tmp_path.iterdir())
+    smallest = int(str(caught.value).split("size is ")[1].split(" bytes")[0].replace(",", ""))
+    assert artifact.pack(model, text, out, budget=smallest)["total_bytes"] <= smallest
+
+
+def test_refuses_without_text(model: Model, tmp_path: Path) -> None:
+    for nothing in (None, Stream([])):
+        with pytest.raises(ArtifactError, match="training data"):
+            artifact.pack(model, nothing, tmp_path / "model.mzt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_bad_requests(model: Model, text: Stream, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="codec"):
+        artifact.pack(model, text, tmp_path / "m.mzt", codec="zip")
+    with pytest.raises(ArtifactError, match="no such code file"):
+        artifact.pack(model, text, tmp_path / "m.mzt", code=[tmp_path / "none.py"])
+    with pytest.raises(ArtifactError, match="no such folder"):
+        artifact.pack(model, text, tmp_path / "none" / "m.mzt")
+
+
+def test_refuses_a_diverged_model(tokenizer: Tokenizer, text: Stream, tmp_path: Path) -> None:
+    model = make(tokenizer)
+    with torch.no_grad():
+        model.network.embedding.weight[0, 0] = float("nan")
+    with pytest.raises(ArtifactError, match="not finite"):
+        artifact.pack(model, text, tmp_path / "m.mzt", codec="int6")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    model: Model, text: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ArtifactError, match="no space left") as caught:
+        artifact.pack(model, text, tmp_path / "m.mzt", codec="int6")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_hessians_weigh_real_masked_text(tokenizer: Tokenizer, text: Stream) -> None:
+    """The Hessian of the first matrices is the second moment of normalised inputs: its trace is the width."""
+    model = make(tokenizer)
+    hessians = quantize.calibration_hessians(model, text.windows(64)[:8])
+    query = hessians["blocks.0.attention.query"]
+    assert query.shape == (32, 32)
+    torch.testing.assert_close(float(query.trace()), 32.0, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(query, query.T)
+
+
+def test_curvature_predicts_the_cost_of_noise(tokenizer: Tokenizer, text: Stream) -> None:
+    """The Kronecker factors against brute force: the mean KL divergence that small random weight noise causes."""
+    model = make(tokenizer)
+    windows = text.windows(64)[:24]
+    curvature = quantize.curvature(model, windows)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.from_numpy(np.stack(windows))
+    from mezzotint.objective import mask_by_count, stratified_counts
+
+    counts = stratified_counts(len(ids), 64, generator)
+    corrupted, masked = mask_by_count(ids, counts, model.config.mask_id, generator)
+    weight = (64 / counts.double())[:, None].expand(masked.shape)[masked]
+    before = model.logits(corrupted, positions=masked).double().log_softmax(-1)
+    for name in ("blocks.0.attention.value", "blocks.1.mlp.up", "blocks.1.mlp.down", "embedding"):
+        module = model.network.get_submodule(name)
+        assert isinstance(module.weight, torch.Tensor)
+        saved = module.weight.detach().clone()
+        costs = []
+        for _ in range(6):
+            noise = torch.randn(saved.shape, generator=generator) * 0.01 * saved.std()
+            with torch.no_grad():
+                module.weight.copy_(saved + noise)
+            after = model.logits(corrupted, positions=masked).double().log_softmax(-1)
+            divergence = (before.exp() * (before - after)).sum(-1)
+            costs.append(float((divergence * weight).sum()) / ids.numel())
+        with torch.no_grad():
+            module.weight.copy_(saved)
+        item = curvature[name]
+        predicted = 0.5 * float(item.inputs.trace()) * item.rows.sum() * (0.01 * float(saved.std())) ** 2
+        assert predicted == pytest.approx(np.mean(costs), rel=0.3), name
+
+
+def test_inspect_adds_up(model: Model, packed: Path) -> None:
+    found = artifact.inspect_artifact(packed)
+    assert found["bytes"] == packed.stat().st_size
+    assert sum(t["bytes"] for t in found["tensors"]) + sum(found["sections"].values()) == found["bytes"]
+    assert found["parameters"] == sum(p.numel() for p in model.network.parameters())
+    assert all(found["checks"].values())
+    assert {t["name"]: tuple(t["shape"]) for t in found["tensors"]} == artifact.layout(model.config)
+    json.dumps(found)
+
+
+def test_sweep_trades_bytes_for_error(tokenizer: Tokenizer, text: Stream) -> None:
+    model = make(tokenizer)
+    ids = torch.from_numpy(np.stack(text.windows(64)[:4]))
+    clean = model.logits(ids)
+
+    def score(candidate: Model) -> np.ndarray:
+        return (candidate.logits(ids) - clean).square().mean(dim=(1, 2)).numpy()
+
+    points = artifact.sweep(model, text, score, tolerances=(1e-4, 1e-2))
+    assert points[0]["bytes"] > points[1]["bytes"]
+    assert points[0]["cost_bpb"] < points[1]["cost_bpb"]
+
+
+def test_reference_preset_with_random_weights_fits(tmp_path: Path) -> None:
+    """27M parameters, calibrated on real text, within the challenge's 16,000,000 bytes."""
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((TEXT + Path(artifact.__file__).read_text()).splitlines()), model_writer=buffer,
+        vocab_size=1024, model_type="bpe", byte_fallback=True, minloglevel=2, num_threads=1, hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer(buffer.getvalue())
+    torch.manual_seed(0)
+    options = to_dict(preset("reference").model) | {"vocab_size": tokenizer.vocab_size}
+    config = ModelConfig(**options)
+    model = Model(config, tokenizer, Denoiser(config).eval())
+    stream = Stream(tokenizer.encode(TEXT)[:600])
+    result = artifact.pack(model, stream, tmp_path / "m.mzt", calibration_tokens=600)
+    assert result["verified"] and result["total_bytes"] <= artifact.BUDGET
+
+
+# --- golden -----------------------------------------------------------------------------------------------------
+
+
+def test_golden_file_opens_to_the_same_weights() -> None:
+    """A version 1 file written once: its weights, to the last bit, for ever."""
+    expected = json.loads((GOLDEN / "v1.json").read_text())
+    opened = artifact.open_artifact(GOLDEN / "v1.mzt")
+    assert opened.sha256 == expected["sha256"]
+    assert opened.info == expected["info"]
+    found = {
+        name: hashlib.sha256(value.numpy().astype("<f4").tobytes()).hexdigest()
+        for name, value in opened.network.state_dict().items()
+    }
+    assert found == expected["tensors"]
+
+
+# --- hostile ----------------------------------------------------------------------------------------------------
+
+
+def resealed(body: bytes) -> bytes:
+    return body + hashlib.sha256(body).digest()
+
+
+def with_header(data: bytes, change) -> bytes:
+    """The file with its header's JSON changed by `change(header)` and a right checksum."""
+    _, version, stored, _ = artifact.PREFIX.unpack(data[: artifact.PREFIX.size])
+    start = artifact.PREFIX.size
+    header = json.loads(zlib.decompress(data[start : start + stored]))
+    text = change(header)
+    text = json.dumps(header).encode() if text is None else text
+    packed = zlib.compress(text)
+    prefix = artifact.PREFIX.pack(artifact.MAGIC, version, len(packed), len(text))
+    return resealed(prefix + packed + data[start + stored : -32])
+
+
+def refused(tmp_path: Path, data: bytes) -> str:
+    path = tmp_path / "bad.mzt"
+    path.write_bytes(data)
+    begin = time.perf_counter()
+    with pytest.raises(ArtifactError) as caught:
+        artifact.open_artifact(path)
+    assert time.perf_counter() - begin < 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_foreign_and_newer_files(tmp_path: Path, packed: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such artifact"):
+        artifact.open_artifact(tmp_path / "none.mzt")
+    with pytest.raises(ArtifactError):
+        artifact.open_artifact(tmp_path)
+    assert "not a Mezzotint artifact" in refused(tmp_path, b"PK\x03\x04" + bytes(100))
+    assert "not a Mezzotint artifact" in refused(tmp_path, b"")
+    data = bytearray(packed.read_bytes())
+    data[8] = 2
+    assert "upgrade" in refused(tmp_path, bytes(data))
+
+
+def test_truncated_and_flipped_files(tmp_path: Path, packed: Path) -> None:
+    data = packed.read_bytes()
+    rng = np.random.default_rng(0)
+    for cut in (0, 7, 8, 17, 18, 19, 50, len(data) - 33, len(data) - 1, *rng.integers(0, len(data), 20)):
+        refused(tmp_path, data[:cut])
+    refused(tmp_path, data + b"\0")
+    for position in rng.integers(0, len(data), 60):
+        bad = bytearray(data)
+        bad[position] ^= 1 << rng.integers(8)
+        refused(tmp_path, bytes(bad))
+
+
+HEADERS = {
+    "duplicate tensors": lambda h: h["tensors"].__setitem__(1, h["tensors"][0]),
+    "missing tensor": lambda h: h["tensors"].pop(),
+    "renamed tensor": lambda h: h["tensors"][0].__setitem__(0, "x"),
+    "unknown codec": lambda h: h["tensors"][0].__setitem__(1, "pickle"),
+    "bank out of range": lambda h: h["tensors"][0].__setitem__(2, 99),
+    "grid without a bank": lambda h: next(r for r in h["tensors"] if "grid" in r[1]).__setitem__(2, -1),
+    "negative length": lambda h: h["tensors"][0].__setitem__(3, -4),
+    "huge length": lambda h: h["tensors"][0].__setitem__(3, 1 << 60),
+    "fractional length": lambda h: h["tensors"][0].__setitem__(3, 1.5),
+    "boolean length": lambda h: h["tensors"][0].__setitem__(3, True),
+    "overlapping tensors": lambda h: h["tensors"][0].__setitem__(3, h["tensors"][0][3] - 4),
+    "grid for a vector": lambda h: next(r for r in h["tensors"] if r[1] == "float16").__setitem__(1, "grid"),
+    "float32 bomb": lambda h: h["tensors"][0].__setitem__(1, "float32"),
+    "wide config": lambda h: h["config"].__setitem__("width", 1 << 40),
+    "wide config within bounds": lambda h: h["config"].__setitem__("width", 1 << 16),
+    "astronomic config": lambda h: h["config"].__setitem__("width", 10**400),
+    "deep config": lambda h: h["config"].__setitem__("layers", 10**9),
+    "long bigram": lambda h: h["config"].__setitem__("bigram_buckets", 1 << 62),
+    "fat mlp": lambda h: h["config"].__setitem__("mlp_ratio", 1e300),
+    "no heads": lambda h: h["config"].__setitem__("heads", 0),
+    "unknown setting": lambda h: h["config"].__setitem__("evil", 1),
+    "text for a number": lambda h: h["config"].__setitem__("width", "64"),
+    "config is a list": lambda h: h.__setitem__("config", []),
+    "info is a list": lambda h: h.__setitem__("info", []),
+    "other vocabulary": lambda h: h["config"].__setitem__("vocab_size", 419),
+    "tokenizer bomb": lambda h: h["tokenizer"].__setitem__(1, 1 << 40),
+    "tokenizer too short": lambda h: h["tokenizer"].__setitem__(1, 10),
+    "tokenizer sizes": lambda h: h.__setitem__("tokenizer", 3),
+    "banks": lambda h: h.__setitem__("banks", [1 << 50]),
+    "many banks": lambda h: h.__setitem__("banks", [0] * 1000),
+    "no table": lambda h: h.__setitem__("tensors", None),
+    "coding": lambda h: h.__setitem__("coding", "zip"),
+    "lzma coding of range data": lambda h: h.update(coding="lzma", stored=100),
+    "lzma coding without a size": lambda h: h.update(coding="lzma"),
+    "missing field": lambda h: h.pop("banks") and None,
+    "extra field": lambda h: h.__setitem__("more", 1),
+    "not an object": lambda h: b"[1, 2]",
+    "not json": lambda h: b"{",
+    "not text": lambda h: b"\xff\xfe",
+    "nan": lambda h: b'{"config": NaN}',
+    "deep nesting": lambda h: b"[" * 200_000,
+    "long number": lambda h: b"1" * 100_000,
+    "long header": lambda h: b" " * (artifact.MAX_HEADER + 1),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_hostile_headers(tmp_path: Path, packed: Path, name: str) -> None:
+    def change(header):
+        result = HEADERS[name](header)
+        return result if isinstance(result, bytes) else None
+
+    refused(tmp_path, with_header(packed.read_bytes(), change))
+
+
+def test_zlib_bomb_is_not_inflated(tmp_path: Path) -> None:
+    bomb = zlib.compress(bytes(200 << 20), 9)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for claimed in (1000, artifact.MAX_HEADER, (1 << 32) - 1):
+        refused(tmp_path, resealed(artifact.PREFIX.pack(artifact.MAGIC, 1, len(bomb), claimed) + bomb))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def mutations(data: bytes, count: int, seed: int):
+    """Damaged files with right checksums, so that everything behind the checksum is reached."""
+    rng = np.random.default_rng(seed)
+    body = data[:-32]
+    for _ in range(count):
+        bad = bytearray(body)
+        kind = rng.integers(4)
+        if kind == 0:
+            for _ in range(rng.integers(1, 6)):
+                bad[rng.integers(len(bad))] = rng.integers(256)
+        elif kind == 1:
+            bad = bad[: rng.integers(len(bad))]
+        elif kind == 2:
+            start = rng.integers(len(bad))
+            bad[start:start] = rng.bytes(rng.integers(1, 40))
+        else:
+            start, stop = sorted(rng.integers(0, len(bad), 2))
+            bad[start : min(stop, start + 64)] = rng.bytes(min(stop, start + 64) - start)
+        yield resealed(bytes(bad))
+
+
+@pytest.mark.parametrize("codec", ["mezzotint", "reference"])
+def test_fuzz_with_right_checksums(tokenizer: Tokenizer, text: Stream, tmp_path: Path, codec: str) -> None:
+    """ArtifactError or a model of finite weights, nothing else. FUZZ_FILES sets how many files (default 300)."""
+    out = tmp_path / "model.mzt"
+    artifact.pack(make(tokenizer), text, out, codec=codec)
+    data, bad = out.read_bytes(), tmp_path / "bad.mzt"
+    refusals = 0
+    for number, mutated in enumerate(mutations(data, int(os.environ.get("FUZZ_FILES", "300")), seed=1)):
+        bad.write_bytes(mutated)
+        begin = time.perf_counter()
+        try:
+            opened = artifact.open_artifact(bad)
+            assert all(torch.isfinite(p).all() for p in opened.network.parameters())
+        except ArtifactError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+        assert time.perf_counter() - begin < 2, number
+    assert refusals > 100
+
+
+def test_all_tensors_of_a_bank_with_empty_tables_are_refused(tmp_path: Path, packed: Path) -> None:
+    """A bank whose tables are all empty decodes; using it must be refused."""
+    encoder = entropy.Encoder()
+    entropy.Bank(np.zeros((3, 5), dtype=np.uint8)).write(encoder)
+    empty = encoder.finish()
+    data = packed.read_bytes()
+    sizes = {}
+
+    def swap(header):
+        sizes["banks"], sizes["tokenizer"] = list(header["banks"]), header["tokenizer"][0]
+        header["banks"] = [len(empty)] * len(header["banks"])
+
+    changed = with_header(data, swap)
+    _, _, stored, _ = artifact.PREFIX.unpack(changed[: artifact.PREFIX.size])
+    start = artifact.PREFIX.size + stored + sizes["tokenizer"]
+    body = changed[:start] + empty * len(sizes["banks"]) + changed[start + sum(sizes["banks"]) : -32]
+    assert "empty probability table" in refused(tmp_path, resealed(body))
