@@ -18,7 +18,7 @@ from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.data import Dataset, Loader, prepare
 from mezzotint.errors import CheckpointError, ConfigError, MezzotintError
 from mezzotint.model import Denoiser
-from mezzotint.train import Interrupted, Trainer, load_run, newest_checkpoint, read_run, train
+from mezzotint.train import Interrupted, Trainer, draw_step, load_run, newest_checkpoint, read_run, train
 
 QUICK = TrainConfig(steps=12, batch=4, compile=False, dtype="float32", log_every=0.0, checkpoint_minutes=60)
 
@@ -26,7 +26,7 @@ QUICK = TrainConfig(steps=12, batch=4, compile=False, dtype="float32", log_every
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("train")
-    words = "the old plate was dark until the burnisher drew the light out of it slowly".split()
+    words = ["the", "old", "plate", "was", "dark", "until", "the", "burnisher", "drew", "the", "light", "out", "of", "it", "slowly"]
     rng = np.random.default_rng(0)
     lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
@@ -86,17 +86,66 @@ def test_micro_batches_change_nothing_but_rounding(data, model, weighting):
         torch.testing.assert_close(gradient, gradients[0][1], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stop", [1, 5, 11])
-def test_resume_is_bit_equal(data, model, tmp_path, stop):
-    whole = train(data, tmp_path / "whole", model=model, config=QUICK)
+def test_draw_of_a_step():
+    ids = torch.arange(6 * 8).reshape(6, 8)
+    for share, causal_rows in ((0.0, {0}), (0.5, {3}), (0.4, {2, 3}), (1.0, {6})):
+        config = dataclasses.replace(QUICK, batch=6, causal_share=share)
+        seen, total = set(), 0
+        for step in range(200):
+            draw = draw_step(config, step, ids, 99)
+            seen.add(int(draw.causal.sum()))
+            total += int(draw.causal.sum())
+            for row in range(6):
+                if draw.causal[row]:
+                    assert draw.masked[row].all() and draw.corrupted[row].tolist() == [99, *ids[row, :-1].tolist()]
+                else:
+                    assert int(draw.masked[row].sum()) == int(draw.counts[row])
+                    assert torch.equal(draw.corrupted[row], ids[row].masked_fill(draw.masked[row], 99))
+        assert seen == causal_rows and total / 1200 == pytest.approx(share, abs=0.03)
+        again = draw_step(config, 7, ids, 99)
+        assert torch.equal(again.corrupted, draw_step(config, 7, ids, 99).corrupted)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_gradient_is_that_of_the_stated_loss(data, model, share):
+    """The step's gradient against the loss written out window by window."""
+    torch.manual_seed(0)
+    net = Denoiser(model)
+    config = dataclasses.replace(QUICK, causal_share=share)
+    loader = Loader(Dataset.open(data).split("train"), 16, 4, 0)
+    trainer = Trainer(net, config, loader, torch.device("cpu"))
+    loss, nelbo = trainer.gradients(loader.batch(3), 3)
+    got = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    net.zero_grad()
+    ids = torch.from_numpy(loader.batch(3))
+    draw = draw_step(config, 3, ids, model.mask_id)
+    expected, bound, masked_rows = torch.zeros(()), 0.0, 0
+    for row in range(4):
+        visibility = "causal" if draw.causal[row] else "full"
+        logp = net(draw.corrupted[row : row + 1], visibility=visibility)[0].log_softmax(-1)
+        nll = -sum(logp[i, ids[row, i]] for i in range(16) if draw.masked[row, i])
+        term = nll / int(draw.counts[row])
+        expected = expected + term / 4
+        if not draw.causal[row] or share == 1:
+            bound, masked_rows = bound + float(term.detach()), masked_rows + 1
+    expected.backward()
+    torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in net.parameters()]), atol=1e-6, rtol=1e-4)
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert nelbo == pytest.approx(bound / masked_rows, rel=1e-5)
+
+
+@pytest.mark.parametrize(("stop", "share"), [(1, 0.0), (5, 0.5), (11, 0.3)])
+def test_resume_is_bit_equal(data, model, tmp_path, stop, share):
+    config = dataclasses.replace(QUICK, causal_share=share)
+    whole = train(data, tmp_path / "whole", model=model, config=config)
 
     def interrupt(row):
         if row["step"] == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match=f"step {stop}.*--resume"):
-        train(data, tmp_path / "parts", model=model, config=QUICK, progress=interrupt)
-    resumed = train(data, tmp_path / "parts", model=model, config=QUICK, resume=True)
+        train(data, tmp_path / "parts", model=model, config=config, progress=interrupt)
+    resumed = train(data, tmp_path / "parts", model=model, config=config, resume=True)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]

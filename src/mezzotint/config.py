@@ -102,6 +102,7 @@ class TrainConfig:
         "training loss: the NELBO, or the reference's mean over all masked tokens (which weights windows by t)",
         ("nelbo", "reference"),
     )
+    causal_share: float = _option(0.0, "share of the windows learnt left to right, as next tokens, by the same weights")
     matrix_lr: float = _option(0.02, "Muon learning rate of the weight matrices")
     embedding_lr: float = _option(0.01, "AdamW learning rate of the embeddings")
     scalar_lr: float = _option(0.01, "AdamW learning rate of gains, scales and mixes")
@@ -129,9 +130,9 @@ class TrainConfig:
             raise ConfigError("set a positive number of minutes or steps")
         if self.batch < 1 or self.micro_batch < 0 or self.keep_checkpoints < 1:
             raise ConfigError("batch and keep_checkpoints must be at least 1, micro_batch at least 0")
-        for name in ("warmup", "warmdown", "momentum_warmup", "ema_horizon"):
+        for name in ("causal_share", "warmup", "warmdown", "momentum_warmup", "ema_horizon"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is a share of the run: between 0 and 1")
+                raise ConfigError(f"{name} is a share: between 0 and 1")
         for item in dataclasses.fields(self):
             choices = item.metadata.get("choices")
             if choices and getattr(self, item.name) not in choices:

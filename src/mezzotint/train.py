@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,21 +126,47 @@ class MaskedLoss(nn.Module):
     def __init__(self, network: Denoiser, compiled: bool) -> None:
         super().__init__()
         self.network = network
-        self.hidden = torch.compile(network.hidden) if compiled else network.hidden
+        self.hidden = torch.compile(network.hidden, dynamic=False) if compiled else network.hidden
 
-    def forward(self, corrupted: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
-        return masked_nll(self.network.logits(self.hidden(corrupted)[masked]), ids, masked)
+    def forward(self, corrupted: Tensor, ids: Tensor, masked: Tensor, visibility: str) -> Tensor:
+        return masked_nll(self.network.logits(self.hidden(corrupted, visibility)[masked]), ids, masked)
 
 
-def step_masks(config: TrainConfig, step: int, length: int) -> tuple[Tensor, torch.Generator]:
-    """Mask counts [batch] of the whole global batch, and the generator of its mask noise.
+@dataclass(frozen=True)
+class Draw:
+    """What a step does to each window of the global batch, the same in every process and after any resume.
 
-    A function of seed and step alone: every process draws the same global batch's masks and takes its rows, so neither
-    the number of processes nor a resume changes them.
+    causal: bool [batch], the windows that are learnt left to right. counts: int64 [batch], masks of each of the
+    others (T for the causal ones, all of whose tokens are predicted). corrupted, masked: [batch, T].
     """
+
+    causal: Tensor
+    counts: Tensor
+    corrupted: Tensor
+    masked: Tensor
+
+
+def draw_step(config: TrainConfig, step: int, ids: Tensor, mask_id: int) -> Draw:
+    """The draw of `step`: a function of seed and step alone. ids: int64 [batch, T].
+
+    A masked window gets a stratified number of masks. A causal one is shifted right behind a single MASK, so that the
+    output at position i, which sees x_<i, predicts x_i: the same input and target as causal scoring.
+    """
+    rows, length = ids.shape
     digest = hashlib.sha256(f"masks {config.seed} {step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return stratified_counts(config.batch, length, generator), generator
+    wanted = rows * config.causal_share
+    dither = float(torch.rand((), generator=generator, dtype=torch.float64))
+    n = min(rows, int(wanted + dither)) if config.causal_share < 1 else rows
+    causal = torch.zeros(rows, dtype=torch.bool)
+    causal[[int((j + 0.5) * rows / n) for j in range(n)]] = True  # evenly spread, so that processes share them
+    counts = torch.full((rows,), length, dtype=torch.int64)
+    if n < rows:
+        counts[~causal] = stratified_counts(rows - n, length, generator)
+    corrupted, masked = mask_by_count(ids, counts, mask_id, generator)
+    if n:
+        corrupted[causal] = nn.functional.pad(ids[causal, :-1], (1, 0), value=mask_id)
+    return Draw(causal, counts, corrupted, masked)
 
 
 class Trainer:
@@ -189,28 +216,42 @@ class Trainer:
         return reason
 
     def gradients(self, windows: np.ndarray, step: int) -> tuple[float, float]:
-        """Add the gradients of this process's rows; returns the global batch's (loss, NELBO) in nats per token."""
+        """Add the gradients of this process's rows; returns the global batch's (loss, NELBO) in nats per token.
+
+        The NELBO is that of the masked windows, or the causal code length where all windows are causal.
+        """
         config, length = self.config, windows.shape[1]
-        counts, generator = step_masks(config, step, length)
-        all_ids = torch.zeros(config.batch, length, dtype=torch.int64)
         mine = slice(self.rank * self.rows, (self.rank + 1) * self.rows)
+        all_ids = torch.zeros(config.batch, length, dtype=torch.int64)
         all_ids[mine] = torch.from_numpy(windows)
-        corrupted, masked = (t[mine] for t in mask_by_count(all_ids, counts, self.network.config.mask_id, generator))
-        ids, row_counts, total = all_ids[mine], counts[mine], int(counts.sum())
+        draw = draw_step(config, step, all_ids, self.network.config.mask_id)
+        share = float(draw.causal.double().mean())
+        masked_windows = int((~draw.causal).sum())
+        masked_tokens = int(draw.counts[~draw.causal].sum())
         micro = config.micro_batch or self.rows
+        parts = []
+        for causal in (False, True):
+            rows = (draw.causal[mine] == causal).nonzero()[:, 0] + mine.start
+            parts += [(causal, part) for part in rows.split(micro) if len(part)]
         figures = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, self.rows, micro):
-            part = slice(start, start + micro)
-            last = start + micro >= self.rows
+        for n, (causal, rows) in enumerate(parts):
+            last = n == len(parts) - 1
             quiet = contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync()  # type: ignore[operator]
-            k = row_counts[part].to(self.device, non_blocking=True)
+            corrupted, ids, masked, k = (
+                t[rows].to(self.device, non_blocking=True) for t in (draw.corrupted, all_ids, draw.masked, draw.counts)
+            )
             with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                nll = self.loss(*(t[part].to(self.device, non_blocking=True) for t in (corrupted, ids, masked))).float()
-                loss = training_loss(nll, k, config.weighting, config.batch, total)
+                nll = self.loss(corrupted, ids, masked, "causal" if causal else "full").float()
+                if causal:
+                    loss = nll.sum() / (config.batch * length)
+                else:
+                    loss = (1 - share) * training_loss(nll, k, config.weighting, masked_windows, masked_tokens)
                 # DistributedDataParallel averages gradients over processes; shares are meant to be summed.
                 (loss * self.world).backward()
             figures[0] += loss.detach().double().cpu()
-            figures[1] += nelbo_per_window(nll.detach().double(), k).sum().cpu() / (config.batch * length)
+            if not causal or share == 1:
+                per_window = nelbo_per_window(nll.detach().double(), k).sum().cpu()
+                figures[1] += per_window / (length * (masked_windows or config.batch))
         if self.world > 1:
             shared = figures.to(self.device) if self.device.type == "cuda" else figures
             dist.all_reduce(shared)
