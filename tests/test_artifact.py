@@ -133,11 +133,11 @@ def test_a_tighter_budget_is_met_and_damage_grows(tokenizer: Tokenizer, text: St
     free = artifact.pack(model, text, tmp_path / "free.mzt", codec=codec, tolerance=1e-4)
     code = tmp_path / "code.py"
     code.write_text("#" * 500)
-    budget = int(free["artifact_bytes"] * (0.997 if codec == "reference" else 0.99)) + 500
+    budget = int(free["artifact_bytes"] * (0.9985 if codec == "reference" else 0.99)) + 500
     tight = artifact.pack(model, text, tmp_path / "tight.mzt", codec=codec, budget=budget, code=[code], tolerance=1e-4)
     assert tight["code_bytes"] == 500
     assert tight["total_bytes"] == (tmp_path / "tight.mzt").stat().st_size + 500 <= budget
-    assert tight["total_bytes"] > 0.97 * budget
+    assert tight["total_bytes"] > 0.95 * budget
     assert (tight["pruned_codes"] > 0) == (codec != "mezzotint")
     assert damage(tmp_path / "tight.mzt") > damage(tmp_path / "free.mzt")
 
@@ -202,7 +202,7 @@ def test_curvature_predicts_the_cost_of_noise(tokenizer: Tokenizer, text: Stream
     """The Kronecker factors against brute force: the mean KL divergence that small random weight noise causes."""
     model = make(tokenizer)
     windows = text.windows(64)[:24]
-    curvature = quantize.curvature(model, windows)
+    curvature = quantize.curvature(model, windows, draws=8)
     generator = torch.Generator().manual_seed(0)
     ids = torch.from_numpy(np.stack(windows))
     from mezzotint.objective import mask_by_count, stratified_counts
@@ -227,7 +227,7 @@ def test_curvature_predicts_the_cost_of_noise(tokenizer: Tokenizer, text: Stream
             module.weight.copy_(saved)
         item = curvature[name]
         predicted = 0.5 * float(item.inputs.trace()) * item.rows.sum() * (0.01 * float(saved.std())) ** 2
-        assert predicted == pytest.approx(np.mean(costs), rel=0.3), name
+        assert predicted == pytest.approx(np.mean(costs), rel=0.35), name
 
 
 def test_inspect_adds_up(model: Model, packed: Path) -> None:

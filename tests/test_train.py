@@ -26,7 +26,7 @@ QUICK = TrainConfig(steps=12, batch=4, compile=False, dtype="float32", log_every
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("train")
-    words = ["the", "old", "plate", "was", "dark", "until", "the", "burnisher", "drew", "the", "light", "out", "of", "it", "slowly"]
+    words = ["the", "old", "plate", "was", "dark", "until", "a", "burnisher", "drew", "light", "out", "slowly"]
     rng = np.random.default_rng(0)
     lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
