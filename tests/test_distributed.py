@@ -1,0 +1,59 @@
+"""One run on 1, 2 and 4 processes is the same run up to rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mezzotint.data import Dataset, prepare
+
+SCRIPT = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from mezzotint.config import ModelConfig, TrainConfig
+from mezzotint.train import train
+data, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = ModelConfig(vocab_size=settings.pop("vocab"), sequence_length=16, layers=2, width=16, heads=2, kv_heads=1)
+train(data, out, model=model, config=TrainConfig(compile=False, dtype="float32", log_every=0.0, **settings))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    rng = np.random.default_rng(0)
+    words = ["copper", "plate", "light", "dark", "burr", "ink", "press"]
+    lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    prepare([folder / "corpus.jsonl"], folder / "data", vocab_size=280, val_fraction=0.1)
+    return folder / "data"
+
+
+def losses(data: Path, out: Path, processes: int, **settings) -> list[float]:
+    settings["vocab"] = Dataset.open(data).tokenizer.vocab_size
+    script = out.parent / "run.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    words = [*launch, str(script), str(data), str(out), json.dumps(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("settings", [{"weighting": "reference", "causal_share": 0.5, "micro_batch": 1}, {}])
+def test_number_of_processes_changes_nothing(data, tmp_path, settings):
+    alone = losses(data, tmp_path / "p1", 1, steps=15, batch=4, **settings)
+    assert len(alone) == 15 and alone[-1] < alone[0]
+    for processes in (2, 4):
+        together = losses(data, tmp_path / f"p{processes}", processes, steps=15, batch=4, **settings)
+        np.testing.assert_allclose(together, alone, atol=1e-4)
