@@ -150,11 +150,11 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     # Trains to readable words within the minutes of a demonstration.
     "tiny": Preset(
-        ModelConfig(sequence_length=128, layers=4, width=128, heads=2, kv_heads=2),
-        TrainConfig(minutes=1.5, batch=32),
+        ModelConfig(sequence_length=128, layers=4, width=128, heads=2, kv_heads=2, neighbour_reach=1),
+        TrainConfig(minutes=1.5, batch=16, causal_share=0.5),
     ),
     # The 2-core benchmark size.
-    "small": Preset(ModelConfig(), TrainConfig()),
+    "small": Preset(ModelConfig(neighbour_reach=1), TrainConfig(batch=8, weighting="reference", causal_share=0.5)),
     # The seed's exact shape and optimizer: "Masked Text Diffusion (SP1024)", Parameter Golf pull request 1596.
     "reference": Preset(
         ModelConfig(

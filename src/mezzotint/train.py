@@ -498,6 +498,7 @@ def _train(
         "model": to_dict(model),
         "train": to_dict(config),
         "data": {"tokenizer_sha256": tokenizer.sha256, "tokens": len(stream), "bytes": stream.bytes},
+        "data_folder": str(data.resolve()),
         "commit": commit_id(),
         "torch": torch.__version__,
     }

@@ -1,0 +1,777 @@
+"""The command line: the only place that parses arguments, prints and picks paths.
+
+Each command is a thin call of a public function. Figures go to standard output (with `--json` one JSON object and
+nothing else), progress to standard error. Exit status 0; 2 for a user's error, with one line on standard error.
+Knows nothing of how anything is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mezzotint.config import PRESETS, ModelConfig, TrainConfig, preset
+from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
+
+if TYPE_CHECKING:
+    from mezzotint.data import Dataset, Windows
+    from mezzotint.evaluate import Estimate
+    from mezzotint.model import Model
+
+METHODS = ("nelbo", "chain", "causal", "reconstruction")
+BUDGET = 16_000_000
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.removeprefix("mezzotint").strip()
+        print(f"mezzotint: {message} (see mezzotint {command + ' ' if command else ''}--help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _add_settings(parser: argparse.ArgumentParser, kind: type[Any], presets: bool, skip: Sequence[str] = ()) -> None:
+    """An option per dataclass field, its help from the field; unset options leave the preset's or default value."""
+    group = parser.add_argument_group(f"settings ({kind.__name__})")
+    for item in dataclasses.fields(kind):
+        if item.name in skip or not item.init:
+            continue
+        shown = f"default {item.default}"
+        if presets:
+            part = "model" if kind is ModelConfig else "train"
+            values = {name: getattr(getattr(p, part), item.name) for name, p in PRESETS.items()}
+            if len(set(values.values())) > 1:
+                shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            else:
+                shown = f"default {next(iter(values.values()))}"
+        options: dict[str, Any] = {
+            "help": f"{item.metadata.get('help', '')} [{shown}]".replace("%", "%%"),
+            "default": argparse.SUPPRESS,
+            "dest": f"set_{item.name}",
+        }
+        if isinstance(item.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = type(item.default) if item.default is not None else int
+            options["metavar"] = options["type"].__name__.upper()
+            if item.metadata.get("choices"):
+                options["choices"] = item.metadata["choices"]
+                options["metavar"] = None
+        group.add_argument("--" + item.name.replace("_", "-"), **options)
+
+
+def _settings(arguments: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
+    names = {item.name for item in dataclasses.fields(kind)}
+    return {k[4:]: v for k, v in vars(arguments).items() if k.startswith("set_") and k[4:] in names}
+
+
+def _positive(text: str) -> int:
+    value = int(text.replace("_", "").replace(",", ""))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from mezzotint import __version__
+
+    parser = _Parser(
+        prog="mezzotint",
+        description="Train masked-diffusion language models, pack them under a byte budget, and score them honestly.",
+        epilog="Start with `mezzotint demo`. `mezzotint COMMAND --help` explains each command.",
+    )
+    parser.add_argument("--version", action="version", version=f"mezzotint {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, help: str, description: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {description}".strip())
+        sub.set_defaults(run=globals()[f"_run_{name}"])
+        sub.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
+        return sub
+
+    def model_argument(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("model", type=Path, metavar="MODEL|RUN", help="a .mzt artifact or a run folder")
+
+    sub = command(
+        "demo", "the whole way on Python's own library text: train, pack, verify, score, sample, fill, report"
+    )
+    sub.add_argument("--minutes", type=float, default=1.5, help="training time [1.5]")
+    sub.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for all files [demo]")
+
+    sub = command(
+        "prepare",
+        "turn text into token shards",
+        "A source is a .txt file (one document), .jsonl or .parquet (column text), a folder of these, stdlib (this "
+        "Python's own library), or fineweb:sp1024[:SHARDS] (the challenge's published shards).",
+    )
+    sub.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, stdlib or fineweb:sp1024")
+    sub.add_argument("--out", type=Path, required=True, metavar="DATA", help="new folder for the shards")
+    sub.add_argument("--tokenizer", type=Path, metavar="FILE", help="a SentencePiece .model to use")
+    sub.add_argument("--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer to train [1024]")
+    sub.add_argument("--val-fraction", type=float, metavar="F", help="share of documents held out [0.02]")
+    sub.add_argument("--val", nargs="+", metavar="SOURCE", help="validation sources, instead of a share")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the held-out choice [0]")
+
+    sub = command(
+        "train",
+        "train a denoiser",
+        "Writes a run folder with config, metrics, log and checkpoints. Under torchrun every process takes its share "
+        "of the batch. Any setting of the preset can be changed.",
+    )
+    sub.add_argument("data", type=Path, metavar="DATA", help="prepared folder")
+    sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to write")
+    sub.add_argument("--preset", default="small", choices=sorted(PRESETS), help="settings to start from [small]")
+    sub.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint of RUN")
+    _add_settings(sub, TrainConfig, presets=True)
+    _add_settings(sub, ModelConfig, presets=True)
+
+    sub = command(
+        "pack",
+        "quantize, entropy-code and fit a run into one .mzt file",
+        "The file is reopened and every weight compared before success is reported.",
+    )
+    sub.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    sub.add_argument("--out", type=Path, required=True, metavar="MODEL.mzt", help="file to write")
+    sub.add_argument(
+        "--budget", type=_positive, default=BUDGET, metavar="BYTES", help="decimal bytes in all [16000000]"
+    )
+    sub.add_argument("--code", type=Path, nargs="*", default=[], metavar="FILE", help="code files that count as well")
+    sub.add_argument("--codec", default="mezzotint", choices=("mezzotint", "int6", "reference"), help="[mezzotint]")
+    sub.add_argument("--data", type=Path, metavar="DATA", help="calibration text [the data the run was trained on]")
+    sub.add_argument(
+        "--tolerance", type=float, metavar="NATS", help="predicted cost not worth more bytes, nats a token"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="seed of the calibration masks [0]")
+
+    sub = command(
+        "score",
+        "measure likelihood, with its kind and standard error",
+        "nelbo: unbiased estimate of an upper bound. chain: exact, left to right, a forward pass per token. causal: "
+        "exact, one pass, for models with a causal share. reconstruction: the challenge entry's score, no bound.",
+    )
+    model_argument(sub)
+    sub.add_argument("data", type=Path, metavar="DATA", help="prepared folder with the model's tokenizer")
+    sub.add_argument("--method", default="nelbo", choices=(*METHODS, "all"), help="[nelbo]")
+    sub.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
+    sub.add_argument("--tokens", type=_positive, metavar="N", help="score about N tokens, evenly spread [all]")
+    sub.add_argument("--repeats", type=_positive, default=8, help="independent sets of masks for nelbo [8]")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
+
+    def sampling(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--steps", type=_positive, metavar="K", help="forward passes [by sampler]")
+        sub.add_argument(
+            "--sampler",
+            choices=("ancestral", "confidence", "margin", "entropy", "blocks", "remask"),
+            help="how masks are revealed",
+        )
+        sub.add_argument("--temperature", type=float, metavar="T", help="below 1: safer words")
+        sub.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable share P only")
+        sub.add_argument("--seed", type=int, default=0, help="[0]")
+
+    sub = command("sample", "write text from nothing")
+    model_argument(sub)
+    sub.add_argument("-n", type=_positive, default=1, help="number of texts [1]")
+    sub.add_argument("--length", type=_positive, metavar="L", help="tokens [the window]")
+    sub.add_argument("--prompt", default="", help="text to begin with")
+    sub.add_argument("--watch", action="store_true", help="show the canvas being revealed")
+    sampling(sub)
+
+    sub = command(
+        "fill",
+        "fill the gaps of a text",
+        "____ (four or more underscores) is a gap of unknown length, [MASK*8] exactly 8 tokens. All other text comes "
+        "back byte for byte.",
+    )
+    model_argument(sub)
+    sub.add_argument("text", metavar="TEXT", help="text with gaps; - reads standard input")
+    sampling(sub)
+
+    sub = command("inspect", "show what is in an artifact, tensor by tensor")
+    sub.add_argument("artifact", type=Path, metavar="MODEL.mzt", help="artifact")
+
+    sub = command("submit", "make the challenge's record folder")
+    sub.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    sub.add_argument("artifact", type=Path, metavar="MODEL.mzt", help="artifact packed from it")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    sub.add_argument("--data", type=Path, metavar="DATA", help="data to score on [the data the run was trained on]")
+    sub.add_argument("--tokens", type=_positive, metavar="N", help="score about N tokens [all]")
+    for name in ("name", "author", "github-id", "blurb"):
+        sub.add_argument(f"--{name}", default=None, help=f"the record's {name}")
+
+    sub = command("report", "write one HTML file about a run")
+    sub.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    sub.add_argument("--model", type=Path, metavar="MODEL.mzt", help="also show this artifact's bytes and figures")
+    sub.add_argument(
+        "--data", type=Path, metavar="DATA", help="[the data the run was trained on, if it is still there]"
+    )
+    sub.add_argument("--tokens", type=_positive, default=65_536, metavar="N", help="score about N tokens [65536]")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="file to write")
+
+    for name, help in (
+        ("compress", "compress any file, without loss, with a model's chain rule"),
+        ("decompress", "restore a file that `compress` made"),
+    ):
+        sub = command(name, help)
+        sub.add_argument("file", type=Path, metavar="FILE", help="file to read")
+        sub.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="file to write")
+        sub.add_argument(
+            "--model", type=Path, required=True, metavar="MODEL|RUN", help="a .mzt artifact or a run folder"
+        )
+    return parser
+
+
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """Progress on standard error: a live line on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, every: float = 5.0) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+        self.live = None
+        self.task: Any = None
+        self.every, self.last = every, 0.0
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, markup=False, style="dim")
+
+    def bar(self, share: float, text: str) -> None:
+        """Move the bar to `share` (0..1)."""
+        if self.console.is_terminal:
+            if self.live is None:
+                from rich.progress import BarColumn, Progress, TextColumn
+
+                columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
+                self.live = Progress(*columns, console=self.console, transient=True)
+                self.live.start()
+                self.task = self.live.add_task("", total=1.0)
+            self.live.update(self.task, completed=share, description=text)
+        elif time.monotonic() - self.last >= self.every:
+            self.last = time.monotonic()
+            print(f"{share:4.0%} {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def training(self, row: dict[str, Any]) -> None:
+        """A metrics row of `train`."""
+        left = int(row["seconds_left"])
+        self.bar(
+            row["progress"],
+            f"step {row['step']}  {row['train_nelbo_bpb']:.3f} bits/byte (training NELBO)  "
+            f"{row['tokens_per_second']:,.0f} tokens/s  {left // 60}:{left % 60:02d} left",
+        )
+
+    def passes(self, what: str) -> Any:
+        """A callback (done, total) for a score."""
+        return lambda done, total: self.bar(done / max(1, total), f"{what}: pass {done:,} of {total:,}")
+
+
+def _table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for name, justify in columns:
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    console.print(table)
+
+
+def _emit(arguments: argparse.Namespace, result: dict[str, Any], lines: Sequence[tuple[str, Any]] = ()) -> None:
+    """The result as JSON, or as aligned lines for a person."""
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, value in lines:
+        print(f"{name:<{width}}  {f'{value:,}' if isinstance(value, int) else value}")
+
+
+def _print_scores(estimates: Sequence[Estimate]) -> None:
+    from mezzotint.report import comparison
+
+    rows = []
+    for e in estimates:
+        rows.append(
+            (
+                e.method,
+                e.kind,
+                f"{e.bpb:.4f}",
+                f"{e.stderr_bpb:.4f}",
+                f"{e.nats_per_token:.4f}",
+                f"{e.tokens:,}",
+                f"{e.bytes:,}",
+                f"{e.forward_passes:,}",
+                f"{e.seconds:.1f}",
+                comparison(e.kind)[1],
+            )
+        )
+    names = ("method", "kind", "bits/byte", "± s.e.", "nats/token", "tokens", "bytes", "passes", "seconds")
+    columns = [(n, "left" if n in ("method", "kind") else "right") for n in names]
+    _table("", [*columns, ("comparable with autoregressive figures?", "left")], rows)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _load(path: Path) -> Model:
+    """A `.mzt` artifact or a run folder."""
+    from mezzotint.artifact import open_artifact
+    from mezzotint.train import load_run
+
+    if path.is_dir():
+        return load_run(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; name a .mzt artifact or a run folder")
+    return open_artifact(path)
+
+
+def _run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | None:
+    """The data given, else the data the run was trained on. `needed`: what for, if it must be there."""
+    from mezzotint.data import Dataset
+    from mezzotint.train import read_run
+
+    described = read_run(run)
+    folder = given or Path(described.get("data_folder") or "")
+    if given is None and (not described.get("data_folder") or not folder.is_dir()):
+        if needed:
+            raise DataError(f"the data that {run} was trained on is not at {folder}: name it with --data for {needed}")
+        return None
+    dataset = Dataset.open(folder)
+    if dataset.tokenizer.sha256 != described["data"]["tokenizer_sha256"]:
+        raise DataError(f"{folder} was prepared with another tokenizer than {run} was trained with")
+    return dataset
+
+
+def _same_tokenizer(model: Model, dataset: Dataset, path: Path) -> None:
+    if dataset.tokenizer.sha256 != model.tokenizer.sha256:
+        raise DataError(f"{path} was prepared with another tokenizer than the model's; prepare it with the model's own")
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _run_prepare(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.data import prepare
+
+    result = prepare(
+        arguments.sources,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        vocab_size=arguments.vocab_size,
+        val_fraction=arguments.val_fraction,
+        val=arguments.val,
+        seed=arguments.seed,
+        progress=lambda what, seen: progress.bar(0.0, f"{what}: {seen:,} documents" if seen else what),
+    )
+    progress.close()
+    if arguments.json:
+        return _emit(arguments, result)
+    columns = [
+        ("split", "left"),
+        *((n, "right") for n in ("documents", "tokens", "bytes", "not decoding to themselves")),
+    ]
+    rows = []
+    for split in ("train", "val"):
+        account = result[split]
+        lost = account["not_round_trip"]
+        difference = account["bytes"] - account["piece_bytes"]
+        note = "unknown" if lost is None else f"{lost:,} ({difference:+,} bytes)" if lost else "0"
+        rows.append((split, *(f"{account[k]:,}" for k in ("documents", "tokens", "bytes")), note))
+    _table(
+        f"{arguments.out}: {result['vocab_size']:,} pieces, {result['bytes_per_token']:.3f} bytes/token", columns, rows
+    )
+
+
+def _train_configs(arguments: argparse.Namespace, vocab_size: int) -> tuple[ModelConfig, TrainConfig]:
+    chosen = preset(arguments.preset)
+    model_changes = {"vocab_size": vocab_size, **_settings(arguments, ModelConfig)}
+    return (
+        dataclasses.replace(chosen.model, **model_changes),
+        dataclasses.replace(chosen.train, **_settings(arguments, TrainConfig)),
+    )
+
+
+def _run_train(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.data import Dataset
+    from mezzotint.train import train
+
+    model, config = _train_configs(arguments, Dataset.open(arguments.data).tokenizer.vocab_size)
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        progress.say(f"setting up {model.layers} layers x {model.width}; compiling can take a minute")
+    result = train(
+        arguments.data,
+        arguments.out,
+        model=model,
+        config=config,
+        resume=arguments.resume,
+        progress=progress.training,
+        warn=progress.say,
+    )
+    progress.close()
+    if first:
+        bpb = result["train_nelbo_bpb"]
+        lines = [
+            ("steps", result["steps"]),
+            ("tokens", result["tokens"]),
+            ("seconds", f"{result['seconds']:.1f} (+ {result['setup_seconds']:.1f} setting up)"),
+            ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
+            ("parameters", result["parameters"]),
+            ("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB"),
+            (
+                "training NELBO",
+                "none" if bpb is None else f"{bpb:.4f} bits/byte (last tenth of the run, training text)",
+            ),
+            ("checkpoint", result["final_checkpoint"]),
+        ]
+        _emit(arguments, result, lines)
+
+
+def _run_pack(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.artifact import pack
+    from mezzotint.train import load_run
+
+    model = load_run(arguments.run_folder)
+    dataset = _run_data(arguments.run_folder, arguments.data, "calibration")
+    assert dataset is not None
+    more = {} if arguments.tolerance is None else {"tolerance": arguments.tolerance}
+    result = pack(
+        model,
+        dataset.split("train"),
+        arguments.out,
+        budget=arguments.budget,
+        code=arguments.code,
+        codec=arguments.codec,
+        seed=arguments.seed,
+        progress=progress.say,
+        **more,
+    )
+    _print_pack(arguments, arguments.out, result)
+
+
+def _print_pack(arguments: argparse.Namespace, path: Path, result: dict[str, Any]) -> None:
+    left = result["budget_bytes"] - result["total_bytes"]
+    lines = [
+        ("artifact", f"{path}  {result['artifact_bytes']:,} bytes"),
+        ("code", f"{result['code_bytes']:,} bytes"),
+        ("total", f"{result['total_bytes']:,} of {result['budget_bytes']:,} bytes ({left:,} left)"),
+        ("parameters", f"{result['parameters']:,} at {result['bits_per_parameter']:.3f} bits"),
+        ("codes", f"{result['entropy_bits_per_code']:.3f} bits each, {result['pruned_codes']:,} dropped"),
+        ("verified", "reopened, every weight equal" if result["verified"] else "NO"),
+    ]
+    _emit(arguments, result, lines)
+
+
+def _score(
+    model: Model, windows: Windows, method: str, tokens: int | None, repeats: int, seed: int, progress: _Progress
+) -> Estimate:
+    from mezzotint import evaluate
+
+    watch = progress.passes(method)
+    if method == "nelbo":
+        return evaluate.nelbo(model, windows, tokens=tokens, repeats=repeats, seed=seed, progress=watch)
+    function = {
+        "chain": evaluate.chain_rule,
+        "causal": evaluate.causal,
+        "reconstruction": evaluate.reconstruction_score,
+    }[method]
+    return function(model, windows, tokens=tokens, seed=seed, progress=watch)
+
+
+def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.data import Dataset
+
+    model = _load(arguments.model)
+    dataset = Dataset.open(arguments.data)
+    _same_tokenizer(model, dataset, arguments.data)
+    windows = dataset.split(arguments.split).windows(model.config.sequence_length)
+    methods = [arguments.method]
+    if arguments.method == "all":
+        causal = (model.info.get("train") or {}).get("causal_share", 0) > 0
+        methods = [m for m in METHODS if m != "causal" or causal]
+    estimates = [
+        _score(model, windows, m, arguments.tokens, arguments.repeats, arguments.seed, progress) for m in methods
+    ]
+    progress.close()
+    if arguments.json:
+        results = [e.to_dict() for e in estimates]
+        return _emit(arguments, {"results": results, "model_sha256": model.sha256, "commit": model.info.get("commit")})
+    _print_scores(estimates)
+
+
+def _sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("steps", "sampler", "temperature", "top_p")
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+def _run_sample(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.sample import sample
+
+    model = _load(arguments.model)
+    watch = None
+    if arguments.watch:
+        console = progress.console
+
+        def watch(step: int, ids: Any, confidence: Any) -> None:
+            text = "".join("▒" if i == model.config.mask_id else model.tokenizer.piece(i) for i in ids[0].tolist())
+            console.print(f"{step:4d} {text.replace(chr(0x2581), ' ')}", markup=False, soft_wrap=True)
+
+    settings = _sampling_settings(arguments)
+    result = sample(
+        model, arguments.n, arguments.length, prompt=arguments.prompt, seed=arguments.seed, on_step=watch, **settings
+    )
+    if arguments.json:
+        return _emit(arguments, result.to_dict())
+    for i, text in enumerate(result.texts):
+        if len(result.texts) > 1:
+            print(f"--- {i + 1}")
+        print(text)
+    progress.say(f"{result.forward_passes} forward passes, {result.seconds:.1f} s")
+
+
+def _run_fill(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.sample import fill
+
+    text = arguments.text
+    if text == "-":
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError("standard input is not UTF-8 text") from error
+    filled = fill(_load(arguments.model), text, seed=arguments.seed, **_sampling_settings(arguments))
+    if arguments.json:
+        return _emit(arguments, {"text": filled})
+    sys.stdout.buffer.write(filled.encode() + (b"" if arguments.text == "-" else b"\n"))
+    sys.stdout.flush()
+
+
+def _run_inspect(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.artifact import inspect_artifact
+
+    looked = inspect_artifact(arguments.artifact)
+    if arguments.json:
+        return _emit(arguments, looked)
+    columns = [("tensor", "left"), ("shape", "left"), ("codec", "left")]
+    columns += [(n, "right") for n in ("bits/weight", "bytes", "zeros")]
+    rows = [
+        (
+            row["name"],
+            " x ".join(str(n) for n in row["shape"]),
+            row["codec"],
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['bytes']:,}",
+            f"{row['zeros']:.1%}",
+        )
+        for row in looked["tensors"]
+    ]
+    _table(f"{looked['file']}: {looked['bytes']:,} bytes, {looked['parameters']:,} parameters", columns, rows)
+    lines = [(name, f"{size:,} bytes") for name, size in looked["sections"].items()]
+    lines += [("bits per parameter", f"{looked['bits_per_parameter']:.3f}"), ("sha256", looked["sha256"])]
+    lines += [("checked", ", ".join(looked["checks"]))]
+    _emit(arguments, looked, lines)
+
+
+def _run_submit(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.submission import submit
+
+    dataset = _run_data(arguments.run_folder, arguments.data, "the record's score")
+    words = {k: getattr(arguments, k) for k in ("name", "author", "github_id", "blurb") if getattr(arguments, k)}
+    result = submit(
+        arguments.run_folder,
+        arguments.artifact,
+        arguments.out,
+        dataset=dataset,
+        tokens=arguments.tokens,
+        progress=progress.say,
+        **words,
+    )
+    lines = [
+        ("record", result["folder"]),
+        ("artifact", f"{result['artifact_bytes']:,} bytes"),
+        ("code", f"{result['code_bytes']:,} bytes"),
+        ("total", f"{result['total_bytes']:,} of {result['budget_bytes']:,} bytes"),
+        ("score", f"{result['val_bpb']:.4f} bits/byte ({result['val_bpb_kind']})"),
+        ("files", ", ".join(result["files"])),
+    ]
+    _emit(arguments, result, lines)
+
+
+def _run_report(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.report import report
+
+    result = report(
+        arguments.run_folder,
+        arguments.out,
+        artifact=arguments.model,
+        dataset=_run_data(arguments.run_folder, arguments.data, None),
+        tokens=arguments.tokens,
+        progress=progress.say,
+    )
+    _emit(arguments, result, [("report", result["file"]), ("holds", ", ".join(result["sections"]))])
+
+
+def _run_compress(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.compress import compress_file
+
+    model = _load(arguments.model)
+    watch = progress.passes("compressing")
+    result = compress_file(arguments.file, arguments.out, model, progress=watch)
+    progress.close()
+    before, after = arguments.file.stat().st_size, arguments.out.stat().st_size
+    figures = {**dataclasses.asdict(result), "bytes": before, "compressed_bytes": after, "bpb": result.bpb}
+    ratio = f"{before / after:.2f} times smaller, {8 * after / before:.3f} bits/byte" if before else "empty input"
+    _emit(arguments, figures, [("compressed", f"{before:,} -> {after:,} bytes ({ratio})")])
+
+
+def _run_decompress(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.compress import decompress_file
+
+    size = decompress_file(
+        arguments.file, arguments.out, _load(arguments.model), progress=progress.passes("decompressing")
+    )
+    progress.close()
+    _emit(arguments, {"bytes": size}, [("restored", f"{arguments.out}  {size:,} bytes, checked")])
+
+
+DEMO_TEXT = "def ____(self, name):\n    return self.name"
+
+
+def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.artifact import open_artifact, pack
+    from mezzotint.data import Dataset, prepare
+    from mezzotint.report import report
+    from mezzotint.sample import fill, sample
+    from mezzotint.train import load_run, train
+
+    out: Path = arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} already holds files; name another folder with --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    if not arguments.minutes > 0:
+        raise ConfigError(f"--minutes must be positive, not {arguments.minutes}")
+    started = time.monotonic()
+
+    def step(text: str) -> None:
+        progress.close()
+        progress.say(f"[{time.monotonic() - started:5.0f} s] {text}")
+
+    step("preparing this Python's library sources, and a tokenizer for them")
+    prepared = prepare(["stdlib"], out / "data")
+    chosen = preset("tiny")
+    model_config = dataclasses.replace(chosen.model, vocab_size=prepared["vocab_size"])
+    step(f"training {arguments.minutes:g} minutes")
+    trained = train(
+        out / "data",
+        out / "run",
+        model=model_config,
+        config=dataclasses.replace(chosen.train, minutes=arguments.minutes),
+        progress=progress.training,
+        warn=progress.say,
+    )
+    step("packing and verifying")
+    dataset = Dataset.open(out / "data")
+    packed = pack(load_run(out / "run"), dataset.split("train"), out / "model.mzt")
+    model = open_artifact(out / "model.mzt")
+    windows = dataset.split("val").windows(model.config.sequence_length)
+    step("scoring the artifact")
+    plan = [("nelbo", 32_768), ("chain", 2_048), ("reconstruction", 16_384)]
+    if chosen.train.causal_share:
+        plan.insert(2, ("causal", 32_768))
+    estimates = [_score(model, windows, method, tokens, 8, 0, progress) for method, tokens in plan]
+    step("sampling and filling")
+    drawn = sample(model, 2, 64, seed=0)
+    filled = fill(model, DEMO_TEXT, seed=0)
+    step("writing the report")
+    page = report(out / "run", out / "report.html", artifact=out / "model.mzt", dataset=dataset, estimates=estimates)
+    step("done")
+    result = {
+        "prepare": prepared,
+        "train": trained,
+        "pack": packed,
+        "score": {"results": [e.to_dict() for e in estimates], "model_sha256": model.sha256},
+        "sample": drawn.to_dict(),
+        "fill": {"text": filled},
+        "report": page,
+        "seconds": time.monotonic() - started,
+    }
+    if arguments.json:
+        return _emit(arguments, result)
+    _print_pack(arguments, out / "model.mzt", packed)
+    _print_scores(estimates)
+    print("two texts from nothing:")
+    for text in drawn.texts:
+        print("  | " + text.replace("\n", "\n  | "))
+    print(f"\na gap filled:\n  | {DEMO_TEXT}".replace("\n    ", "\n  |     "))
+    print(f"becomes\n  | {filled}".replace("\n    ", "\n  |     "))
+    print(f"\nreport: {page['file']}   artifact: {out / 'model.mzt'}   all in {result['seconds']:.0f} s")
+
+
+# --- the way in -------------------------------------------------------------------------------------------------------
+
+
+def _one_line(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: could not write {error.filename or 'the output'}; free some space and run again"
+    if error.errno == errno.EFBIG:
+        return f"the file size limit was reached writing {error.filename or 'the output'}"
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # `--matrix_lr` is accepted for `--matrix-lr`; the text after `=` is left alone.
+    words = [
+        w.partition("=")[0].replace("_", "-") + "".join(w.partition("=")[1:]) if w.startswith("--") and w != "--" else w
+        for w in words
+    ]
+    try:
+        arguments = build_parser().parse_args(words)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    progress = _Progress()
+    try:
+        arguments.run(arguments, progress)
+        sys.stdout.flush()
+        return 0
+    except MezzotintError as error:
+        message, status = " ".join(str(error).split()), 130 if type(error).__name__ == "Interrupted" else 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        message, status = _one_line(error), 2
+    except KeyboardInterrupt:
+        message, status = "stopped", 130
+    finally:
+        progress.close()
+    print(f"mezzotint: {message}", file=sys.stderr)
+    return status
