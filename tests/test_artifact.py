@@ -8,6 +8,7 @@ import io
 import json
 import os
 import resource
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -311,10 +312,10 @@ def with_header(data: bytes, change) -> bytes:
 def refused(tmp_path: Path, data: bytes) -> str:
     path = tmp_path / "bad.mzt"
     path.write_bytes(data)
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(ArtifactError) as caught:
         artifact.open_artifact(path)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -434,18 +435,22 @@ def test_fuzz_with_right_checksums(tokenizer: Tokenizer, text: Stream, tmp_path:
     out = tmp_path / "model.mzt"
     artifact.pack(make(tokenizer), text, out, codec=codec)
     data, bad = out.read_bytes(), tmp_path / "bad.mzt"
+    artifact.open_artifact(out)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refusals = 0
     for number, mutated in enumerate(mutations(data, int(os.environ.get("FUZZ_FILES", "300")), seed=1)):
         bad.write_bytes(mutated)
-        begin = time.perf_counter()
+        begin = time.process_time()
         try:
             opened = artifact.open_artifact(bad)
             assert all(torch.isfinite(p).all() for p in opened.network.parameters())
         except ArtifactError as error:
             refusals += 1
             assert "\n" not in str(error)
-        assert time.perf_counter() - begin < 2, number
+        assert time.process_time() - begin < 2, number
     assert refusals > 100
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    assert grown < 256 * 1024 * (1024 if sys.platform == "darwin" else 1)  # KiB, bytes on macOS
 
 
 def test_all_tensors_of_a_bank_with_empty_tables_are_refused(tmp_path: Path, packed: Path) -> None:
