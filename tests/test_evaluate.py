@@ -1,15 +1,22 @@
 """Scores against exhaustive enumeration on toy models, and against figures that can be had by hand."""
 
 import itertools
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from toy import (
     TableModel,
+    ToyTokenizer,
     ToyWindows,
     UniformModel,
+    conditional_nll,
     enumerated_nelbo,
     enumerated_orders,
     order_nll,
@@ -17,16 +24,22 @@ from toy import (
     toy_windows,
 )
 
+from mezzotint.config import ModelConfig
 from mezzotint.errors import DataError
 from mezzotint.evaluate import (
+    Journal,
+    apply_control,
     causal,
     chain_rule,
     choose_windows,
+    compare,
     nelbo,
     reconstruction_score,
+    reveal_order,
     student_t_quantile,
     student_t_tail,
 )
+from mezzotint.model import Denoiser, Model
 from mezzotint.objective import masked_nll, nelbo_per_window
 
 V, T = 3, 3
@@ -216,8 +229,6 @@ class TestWindows:
             assert 0.87 * trials <= hits <= 0.995 * trials, score.__name__
 
     def test_to_dict_is_json(self):
-        import json
-
         model = TableModel(4, 3)
         windows = toy_windows(model, 30)
         for estimate in (nelbo(model, windows, tokens=3), reconstruction_score(model, windows), causal(model, windows)):
@@ -238,3 +249,269 @@ class TestStudent:
         assert student_t_tail(0, 5) == pytest.approx(1)
         assert student_t_tail(10, 10) == pytest.approx(1.5896e-6, rel=1e-3)
         assert student_t_tail(1e9, 3) < 1e-20
+
+
+class TestControl:
+    def test_unbiased_by_enumeration(self):
+        """Over every mask of two windows at once, the mean with the control variate is the enumerated NELBO."""
+        model = TableModel(4, 3, seed=4)
+        texts = [(1, 3, 2), (2, 2, 1)]
+        surprisal = np.array([0.3, 1.0, 2.5, 0.7])
+        draws = []
+        for x in texts:
+            rows = []
+            for k in range(1, 4):
+                for hidden in itertools.combinations(range(3), k):
+                    y = np.array([conditional_nll(model, x, set(hidden), i) for i in hidden])
+                    a = surprisal[[x[i] for i in hidden]]
+                    control = 3 / k * a.sum() - surprisal[list(x)].sum()
+                    centred = a - a.mean()
+                    chance = 1 / 3 / math.comb(3, k)
+                    rows.append((chance, 3 / k * y.sum(), control, centred @ centred, centred @ y, k / 3))
+            draws.append(rows)
+        mean = np.zeros(2)
+        moved = 0.0
+        for pair in itertools.product(*draws):
+            columns = np.array(pair).T
+            adjusted = apply_control(*columns[1:])
+            moved += float(np.abs(adjusted - columns[1]).sum())
+            mean += columns[0].prod() * adjusted
+        assert mean == pytest.approx([enumerated_nelbo(model, x) for x in texts], abs=1e-9)
+        assert moved > 1  # it does something
+
+    def test_less_variance_where_tokens_differ_in_difficulty(self):
+        """A model whose tokens cost what their frequency says: nearly all of the luck of the draw goes away."""
+        random = np.random.default_rng(0)
+        frequency = np.array([0.5, 0.25, 0.15, 0.06, 0.03, 0.01])
+        windows_of = ToyWindows(random.choice(6, 64 * 40, p=frequency), 64, ToyTokenizer(6))
+
+        class Unigram(UniformModel):
+            def logits(self, ids, *, visibility="full", positions=None):
+                out = torch.from_numpy(np.log(frequency)).expand(*ids.shape, 6)
+                return out if positions is None else out[positions]
+
+        model = Unigram(6, 64)
+        exact = chain_rule(model, windows_of)
+        estimate = nelbo(model, windows_of, repeats=16)
+        assert estimate.bpb == pytest.approx(exact.bpb, abs=4 * estimate.stderr_bpb + 1e-4)
+        assert estimate.stderr_bpb < 0.02 * exact.bpb / math.sqrt(16)
+
+
+class TestOrders:
+    @pytest.mark.parametrize(
+        "order", ["left", "random(0)", "random(7)", "block(1)", "block(2)", "spread(1)", "spread(2)"]
+    )
+    def test_every_order_is_an_exact_code(self, order):
+        model = TableModel(V, T, seed=6)
+        groups = reveal_order(order, T)
+        assert sorted(int(i) for group in groups for i in group) == list(range(T))
+        total = 0.0
+        for x in texts():
+            hidden, nll = set(range(T)), 0.0
+            for group in groups:
+                nll += sum(conditional_nll(model, x, hidden, int(i)) for i in group)
+                hidden -= {int(i) for i in group}
+            total += math.exp(-nll)
+            if sum(x):
+                estimate = chain_rule(model, ToyWindows(np.array(x), T, model.tokenizer), order=order)
+                assert estimate.nats_per_token * T == pytest.approx(nll, abs=1e-9)
+                assert estimate.forward_passes == len(groups) and estimate.kind == "exact"
+        assert total == pytest.approx(1, abs=1e-9)
+
+    @pytest.mark.parametrize("length", [1, 2, 7, 64, 100])
+    def test_groups(self, length):
+        for order in ("left", "random(3)", "block(8)", "spread(8)", "spread(1000)"):
+            groups = reveal_order(order, length)
+            assert sorted(np.concatenate(groups).tolist()) == list(range(length))
+            assert all(len(g) for g in groups)
+        assert len(reveal_order("spread(8)", length)) == min(8, length)
+        assert len(reveal_order("block(8)", length)) == -(-length // 8)
+        first = reveal_order("spread(8)", 64)[0]
+        assert np.diff(first).min() >= 8  # far apart
+
+    def test_random_orders_differ_and_stay(self):
+        a, b = reveal_order("random(1)", 50), reveal_order("random(2)", 50)
+        assert np.concatenate(a).tolist() != np.concatenate(b).tolist()
+        assert np.concatenate(a).tolist() == np.concatenate(reveal_order("random(1)", 50)).tolist()
+
+    @pytest.mark.parametrize("order", ["best", "block", "block(0)", "spread(-1)", "random()", "left(3)", ""])
+    def test_unknown(self, order):
+        with pytest.raises(DataError, match="order"):
+            reveal_order(order, 8)
+
+    @pytest.mark.parametrize("visibility", ["causal", "block(3)", "block(4)"])
+    def test_what_cannot_be_seen_is_not_computed(self, visibility):
+        """A real network on the cut canvas gives the figure of the whole canvas."""
+        torch.manual_seed(0)
+        config = ModelConfig(
+            vocab_size=11,
+            sequence_length=16,
+            layers=2,
+            width=16,
+            heads=2,
+            kv_heads=1,
+            neighbour_reach=1,
+            embedding_std=1.0,
+        )
+        network = Denoiser(config).eval()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        tokenizer = ToyTokenizer(11)
+        model = Model(config, tokenizer, network, sha256="x")
+        windows = ToyWindows(np.random.default_rng(0).integers(0, 11, 40), 16, tokenizer)
+        for order in ("left", "spread(4)", "block(4)"):
+            lengths = []
+            forward = network.forward
+
+            def watched(ids, forward=forward, lengths=lengths, **more):
+                lengths.append(ids.shape[1])
+                return forward(ids, **more)
+
+            network.forward = watched
+            short = chain_rule(model, windows, order=order, visibility=visibility)
+            network.forward = forward
+            assert min(lengths) < 16 or order == "spread(4)"
+            nats = 0.0
+            for w in range(3):
+                x = torch.from_numpy(windows[w])[None]
+                hidden = torch.ones_like(x, dtype=torch.bool)
+                for group in reveal_order(order, x.shape[1]):
+                    logits = model.logits(x.masked_fill(hidden, 11), visibility=visibility)[0, group]
+                    nats += float(torch.nn.functional.cross_entropy(logits, x[0, group], reduction="sum"))
+                    hidden[0, group] = False
+            assert short.nats_per_token * 40 == pytest.approx(nats, rel=1e-5)
+            full = chain_rule(model, windows, order=order)
+            assert full.nats_per_token != pytest.approx(short.nats_per_token, rel=1e-3)
+
+
+class TestJournal:
+    def interrupted(self, score, path, after, model, windows, **more):
+        """Score until `after` forward passes were reported, then stop as a killed process would."""
+
+        class Stop(Exception):
+            pass
+
+        def progress(done, total):
+            if done >= after:
+                raise Stop
+
+        with pytest.raises(Stop):
+            score(model, windows, journal=path, progress=progress, batch=4, **more)
+
+    @pytest.mark.parametrize("score", [nelbo, chain_rule])
+    def test_goes_on_where_it_stopped(self, score, tmp_path, monkeypatch):
+        monkeypatch.setattr(Journal, "interval", 0.0)
+        model = TableModel(4, 3)
+        windows = toy_windows(model, 100)
+        whole = score(model, windows)
+        path = tmp_path / "journal"
+        self.interrupted(score, path, 60, model, windows)
+        model.rows = 0
+        again = score(model, windows, journal=path)
+        assert model.rows < whole.forward_passes
+        assert again.bpb == whole.bpb and again.forward_passes == whole.forward_passes
+        model.rows = 0
+        assert score(model, windows, journal=path).bpb == whole.bpb and model.rows == 0
+
+    def test_of_something_else_is_refused(self, tmp_path):
+        model = TableModel(4, 3)
+        windows = toy_windows(model, 40)
+        path = tmp_path / "journal"
+        nelbo(model, windows, journal=path)
+        for other in (
+            lambda: nelbo(model, windows, journal=path, seed=1),
+            lambda: nelbo(model, toy_windows(model, 40, seed=1), journal=path),
+            lambda: nelbo(TableModel(4, 3, seed=1), windows, journal=path),
+            lambda: chain_rule(model, windows, journal=path),
+        ):
+            with pytest.raises(DataError, match="belongs to another"):
+                other()
+        path.write_bytes(b"hello")
+        with pytest.raises(DataError, match="not a scoring journal"):
+            nelbo(model, windows, journal=path)
+
+    def test_processes_share_the_work(self, tmp_path):
+        """Two processes under torchrun, then one that goes on from their files: all the same figure."""
+        script = tmp_path / "run.py"
+        script.write_text(
+            "import sys, json, pathlib, torch\n"
+            f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            "from toy import TableModel, toy_windows\n"
+            "from mezzotint.evaluate import nelbo, chain_rule\n"
+            "torch.distributed.init_process_group('gloo')\n"
+            "rank = torch.distributed.get_rank()\n"
+            "model = TableModel(4, 3)\n"
+            "windows = toy_windows(model, 101)\n"
+            "here = pathlib.Path(sys.argv[1])\n"
+            "out = [s(model, windows, journal=here / n).bpb for s, n in ((nelbo, 'n'), (chain_rule, 'c'))]\n"
+            "(here / f'out{rank}').write_text(json.dumps([*out, model.rows]))\n"
+        )
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        done = subprocess.run(
+            [*launch, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        model = TableModel(4, 3)
+        windows = toy_windows(model, 101)
+        alone = [nelbo(model, windows).bpb, chain_rule(model, windows).bpb]
+        rows, model.rows = model.rows, 0
+        each = [json.loads((tmp_path / f"out{rank}").read_text()) for rank in (0, 1)]
+        assert each[0][:2] == pytest.approx(alone, rel=1e-12) and each[1][:2] == each[0][:2]
+        assert each[0][2] + each[1][2] == rows and abs(each[0][2] - each[1][2]) < rows * 0.1
+        assert nelbo(model, windows, journal=tmp_path / "n").bpb == pytest.approx(alone[0], rel=1e-12)
+        assert model.rows == 0
+
+
+class Blend(TableModel):
+    """A toy model with a little of another's logits."""
+
+    def __init__(self, base: TableModel, other: TableModel, share: float) -> None:
+        super().__init__(base.config.vocab_size, base.config.sequence_length, seed=base.seed)
+        self.base, self.other, self.share = base, other, share
+
+    def table(self, length: int) -> torch.Tensor:
+        return (1 - self.share) * self.base.table(length) + self.share * self.other.table(length)
+
+
+class TestCompare:
+    def test_difference_is_the_enumerated_one_and_pairing_helps(self):
+        a = TableModel(4, 3, seed=1)
+        b = Blend(a, TableModel(4, 3, seed=2), 0.05)
+        windows = toy_windows(a, 3 * 40)
+        exact = (split_nelbo(b, windows)[0] - split_nelbo(a, windows)[0]) / split_nelbo(a, windows)[1] / math.log(2)
+        found = compare(a, b, windows, repeats=16)
+        assert abs(found.difference_bpb - exact) < 4 * found.stderr_bpb
+        unpaired = math.hypot(found.a.stderr_bpb, found.b.stderr_bpb)
+        assert found.stderr_bpb < unpaired / 3
+        assert found.difference_bpb == pytest.approx(found.b.bpb - found.a.bpb, abs=1e-12)
+        chain = compare(a, b, windows, method="chain")
+        assert chain.stderr_bpb == 0 and chain.p_value == 0
+        assert chain.difference_bpb == pytest.approx(chain_rule(b, windows).bpb - chain_rule(a, windows).bpb, abs=1e-12)
+
+    def test_p_value_is_honest(self):
+        """Models that differ only in ways that even out: p below 0.05 about one time in twenty."""
+        a = TableModel(3, 3, seed=1)
+        b = Blend(a, TableModel(3, 3, seed=2), 0.3)
+        windows = toy_windows(a, 3 * 12)
+        size = split_nelbo(a, windows)[1]
+        exact = (split_nelbo(b, windows)[0] - split_nelbo(a, windows)[0]) / size / math.log(2)
+        low = 0
+        for seed in range(150):
+            found = compare(a, b, windows, repeats=6, seed=seed)
+            low += student_t_tail((found.difference_bpb - exact) / found.stderr_bpb, 5) < 0.05
+        assert 1 <= low <= 17
+
+    def test_same_model_and_errors(self):
+        a = TableModel(4, 3)
+        windows = toy_windows(a, 60)
+        same = compare(a, a, windows)
+        assert same.difference_bpb == 0 and same.p_value == 1
+        assert set(same.to_dict()) >= {"difference_bpb", "stderr_bpb", "p_value", "a", "b"}
+        other = TableModel(4, 3)
+        other.tokenizer.sha256 = "other"
+        with pytest.raises(DataError, match="tokenizers"):
+            compare(a, other, windows)
+        with pytest.raises(DataError, match="method"):
+            compare(a, a, windows, method="causal")

@@ -35,7 +35,7 @@ class ToyTokenizer:
         self.vocab_size = vocab_size
         self.sha256 = "toy"
 
-    def byte_counts(self, ids: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+    def byte_counts(self, ids: np.ndarray, previous: int | None = None) -> np.ndarray:
         ids = np.asarray(ids)
         return np.where(ids == 0, 0, 1 + ids % 3)
 
@@ -188,7 +188,7 @@ class ToyText(ToyTokenizer):
     def decode(self, ids: list[int]) -> str:
         return self.decode_bytes(ids).decode()
 
-    def byte_counts(self, ids: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+    def byte_counts(self, ids: np.ndarray, previous: int | None = None) -> np.ndarray:
         return (np.asarray(ids) != 0).astype(int)
 
 

@@ -36,7 +36,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import constriction
 import numpy as np
@@ -50,6 +50,7 @@ from mezzotint.model import Model, block_size
 
 MAGIC = b"MZZ1"
 FRAME_BYTES = 1 << 20
+_stream: Any = getattr(constriction, "stream")  # noqa: B009 - a compiled submodule that type checkers cannot see
 TOTAL = 1 << 24
 STORED, LZMA, MODELLED = 0, 1, 2
 TEXT, REST = 0, 1
@@ -81,10 +82,7 @@ class CompressionReport:
 
 
 def integer_probabilities(logits: Tensor) -> np.ndarray:
-    """Softmax rounded to integers of at least 1 that sum to 2^24. logits: [n, V]; returns float32 [n, V].
-
-    Integers up to 2^24 are exact in float32, which is what the coder takes.
-    """
+    """Softmax rounded to integers of at least 1 that sum to 2^24. logits: [n, V]; returns float32 [n, V], exact."""
     x = logits.double().cpu().numpy()
     x = np.exp(x - x.max(axis=1, keepdims=True))
     x /= x.sum(axis=1, keepdims=True)
@@ -115,9 +113,10 @@ class _Coder:
 
     def __init__(self, model: Model, code: _Code, words: np.ndarray | None) -> None:
         self.model, self.code = model, code
-        self.family = constriction.stream.model.Categorical(perfect=False)
-        self.encoder = constriction.stream.queue.RangeEncoder() if words is None else None
-        self.decoder = None if words is None else constriction.stream.queue.RangeDecoder(words)
+        # The coder adds 1 to the weights that it is given and scales them to 2^24 in all: so ours, less 1, stay.
+        self.family = _stream.model.Categorical(perfect=False)
+        self.encoder = _stream.queue.RangeEncoder() if words is None else None
+        self.decoder = None if words is None else _stream.queue.RangeDecoder(words)
         self.bits = 0.0
         self.passes = 0
 
@@ -164,8 +163,8 @@ class _Coder:
         weights = integer_probabilities(logits)
         if self.encoder is None:
             assert self.decoder is not None
-            return self.decoder.decode(self.family, weights).astype(np.int64)
-        self.encoder.encode(known.astype(np.int32), self.family, weights)
+            return self.decoder.decode(self.family, weights - 1).astype(np.int64)
+        self.encoder.encode(known.astype(np.int32), self.family, weights - 1)
         self.bits += float(np.log2(TOTAL / weights[np.arange(len(known)), known].astype(np.float64)).sum())
         return known
 
@@ -196,8 +195,8 @@ def numerics(model: Model, code: _Code) -> bytes:
             )
         weights = integer_probabilities(logits)
         symbols = draw.integers(0, model.config.vocab_size, size=len(weights)).astype(np.int32)
-        encoder = constriction.stream.queue.RangeEncoder()
-        encoder.encode(symbols, constriction.stream.model.Categorical(perfect=False), weights)
+        encoder = _stream.queue.RangeEncoder()
+        encoder.encode(symbols, _stream.model.Categorical(perfect=False), weights - 1)
         digest.update(weights.tobytes() + encoder.get_compressed().astype("<u4").tobytes())
     return digest.digest()[:8]
 

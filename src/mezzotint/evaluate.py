@@ -84,6 +84,10 @@ def student_t_quantile(confidence: float, degrees: float) -> float:
     return (low + high) / 2
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A likelihood figure with its kind and error.
@@ -123,10 +127,10 @@ class Estimate:
             "method": self.method,
             "kind": self.kind,
             "bpb": self.bpb,
-            "stderr_bpb": self.stderr_bpb if math.isfinite(self.stderr_bpb) else None,
-            "interval95_bpb": [low, high] if math.isfinite(low) and math.isfinite(high) else None,
-            "mask_stderr_bpb": self.mask_stderr_bpb if math.isfinite(self.mask_stderr_bpb) else None,
-            "window_stderr_bpb": self.window_stderr_bpb if math.isfinite(self.window_stderr_bpb) else None,
+            "stderr_bpb": _finite(self.stderr_bpb),
+            "interval95_bpb": [low, high] if math.isfinite(high - low) else None,
+            "mask_stderr_bpb": _finite(self.mask_stderr_bpb),
+            "window_stderr_bpb": _finite(self.window_stderr_bpb),
             "nats_per_token": self.nats_per_token,
             "tokens": self.tokens,
             "bytes": self.bytes,
@@ -236,7 +240,7 @@ def _estimate(
         raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
     per_window = repeats.mean(axis=0)
     totals = repeats.sum(axis=1)
-    scale = 1 / (sizes.sum() * math.log(2))
+    scale = 1 / (float(sizes.sum()) * math.log(2))
     r, n = repeats.shape
     mask_error = 0.0 if r == 1 else float(totals.std(ddof=1)) / math.sqrt(r) * scale
     degrees = math.inf if r == 1 else r - 1
@@ -295,6 +299,8 @@ class Journal:
     model, data or setting is refused with DataError.
     """
 
+    interval = 30.0
+
     def __init__(
         self,
         path: Path | None,
@@ -302,13 +308,12 @@ class Journal:
         windows: Windows,
         settings: dict[str, Any],
         units: int,
-        interval: float = 30.0,
+        columns: int = 1,
     ) -> None:
         self.rank, self.processes = world()
         self.device = model.device
-        self.values = np.full(units, np.nan)
+        self.values = np.full((units, columns), np.nan)
         self.path = None
-        self.interval = interval
         self.saved = time.monotonic()
         if path is None:
             return
@@ -340,12 +345,11 @@ class Journal:
 
     def mine(self) -> list[int]:
         """The units that this process has yet to compute."""
-        return [u for u in range(self.rank, len(self.values), self.processes) if np.isnan(self.values[u])]
+        return [u for u in range(self.rank, len(self.values), self.processes) if np.isnan(self.values[u, 0])]
 
-    def record(self, values: dict[int, float]) -> None:
-        """Note finished units, and save if it is time."""
-        for unit, value in values.items():
-            self.values[unit] = value
+    def record(self, unit: int, *values: float) -> None:
+        """Note a finished unit, and save if it is time."""
+        self.values[unit] = values
         if time.monotonic() - self.saved >= self.interval:
             self.save()
 
@@ -358,7 +362,7 @@ class Journal:
         self.saved = time.monotonic()
 
     def result(self) -> np.ndarray:
-        """All units of all processes, float64, the same on every process."""
+        """All units of all processes, float64 [units, columns], the same on every process."""
         self.save()
         if self.processes == 1:
             return self.values
@@ -369,24 +373,105 @@ class Journal:
         return shared.cpu().numpy()
 
 
-def nelbo_passes(
-    windows: Windows, chosen: Sequence[int], mask_id: int, seed: int, repeat: int
-) -> Iterator[tuple[Pass, int]]:
-    """The masks of one repeat: (pass, k) for each chosen window in turn.
-
-    Counts are stratified over the repeat's windows; the last, shorter window draws its own. Masks depend on the seed,
-    the repeat and the window's index only.
-    """
-    lengths = [len(windows[i]) for i in chosen]
+def nelbo_counts(lengths: Sequence[int], seed: int, repeat: int) -> Tensor:
+    """Mask counts of one repeat, int64 [windows]: stratified over the windows of each length."""
     draw = _generator(seed, repeat)
-    counts = torch.zeros(len(chosen), dtype=torch.long)
+    counts = torch.zeros(len(lengths), dtype=torch.long)
     for length in sorted(set(lengths), reverse=True):
         rows = torch.tensor([n for n, size in enumerate(lengths) if size == length])
         counts[rows] = stratified_counts(len(rows), length, draw)
-    for n, i in enumerate(chosen):
-        ids = _tensor(windows, i)
-        _, masked = mask_by_count(ids[None], counts[n : n + 1], mask_id, _generator(seed, repeat, 1 + i))
-        yield Pass(ids, masked[0], masked[0]), int(counts[n])
+    return counts
+
+
+def nelbo_pass(ids: Tensor, window: int, count: int, mask_id: int, seed: int, repeat: int) -> Pass:
+    """The mask of a window in a repeat: `count` positions that depend on seed, repeat and window alone."""
+    _, masked = mask_by_count(ids[None], torch.tensor([count]), mask_id, _generator(seed, repeat, 1 + window))
+    return Pass(ids, masked[0], masked[0])
+
+
+def nelbo_passes(
+    windows: Windows, chosen: Sequence[int], mask_id: int, seed: int, repeat: int
+) -> Iterator[tuple[Pass, int]]:
+    """The masks of one repeat: (pass, k) for each chosen window in turn."""
+    counts = nelbo_counts([len(windows[i]) for i in chosen], seed, repeat).tolist()
+    for i, count in zip(chosen, counts, strict=True):
+        yield nelbo_pass(_tensor(windows, i), i, count, mask_id, seed, repeat), count
+
+
+def token_surprisal(windows: Windows, chosen: Sequence[int], vocab_size: int) -> np.ndarray:
+    """-log of each token's frequency in the chosen windows, in nats, float64 [V]: a rough guess at its difficulty."""
+    counts = np.full(vocab_size, 0.5)
+    for i in chosen:
+        counts += np.bincount(windows[i], minlength=vocab_size)
+    return -np.log(counts / counts.sum())
+
+
+def apply_control(
+    nats: np.ndarray, control: np.ndarray, spread: np.ndarray, covariance: np.ndarray, rate: np.ndarray
+) -> np.ndarray:
+    """One repeat's NELBO estimates with the luck of the draw taken out; all arrays float64 [windows].
+
+    A mask that happens to hide rare tokens costs more. With a_i any guess at the difficulty of token i that does not
+    look at the mask, `control` = (T/k) sum_{i in S} a_i - sum_i a_i has mean 0 over S for every k, so subtracting
+    beta * control changes the variance and not the mean, provided that beta does not depend on S. beta is a quadratic
+    in the mask rate k/T, fitted to the tokens of the other half of the windows (even or odd), whose masks are
+    independent: `spread` is sum_{i in S} (a_i - mean)^2 and `covariance` the like with the tokens' NLL.
+    (Control variates with cross-fitting; Owen 2013, "Monte Carlo theory, methods and examples", sections 8.9, 8.10.)
+    """
+    basis = np.stack((np.ones_like(rate), rate, rate**2), axis=1)
+    out = nats.copy()
+    for half in (0, 1):
+        mine = np.arange(len(nats)) % 2 == half
+        fit = ~mine & (spread > 0)
+        if not fit.any():
+            continue
+        # Everything that enters beta comes from the other half. A window weighs by the root of its tokens' spread,
+        # between one vote each and a vote a token; the ridge, worth half a window, steadies fits to very few.
+        weight = 1 / np.sqrt(spread[fit] * spread[fit].mean())
+        normal = (basis[fit] * (spread[fit] * weight)[:, None]).T @ basis[fit] + 0.5 * np.eye(3)
+        beta = np.linalg.solve(normal, basis[fit].T @ (covariance[fit] * weight))
+        out[mine] -= basis[mine] @ beta * control[mine]
+    return out
+
+
+def _nelbo_matrix(
+    model: Model,
+    windows: Windows,
+    chosen: Sequence[int],
+    repeats: int,
+    seed: int,
+    batch: int | None,
+    book: Journal,
+    tick: Progress,
+) -> np.ndarray:
+    """NELBO estimates in nats, float64 [repeats, windows]."""
+    n = len(chosen)
+    lengths = [len(windows[i]) for i in chosen]
+    counts = np.stack([nelbo_counts(lengths, seed, r).numpy() for r in range(repeats)])
+    surprisal = token_surprisal(windows, chosen, model.config.vocab_size)
+    todo = book.mine()
+    made: deque[Pass] = deque()
+
+    def passes() -> Iterator[Pass]:
+        for unit in todo:
+            r, w = divmod(unit, n)
+            item = nelbo_pass(_tensor(windows, chosen[w]), chosen[w], counts[r, w], model.config.mask_id, seed, r)
+            made.append(item)
+            yield item
+
+    for done, (unit, nll) in enumerate(zip(todo, run_passes(model, passes(), batch=batch), strict=True)):
+        r, w = divmod(unit, n)
+        k = torch.tensor([counts[r, w]], dtype=torch.float64)
+        item = made.popleft()
+        guess, hidden = surprisal[item.ids.numpy()], item.hidden.numpy()
+        a, y = guess[hidden], nll[hidden]
+        control = lengths[w] / counts[r, w] * a.sum() - guess.sum()
+        a = a - a.mean()
+        book.record(unit, nelbo_per_window(torch.from_numpy(nll)[None], k).item(), control, a @ a, a @ y)
+        tick(done + 1, len(todo))
+    nats, control, spread, covariance = book.result().T.reshape(4, repeats, n)
+    rates = counts / np.array(lengths)
+    return np.stack([apply_control(*row) for row in zip(nats, control, spread, covariance, rates, strict=True)])
 
 
 def nelbo(
@@ -397,37 +482,133 @@ def nelbo(
     repeats: int = 8,
     seed: int = 0,
     batch: int | None = None,
+    journal: Path | None = None,
     progress: Progress | None = None,
 ) -> Estimate:
     """The NELBO of the windows: an upper bound on -log p, estimated without bias.
 
-    Each repeat is one mask per window with the counts k stratified over the windows; repeats are independent, and
-    the mask error is that of their mean, with repeats - 1 degrees of freedom (`Estimate.interval` uses Student's t).
-    Over all windows that is the whole error; over a subset the error from the choice of windows is added.
+    Each repeat is one mask per window with the counts k stratified over the windows, less a control variate for how
+    difficult the hidden tokens are (`apply_control`). Repeats are independent, and the mask error is that of their
+    mean, with repeats - 1 degrees of freedom (`Estimate.interval` uses Student's t). Over all windows that is the
+    whole error; over a subset the error from the choice of windows is added.
     Deterministic in `seed`, up to rounding for any `batch`. Costs repeats * windows forward passes.
-    Raises DataError if there is nothing to score or fewer than 2 repeats.
+    `journal` and torchrun: see `Journal`. Raises DataError if there is nothing to score or fewer than 2 repeats.
     """
-    if repeats < 2:
-        raise DataError("a standard error needs at least 2 repeats")
     started = time.perf_counter()
     chosen = choose_windows(windows, tokens)
-    nats = np.zeros((repeats, len(chosen)))
-    counts: list[int] = []
-
-    def passes() -> Iterator[Pass]:
-        for repeat in range(repeats):
-            for item, k in nelbo_passes(windows, chosen, model.config.mask_id, seed, repeat):
-                counts.append(k)
-                yield item
-
-    for done, nll in enumerate(run_passes(model, passes(), batch=batch)):
-        row = torch.from_numpy(nll)[None]
-        nats[divmod(done, len(chosen))] = nelbo_per_window(
-            row, torch.tensor([counts[done]], dtype=torch.float64)
-        ).item()
-        if progress:
-            progress(done + 1, nats.size)
+    book = _nelbo_book(model, windows, chosen, tokens, repeats, seed, journal)
+    nats = _nelbo_matrix(model, windows, chosen, repeats, seed, batch, book, progress or _silent)
     return _estimate("nelbo", UPPER_BOUND, windows, chosen, nats, started, nats.size, seed)
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+def _nelbo_book(
+    model: Model,
+    windows: Windows,
+    chosen: Sequence[int],
+    tokens: int | None,
+    repeats: int,
+    seed: int,
+    journal: Path | None,
+) -> Journal:
+    if repeats < 2:
+        raise DataError("a standard error needs at least 2 repeats")
+    settings = {"method": "nelbo", "tokens": tokens, "repeats": repeats, "seed": seed}
+    return Journal(journal, model, windows, settings, repeats * len(chosen), columns=4)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Model b against model a on the same windows and masks.
+
+    difference_bpb: b's bits per byte minus a's, negative where b is better. stderr_bpb: of the difference, with the
+    same parts as in `Estimate`. p_value: two-sided, of no difference, by Student's t; 0 or 1 where nothing was drawn.
+    """
+
+    difference_bpb: float
+    stderr_bpb: float
+    p_value: float
+    degrees_of_freedom: float
+    mask_stderr_bpb: float
+    window_stderr_bpb: float
+    a: Estimate
+    b: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON object."""
+        half = student_t_quantile(0.95, self.degrees_of_freedom) * self.stderr_bpb if self.stderr_bpb else 0.0
+        return {
+            "difference_bpb": self.difference_bpb,
+            "stderr_bpb": _finite(self.stderr_bpb),
+            "interval95_bpb": [self.difference_bpb - half, self.difference_bpb + half] if _finite(half) else None,
+            "p_value": self.p_value,
+            "a": self.a.to_dict(),
+            "b": self.b.to_dict(),
+        }
+
+
+def compare(
+    a: Model,
+    b: Model,
+    windows: Windows,
+    *,
+    method: str = "nelbo",
+    tokens: int | None = None,
+    repeats: int = 8,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Is model `b` better or worse than model `a` on these windows? Paired: both see the same windows and masks.
+
+    What a mask or window costs both models alike drops out of the difference, so its error is far below that of the
+    two figures. method: `nelbo` or `chain` (left to right; exact on the windows scored). Over all windows the error
+    is that of the masks; over a subset (`tokens`) that from the choice of windows is added, and the answer is about
+    all of them. Raises DataError when the models' tokenizers differ, for an unknown method, or as `nelbo` does.
+    """
+    if a.tokenizer.sha256 != b.tokenizer.sha256 or a.config.vocab_size != b.config.vocab_size:
+        raise DataError("the models have different tokenizers: their masks cannot be paired")
+    started = time.perf_counter()
+    chosen = choose_windows(windows, tokens)
+    matrices: list[np.ndarray] = []
+    estimates: list[Estimate] = []
+    for turn, model in enumerate((a, b)):
+
+        def tick(done: int, total: int, turn: int = turn) -> None:
+            if progress:
+                progress(turn * total + done, 2 * total)
+
+        if method == "nelbo":
+            book = _nelbo_book(model, windows, chosen, tokens, repeats, seed, None)
+            nats = _nelbo_matrix(model, windows, chosen, repeats, seed, batch, book, tick)
+            passes, kind = nats.size, UPPER_BOUND
+        elif method == "chain":
+            book = Journal(None, model, windows, {}, len(chosen))
+            nats, passes = _chain_matrix(model, windows, chosen, "left", "full", batch, book, tick)
+            kind = EXACT
+        else:
+            raise DataError(f"unknown method {method!r}: models are compared by nelbo or chain")
+        matrices.append(nats)
+        estimates.append(_estimate(method, kind, windows, chosen, nats, started, passes, seed))
+        started = time.perf_counter()
+    difference = _estimate(method, NOT_A_BOUND, windows, chosen, matrices[1] - matrices[0], started, 0, seed)
+    if difference.stderr_bpb:
+        p_value = student_t_tail(difference.bpb / difference.stderr_bpb, difference.degrees_of_freedom)
+    else:
+        p_value = float(difference.bpb == 0)
+    return Comparison(
+        difference_bpb=difference.bpb,
+        stderr_bpb=difference.stderr_bpb,
+        p_value=p_value,
+        degrees_of_freedom=difference.degrees_of_freedom,
+        mask_stderr_bpb=difference.mask_stderr_bpb,
+        window_stderr_bpb=difference.window_stderr_bpb,
+        a=estimates[0],
+        b=estimates[1],
+    )
 
 
 def reveal_order(order: str, length: int) -> list[np.ndarray]:
@@ -489,10 +670,25 @@ def chain_rule(
     """
     started = time.perf_counter()
     chosen = choose_windows(windows, tokens)
-    orders = {length: reveal_order(order, length) for length in {len(windows[i]) for i in chosen}}
-    total = sum(len(orders[len(windows[i])]) for i in chosen)
     settings = {"method": "chain", "order": order, "visibility": visibility, "tokens": tokens}
     book = Journal(journal, model, windows, settings, len(chosen))
+    nats, total = _chain_matrix(model, windows, chosen, order, visibility, batch, book, progress or _silent)
+    method = "chain" if (order, visibility) == ("left", "full") else f"chain {order} {visibility}"
+    return _estimate(method, EXACT, windows, chosen, nats, started, total, seed)
+
+
+def _chain_matrix(
+    model: Model,
+    windows: Windows,
+    chosen: Sequence[int],
+    order: str,
+    visibility: str,
+    batch: int | None,
+    book: Journal,
+    tick: Progress,
+) -> tuple[np.ndarray, int]:
+    """(nats, float64 [1, windows], forward passes in all)."""
+    orders = {length: reveal_order(order, length) for length in {len(windows[i]) for i in chosen}}
     rows = batch or max(1, TOKENS_PER_FORWARD // max(orders))
     todo = book.mine()
     share = sum(len(orders[len(windows[chosen[n]])]) for n in todo)
@@ -502,17 +698,14 @@ def chain_rule(
         group = todo[start : start + rows]
         nats = dict.fromkeys(group, 0.0)
         owners: deque[int] = deque()
-        for nll in run_passes(
-            model, _chain_passes(windows, chosen, group, orders, visibility, owners), visibility=visibility, batch=batch
-        ):
+        passes = _chain_passes(windows, chosen, group, orders, visibility, owners)
+        for nll in run_passes(model, passes, visibility=visibility, batch=batch):
             nats[owners.popleft()] += float(nll.sum())
             done += 1
-            if progress:
-                progress(done, share)
-        book.record(nats)
-    result = book.result()[None]
-    method = "chain" if (order, visibility) == ("left", "full") else f"chain {order} {visibility}"
-    return _estimate(method, EXACT, windows, chosen, result, started, total, seed)
+            tick(done, share)
+        for n, value in nats.items():
+            book.record(n, value)
+    return book.result().T, sum(len(orders[len(windows[i])]) for i in chosen)
 
 
 def _chain_passes(
@@ -618,7 +811,7 @@ def reconstruction_score(
         following = np.asarray(windows[i + 1])[:1] if i + 1 < len(windows) else ids[:0]
         target = np.concatenate((ids[1:], following))
         if len(target):
-            shifted += int(model.tokenizer.byte_counts(target, ids[: len(target)]).sum())
+            shifted += int(model.tokenizer.byte_counts(target, int(ids[0])).sum())
     if shifted == 0:
         raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
 
