@@ -310,13 +310,21 @@ class _Row:
     def _repeats(self, known: set[tuple[int, ...]], position: int) -> list[int]:
         """The tokens that would complete, at `position`, a run of n tokens that the canvas already has."""
         n = self.settings.no_repeat
-        taken = []
+        taken: list[int] = []
+        runs: list[tuple[int, list[int]]] = []
         for start in range(max(0, position - n + 1), min(position, len(self.ids) - n) + 1):
-            run = tuple(self.ids[start : start + n].tolist())
-            place = position - start
+            run, place = self.ids[start : start + n].tolist(), position - start
             if self.mask_id in run[:place] + run[place + 1 :]:
                 continue
-            taken += [k[place] for k in known if k[:place] == run[:place] and k[place + 1 :] == run[place + 1 :]]
+            fits = tuple(run[:place]), tuple(run[place + 1 :])
+            taken += [k[place] for k in known if (k[:place], k[place + 1 :]) == fits]
+            # The token is in several runs, which must differ from one another too: "a ? a" is not filled with "a".
+            for other_place, other in runs:
+                token = run[other_place]
+                run[place] = other[other_place] = token
+                if run == other:
+                    taken.append(token)
+            runs.append((place, run))
         return taken
 
     def _ban_repeats(self, positions: Tensor, logits: Tensor) -> None:
@@ -407,12 +415,14 @@ class Pieces:
 
     text: the characters an id adds, "" for control ids and for single bytes. raw: its UTF-8 bytes. is_text: bool [V],
     whether it may be drawn at all. is_byte: bool [V], whether it is a single byte of a longer character.
+    probe: a character that the tokenizer knows.
     """
 
     text: list[str]
     raw: list[bytes]
     is_text: Tensor
     is_byte: Tensor
+    probe: str
 
     def where(self, test: Callable[[str], bool]) -> Tensor:
         """bool [V]: the ids whose characters pass the test; never bytes or control ids."""
@@ -440,6 +450,7 @@ def _pieces(serialized: bytes) -> Pieces:
         raw,
         torch.tensor([len(r) > 0 for r in raw]),
         torch.tensor([len(r) > 0 and not t for t, r in zip(text, raw, strict=True)]),
+        next((t for t in text if len(t) == 1 and t.isalnum() and t.isascii()), "x"),
     )
 
 
@@ -568,7 +579,7 @@ def sample(
     if length is not None and length < 1:
         raise ConfigError(f"a text needs at least 1 token, not {length}")
     window, mask_id, bos = model.config.sequence_length, model.config.mask_id, model.tokenizer.bos_id
-    lead = [bos, *model.tokenizer.encode(prompt)]
+    lead = [bos, *model.tokenizer.encode(_without_pending_space(model.tokenizer, prompt))]
     length = max(1, window - len(lead)) if length is None else length
     table = pieces(model.tokenizer)
     allowed = table.is_text.clone()
@@ -613,6 +624,28 @@ def sample(
 def _attach(tokenizer: Tokenizer, before: str, after: str) -> str:
     """`after` without the space that the end of `before` already is."""
     return after[1:] if after.startswith(" ") and _space_pending(tokenizer, before) else after
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a text being revealed. confidence: None for given text, 0 for a mask (text ""), else of its id."""
+
+    text: str
+    confidence: float | None
+
+
+def canvas_spans(tokenizer: Tokenizer, ids: Sequence[int], confidence: Sequence[float]) -> list[Span]:
+    """One row of `sample`'s canvas for a person to see: id by id up to an end of text, masks as empty spans."""
+    table = pieces(tokenizer)
+    spans: list[Span] = []
+    for position, (i, sure) in enumerate(zip(ids, confidence, strict=True)):
+        if i == tokenizer.bos_id and position:
+            break
+        if i >= len(table.raw):
+            spans.append(Span("", 0.0))
+        elif table.raw[i]:
+            spans.append(Span(join(table, [i]), float(sure) if sure < 1 else None))
+    return spans
 
 
 def _watch_window(
@@ -685,14 +718,6 @@ class Filled:
     seed: int
 
 
-@dataclass(frozen=True)
-class Span:
-    """A stretch of a text being revealed. confidence: None for given text, 0 for a mask (text ""), else of its id."""
-
-    text: str
-    confidence: float | None
-
-
 def parse_gaps(text: str) -> tuple[list[str], list[int | None]]:
     """Split text at its gaps: n + 1 fixed strings and n mask counts, None where the length is unknown.
 
@@ -733,7 +758,13 @@ def _encode_inside(tokenizer: Tokenizer, text: str) -> list[int]:
 def _space_pending(tokenizer: Tokenizer, text: str) -> bool:
     """Whether a word put behind `text` would begin with a space of `text` (which `encode` drops at its end)."""
     table = pieces(tokenizer)
-    return bool(text) and join(table, _encode_inside(tokenizer, text + "x")).endswith(" x")
+    probe = table.probe
+    return bool(text) and join(table, _encode_inside(tokenizer, text + probe)).endswith(" " + probe)
+
+
+def _without_pending_space(tokenizer: Tokenizer, text: str) -> str:
+    """Text before a gap, without the space at its end that belongs to the gap's first token."""
+    return text[:-1] if text.endswith(" ") and _space_pending(tokenizer, text) else text
 
 
 class _Filling:
@@ -773,7 +804,7 @@ class _Filling:
 
     def _fixed(self, text: str, *, inside: bool, before_gap: bool) -> _Fixed:
         """Fixed text as ids. A space at its end, if a gap follows, belongs to the gap's first token."""
-        seen = text[:-1] if before_gap and text.endswith(" ") and _space_pending(self.tokenizer, text) else text
+        seen = _without_pending_space(self.tokenizer, text) if before_gap else text
         return _Fixed(text, _encode_inside(self.tokenizer, seen) if inside else self.tokenizer.encode(seen))
 
     # --- canvases
@@ -1020,7 +1051,10 @@ class _Filling:
         assert isinstance(gap, _Gap)
         left, right = self.context(index, -1), self.context(index, 1)
         window = self.model.config.sequence_length
-        lengths = [n for n in lengths if n <= max(1, window - 2) and self.possible(gap, n)] or [2]
+        # A gap that took most of the window would leave no context to judge it by.
+        lengths = [n for n in lengths if n <= max(2, window // 4) and self.possible(gap, n)] or [
+            2 if gap.left and gap.right else min(lengths)
+        ]
         near = [t for t in right[:RIGHT_TOKENS] if t != self.mask_id] if right[:1] != [self.mask_id] else []
         near_nats = [0.0] * len(lengths)
         if near:
@@ -1054,6 +1088,8 @@ class _Filling:
         best = scores.index(min(scores))
         n = lengths[best]
         self.settle(gap, result.ids[best, at : at + n].tolist(), result.confidence[best, at : at + n].tolist())
+        if self.on_step is not None:
+            self._show(self.passes, lambda *_: {}, 0, canvas, canvas)
 
     def fill_known(self, indices: list[int]) -> None:
         """Fill gaps of known lengths that lie in one window, all at once."""
