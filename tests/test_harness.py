@@ -1,0 +1,192 @@
+"""The adapter under the real lm-evaluation-harness, on local tasks, against figures computed by hand."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+from mezzotint.config import ModelConfig
+from mezzotint.data import train_tokenizer
+from mezzotint.errors import ConfigError
+from mezzotint.harness import Harness
+from mezzotint.model import Denoiser, Model
+
+DOCUMENTS = [
+    "The plate is rocked until it prints black.",
+    "Then the burnisher draws light out of the dark, " * 4 + "slowly.",
+    "Ink.",
+]
+TASKS = {
+    "local_rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - metric: bits_per_byte
+  - metric: byte_perplexity
+""",
+    "local_choice": """
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: ["dark", "light and more light", "ink"]
+doc_to_target: 1
+metric_list:
+  - metric: acc
+""",
+    "local_generate": """
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "x"
+generation_kwargs:
+  until: ["e"]
+  max_gen_toks: 12
+metric_list:
+  - metric: exact_match
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    tokenizer = train_tokenizer(DOCUMENTS * 20, 300)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, sequence_length=24, layers=1, width=16, heads=2, kv_heads=2, embedding_std=1.0
+    )
+    network = Denoiser(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return Model(config, tokenizer, network)
+
+
+@pytest.fixture
+def tasks(tmp_path) -> Path:
+    data = tmp_path / "documents.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
+    for name, body in TASKS.items():
+        head = f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\ntest_split: test\n"
+        (tmp_path / f"{name}.yaml").write_text(head + body)
+    return tmp_path
+
+
+def evaluate(harness: Harness, folder: Path, task: str) -> dict:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    return simple_evaluate(
+        model=harness, tasks=[task], task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0
+    )
+
+
+def log_p(model: Model, ids: list[int], start: int) -> float:
+    """Log-likelihood of ids[start:] after ids[:start], left to right in a full window, one canvas at a time."""
+    mask, length = model.config.mask_id, model.config.sequence_length
+    total = 0.0
+    for i in range(start, len(ids)):
+        canvas = torch.tensor([ids[:i] + [mask] * (length - i)])
+        total += float(model.logits(canvas)[0, i].double().log_softmax(0)[ids[i]])
+    return total
+
+
+def test_rolling_gives_bits_per_byte(model, tasks):
+    found = evaluate(Harness(model=model, batch_size=5), tasks, "local_rolling")["results"]["local_rolling"]
+    room = model.config.sequence_length - 1
+    nats = size = 0.0
+    for text in DOCUMENTS:
+        ids = model.tokenizer.encode(text)
+        size += len(text.encode())
+        nats -= log_p(model, [model.tokenizer.bos_id, *ids[:room]], 1)
+        for start in range(room, len(ids), room):
+            piece = ids[start : start + room]
+            stop = start + len(piece)
+            nats -= log_p(model, ids[stop - room - 1 : stop], room + 1 - len(piece))
+    assert found["bits_per_byte,none"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
+
+
+def test_choices_are_the_chain_rule(model, tasks):
+    harness = Harness(model=model)
+    result = evaluate(harness, tasks, "local_choice")
+    assert 0 <= result["results"]["local_choice"]["acc,none"] <= 1
+    sample = result["samples"]["local_choice"][0]
+    bos, encode = model.tokenizer.bos_id, model.tokenizer.encode
+    for (context, continuation), answer in zip(
+        [a.values() for a in sample["arguments"].values()]
+        if isinstance(sample["arguments"], dict)
+        else sample["arguments"],
+        sample["resps"],
+        strict=True,
+    ):
+        before, whole = encode(context), encode(context + continuation)
+        ids = [bos, *before, *whole[len(before) :]]
+        start = 1 + len(before)
+        cut = max(0, len(ids) - model.config.sequence_length)
+        expected = log_p(model, ids[cut:], start - cut)
+        value = answer[0][0] if isinstance(answer[0], (list, tuple)) else answer[0]
+        assert float(value) == pytest.approx(expected, rel=1e-5)
+
+
+def test_generation_stops_and_is_greedy(model, tasks):
+    result = evaluate(Harness(model=model), tasks, "local_generate")
+    texts = [sample["resps"][0][0] for sample in result["samples"]["local_generate"]]
+    assert len(texts) == 3 and all("e" not in text for text in texts)
+    harness = Harness(model=model)
+    again = harness._generate(DOCUMENTS[0], {"until": ["e"], "max_gen_toks": 12})
+    assert again == texts[0] == harness._generate(DOCUMENTS[0], {"until": "e", "max_gen_toks": 12})
+    free = harness._generate("Ink", {"max_gen_toks": 40})
+    assert harness._generate("Ink", {"max_gen_toks": 40, "until": [free[5:7]]}) == free[: free.find(free[5:7])]
+    warm = [Harness(model=model, seed=s)._generate("Ink", {"temperature": 1.0, "max_gen_toks": 9}) for s in (0, 0, 1)]
+    assert warm[0] == warm[1] != warm[2]
+
+
+def test_greedy_flag_and_long_continuations(model):
+    harness = Harness(model=model)
+    bos, length = model.tokenizer.bos_id, model.config.sequence_length
+    ids = [bos]
+    for _ in range(6):
+        canvas = torch.tensor([ids + [model.config.mask_id] * (length - len(ids))])
+        ids.append(int(model.logits(canvas)[0, len(ids)].argmax()))
+    ((value, greedy),) = harness._loglikelihood_tokens([(("", ""), [bos], ids[1:])])
+    assert greedy and value == pytest.approx(log_p(model, ids, 1), rel=1e-5)
+    ((_, greedy),) = harness._loglikelihood_tokens([(("", ""), [bos], [*ids[1:-1], (ids[-1] + 1) % 250])])
+    assert not greedy
+    long = [5 + i % 200 for i in range(3 * length)]
+    for visibility in ("full", "causal"):
+        ((value, _),) = Harness(model=model, visibility=visibility)._loglikelihood_tokens([(("", ""), [7, 8], long)])
+        assert math.isfinite(value) and value < 0
+
+
+def test_causal_is_one_pass(model):
+    harness = Harness(model=model, visibility="causal")
+    ids = [model.tokenizer.bos_id, 9, 8, 7, 6]
+    ((value, _),) = harness._loglikelihood_tokens([(("", ""), ids[:2], ids[2:])])
+    logits = model.logits(torch.tensor([[model.config.mask_id, *ids[:-1]]]), visibility="causal")[0].double()
+    expected = float(logits.log_softmax(1)[torch.arange(2, 5), torch.tensor(ids[2:])].sum())
+    assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_settings():
+    with pytest.raises(ConfigError, match="one model"):
+        Harness()
+    with pytest.raises(ConfigError, match="visibility"):
+        Harness(path="x", visibility="sideways")
+
+
+def test_command_lists_tasks(tasks):
+    """`python -m mezzotint.harness` is the harness's command line."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mezzotint.harness", "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "--tasks" in done.stdout + done.stderr
