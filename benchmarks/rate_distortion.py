@@ -183,7 +183,7 @@ def main() -> None:
     points: list[dict[str, Any]] = []
     quiet = lambda _: None  # noqa: E731
     packer = artifact._Rate(model, windows, 0, artifact.TOLERANCE, quiet)
-    knobs = [2.0**k for k in (range(-1, 6) if options.quick else range(-2, 8))]
+    knobs = [2.0**k for k in (range(-4, 3, 2) if options.quick else range(-4, 7))]
     for ingredient in INGREDIENTS[:1] if options.quick else INGREDIENTS:
         label = "mezzotint" if ingredient == "nothing" else f"without {ingredient}"
         for knob in knobs if ingredient == "nothing" else knobs[1::2]:
@@ -201,7 +201,7 @@ def main() -> None:
 
     hessians = quantize.calibration_hessians(model, windows)
     tokenizer = len(artifact._Writer(model, artifact.LZMA).tokenizer)
-    for deviations in (8, 16) if options.quick else (6, 8, 12, 16, 24, 40):
+    for deviations in (12, 48) if options.quick else (6, 12, 24, 48, 96):
         tensors = clipped(state, hessians, deviations)
         size, best = general_purpose(b"".join(b"".join(artifact._raw_parts(t)) for t in tensors.values()))
         # The same tokenizer and 600 bytes of header as an artifact has.
