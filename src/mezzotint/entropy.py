@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import constriction
 import numpy as np
 
+STREAM: Any = constriction.stream  # type: ignore[attr-defined]  # a compiled module, unknown to type checkers
 PRECISION = 24
 TOTAL = 1 << PRECISION
 STEPS = 8  # levels per factor of two in probability
@@ -77,7 +79,7 @@ def lengths_of(weights: np.ndarray) -> np.ndarray:
 def _model(weights: np.ndarray) -> object:
     # constriction turns floats f_i into weights floor(F_i * scale) + i with scale = (2^24 - S) / sum(f). Handing it
     # w_i - 1 makes the sum 2^24 - S and the scale exactly 1, and every partial sum is an integer below 2^24: exact.
-    return constriction.stream.model.Categorical((weights - 1).astype(np.float32), perfect=False)
+    return STREAM.model.Categorical((weights - 1).astype(np.float32), perfect=False)
 
 
 @lru_cache(maxsize=1)
@@ -90,7 +92,7 @@ class Encoder:
     """Collects symbols of one stream."""
 
     def __init__(self) -> None:
-        self._coder = constriction.stream.queue.RangeEncoder()
+        self._coder = STREAM.queue.RangeEncoder()
         self._delta = _model(_fixed_deltas())
 
     def symbols(self, values: np.ndarray, weights: np.ndarray) -> None:
@@ -100,12 +102,12 @@ class Encoder:
 
     def number(self, value: int) -> None:
         """Code one integer in -32,768..32,767."""
-        self._coder.encode(int(value) + OFFSET, constriction.stream.model.Uniform(65_536))
+        self._coder.encode(int(value) + OFFSET, STREAM.model.Uniform(65_536))
 
     def uniform(self, values: np.ndarray, size: int) -> None:
         """Code `values`, each of 0..size-1 equally likely (size a power of two)."""
         if len(values):
-            self._coder.encode(np.ascontiguousarray(values, dtype=np.int32), constriction.stream.model.Uniform(size))
+            self._coder.encode(np.ascontiguousarray(values, dtype=np.int32), STREAM.model.Uniform(size))
 
     def levels(self, levels: np.ndarray) -> None:
         """Code a table's levels [S] as differences from the one before (the first from 0)."""
@@ -135,7 +137,7 @@ class Decoder:
     def __init__(self, data: bytes) -> None:
         if len(data) % 4:
             raise StreamError("a stream is not a whole number of 32-bit words")
-        self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, dtype="<u4").astype(np.uint32))
+        self._coder = STREAM.queue.RangeDecoder(np.frombuffer(data, dtype="<u4").astype(np.uint32))
         self._delta = _model(_fixed_deltas())
 
     def _decode(self, model: object, count: int | None = None) -> np.ndarray:
@@ -153,13 +155,13 @@ class Decoder:
 
     def number(self) -> int:
         """One integer in -32,768..32,767."""
-        return int(self._decode(constriction.stream.model.Uniform(65_536))) - OFFSET
+        return int(self._decode(STREAM.model.Uniform(65_536))) - OFFSET
 
     def uniform(self, count: int, size: int) -> np.ndarray:
         """`count` integers of 0..size-1, int64."""
         if not count:
             return np.zeros(0, dtype=np.int64)
-        return self._decode(constriction.stream.model.Uniform(size), count).astype(np.int64)
+        return self._decode(STREAM.model.Uniform(size), count).astype(np.int64)
 
     def levels(self, size: int) -> np.ndarray:
         """A table's levels, [size]."""
