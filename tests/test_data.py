@@ -257,7 +257,9 @@ def test_prepare_is_deterministic_and_splits_by_seed(tmp_path):
 
 
 def test_single_document_is_cut(tmp_path):
-    (tmp_path / "book.txt").write_text("\n\n".join(f"Paragraph {i} of the book: {i * 7919} words. " * 3 for i in range(200)))
+    (tmp_path / "book.txt").write_text(
+        "\n\n".join(f"Paragraph {i} of the book: {i * 7919} words. " * 3 for i in range(200))
+    )
     report = prepare([tmp_path / "book.txt"], tmp_path / "out", vocab_size=340, val_fraction=0.1)
     total = (tmp_path / "book.txt").stat().st_size
     assert report["train"]["bytes"] + report["val"]["bytes"] == total

@@ -9,7 +9,7 @@ import torch
 
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig
 from mezzotint.model import Denoiser
-from mezzotint.optim import MovingAverage, Optimizers, learning_rate_scale, split_parameters
+from mezzotint.optim import BatchedMuon, MovingAverage, Optimizers, learning_rate_scale, split_parameters
 
 MODEL = ModelConfig(vocab_size=11, sequence_length=8, layers=2, width=16, heads=2, kv_heads=1, neighbour_reach=1)
 
@@ -59,6 +59,26 @@ def test_moving_average_is_float32_and_does_not_freeze():
         average.update(step)
     assert average.average["weight"].dtype == torch.float32
     assert 1.0 < float(average.average["weight"]) < 1.0078125
+
+
+def test_batched_muon_is_the_librarys():
+    """Same update as torch.optim.Muon, on matrices of several shapes, up to bfloat16 rounding."""
+    torch.manual_seed(0)
+    shapes = [(16, 16), (16, 16), (64, 16), (16, 64), (8, 16)]
+    first = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    settings = {"lr": 0.02, "weight_decay": 0.04, "momentum": 0.9, "adjust_lr_fn": "original"}
+    ours, theirs = BatchedMuon(first, **settings), torch.optim.Muon(second, **settings)
+    start = [p.detach().clone() for p in first]
+    for _ in range(4):
+        for p, q in zip(first, second, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, q, s in zip(first, second, start, strict=True):
+        moved = float((q - s).detach().norm())
+        assert float((p - q).detach().norm()) < 0.03 * moved
 
 
 def run(steps: int, net: Denoiser, optimizers: Optimizers, start: int = 0) -> None:

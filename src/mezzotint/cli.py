@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from mezzotint.model import Model
 
 METHODS = ("nelbo", "chain", "causal", "reconstruction")
-BUDGET = 16_000_000
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
     sub.add_argument("--out", type=Path, required=True, metavar="MODEL.mzt", help="file to write")
     sub.add_argument(
-        "--budget", type=_positive, default=BUDGET, metavar="BYTES", help="decimal bytes in all [16000000]"
+        "--budget", type=_positive, metavar="BYTES", help="decimal bytes in all, code included [the challenge's cap]"
     )
     sub.add_argument("--code", type=Path, nargs="*", default=[], metavar="FILE", help="code files that count as well")
     sub.add_argument("--codec", default="mezzotint", choices=("mezzotint", "int6", "reference"), help="[mezzotint]")
@@ -461,12 +460,11 @@ def _run_pack(arguments: argparse.Namespace, progress: _Progress) -> None:
     model = load_run(arguments.run_folder)
     dataset = _run_data(arguments.run_folder, arguments.data, "calibration")
     assert dataset is not None
-    more = {} if arguments.tolerance is None else {"tolerance": arguments.tolerance}
+    more = {k: getattr(arguments, k) for k in ("budget", "tolerance") if getattr(arguments, k) is not None}
     result = pack(
         model,
         dataset.split("train"),
         arguments.out,
-        budget=arguments.budget,
         code=arguments.code,
         codec=arguments.codec,
         seed=arguments.seed,

@@ -388,7 +388,9 @@ def report(
         tiles.append({"value": f"{looked['bytes']:,}", "label": f"bytes in the artifact, of {BUDGET:,} allowed"})
     tiles.append({"value": f"{parameters:,}", "label": "parameters"})
     if looked is not None:
-        tiles.append({"value": f"{looked['bits_per_parameter']:.2f}", "label": "bits per parameter, everything counted"})
+        tiles.append(
+            {"value": f"{looked['bits_per_parameter']:.2f}", "label": "bits per parameter, everything counted"}
+        )
     if last:
         tiles.append({"value": f"{last['step']:,}", "label": f"steps in {_duration(float(last.get('seconds', 0)))}"})
         tiles.append({"value": f"{last.get('tokens', 0):,}", "label": "tokens read"})
@@ -404,8 +406,8 @@ def report(
     if any(isinstance(r.get("train_nelbo_bpb"), (int, float)) for r in rows):
         charts.append({
             "title": "Loss",
-            "note": "The training objective is the NELBO itself: this curve and the score below are one quantity, on "
-            "training and on validation text.",
+            "note": "The curve is the NELBO of the masked windows of each step: the same quantity as the score below, on "
+            "training text.",
             "svg": Markup(loss_chart(rows, bound)),
         })  # fmt: skip
     if curve:
@@ -437,7 +439,9 @@ def report(
         provenance.append(f"Trained at commit {described['commit']}")
     config = model.config
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(importlib.resources.files("mezzotint").joinpath("report.html").read_text("utf-8"))
+    template = environment.from_string(
+        importlib.resources.files("mezzotint").joinpath("report.html").read_text("utf-8")
+    )
     page = template.render(
         title=run.resolve().name or "run",
         summary=f"A masked-diffusion language model: {config.layers} layers, {config.width} wide, "

@@ -71,7 +71,7 @@ class Embedded(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 sys.meta_path.insert(0, Embedded())
 '''
 
-_TRAIN_MAIN = '''
+_TRAIN_MAIN = """
 RUN = json.loads({run})
 
 
@@ -119,9 +119,9 @@ def main():
     windows = data.split("val").windows(model.sequence_length)
     figures["score"] = nelbo(opened, windows, tokens=options.tokens).to_dict()
     print(json.dumps(figures))
-'''
+"""
 
-_SCORE_MAIN = '''
+_SCORE_MAIN = """
 
 def main():
     parser = argparse.ArgumentParser(description="Reopen the artifact and score it on validation text.")
@@ -149,9 +149,9 @@ def main():
     windows = data.split("val").windows(model.config.sequence_length)
     estimate = methods[options.method](model, windows, tokens=options.tokens, seed=options.seed)
     print(json.dumps({{"results": [estimate.to_dict()], "model_sha256": model.sha256}}))
-'''
+"""
 
-_END = '''
+_END = """
 
 def write_source(folder):
     for name, text in SOURCES.items():
@@ -162,7 +162,7 @@ def write_source(folder):
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 
 def _source(name: str) -> str | None:
@@ -233,9 +233,7 @@ def scripts(run: Path | str) -> dict[str, str]:
     """The two scripts of a run's record, name -> text. They depend on the run's settings, not on its weights."""
     described = read_run(Path(run))
     settings = json.dumps({"model": to_dict(described["model"]), "train": to_dict(described["train"])})
-    train = _TRAIN_MAIN.format(
-        run=repr(settings), artifact=ARTIFACT, scripts=f'"{TRAIN_SCRIPT}", "{SCORE_SCRIPT}"'
-    )
+    train = _TRAIN_MAIN.format(run=repr(settings), artifact=ARTIFACT, scripts=f'"{TRAIN_SCRIPT}", "{SCORE_SCRIPT}"')
     score = _SCORE_MAIN.format(artifact=ARTIFACT)
     return {
         TRAIN_SCRIPT: _script(

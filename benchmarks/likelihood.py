@@ -1,0 +1,308 @@
+"""What a likelihood figure costs, and whether it can be cashed in. One command, one table per question.
+
+    python benchmarks/likelihood.py MODEL DATA [--part variance|orders|compress|compare|all] [--json FILE]
+
+MODEL is an artifact or a run folder, DATA a prepared folder whose `val` split is scored; `compress` needs `--text`, a
+Parquet (`text` column) or plain file. Sizes are options so that a slow machine can answer too.
+
+variance  forward passes to a standard error of 0.005 bits per byte over 64 windows, for the usual estimator (one
+          uniform-t Bernoulli mask per window and pass) and each thing that Mezzotint does about it
+orders    the NELBO and the exact code length of each order on the same windows, with the passes each takes
+compress  real file sizes and speeds beside the chain figure, xz -9, zstd -19 and brotli -q 11
+compare   a planted difference: the same model with Gaussian noise on its weights, paired and unpaired
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import lzma
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mezzotint.artifact import open_artifact
+from mezzotint.compress import compress_stream, decompress
+from mezzotint.data import Dataset, Windows, documents
+from mezzotint.evaluate import (
+    Pass,
+    apply_control,
+    chain_rule,
+    choose_windows,
+    compare,
+    nelbo,
+    nelbo_counts,
+    nelbo_pass,
+    run_passes,
+    token_surprisal,
+)
+from mezzotint.model import Model
+from mezzotint.objective import stratified_counts
+from mezzotint.train import load_run
+
+TARGET = 0.005
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    """Print rows as a Markdown table."""
+    names = list(rows[0])
+    cells = [[f"{row[n]:.4f}" if isinstance(row[n], float) else str(row[n]) for n in names] for row in rows]
+    widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
+    for line in [names, ["-" * w for w in widths], *cells]:
+        print("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |")
+    print(flush=True)
+
+
+def bernoulli(ids: torch.Tensor, random: torch.Generator) -> tuple[Pass, float]:
+    """The usual estimator: t uniform, each token masked with probability t, the sum of NLL divided by t."""
+    t = max(1e-3, float(torch.rand((), generator=random, dtype=torch.float64)))
+    masked = torch.rand(len(ids), generator=random) < t
+    return Pass(ids, masked, masked), len(ids) / t
+
+
+def variance(model: Model, windows: Windows, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Standard deviation of each estimator over independent repeats of one pass per window."""
+    chosen = choose_windows(windows, args.windows * model.config.sequence_length)
+    ids = [torch.from_numpy(np.array(windows[i])) for i in chosen]
+    n, lengths = len(chosen), [len(x) for x in ids]
+    size = sum(windows.byte_count(i) for i in chosen)
+    surprisal = token_surprisal(windows, chosen, model.config.vocab_size)
+    names = (
+        "uniform t, Bernoulli mask",
+        "uniform count, independent",
+        "count stratified over windows",
+        "stratified, complementary pairs",
+        "stratified, control variate",
+    )
+    bpb: dict[str, list[float]] = {name: [] for name in names}
+
+    def total(nats: np.ndarray) -> float:
+        return float(nats.sum()) / size / math.log(2)
+
+    for repeat in range(args.repeats):
+        random = torch.Generator().manual_seed(repeat)
+        drawn = [bernoulli(x, random) for x in ids]
+        nll = run_passes(model, (item for item, _ in drawn))
+        nats = np.array([float(y.sum()) * factor / len(y) for y, (_, factor) in zip(nll, drawn, strict=True)])
+        bpb[names[0]].append(total(nats))
+
+        counts = torch.cat([stratified_counts(1, length, random) for length in lengths])
+        passes = [nelbo_pass(x, i, int(k), -1, 1_000_000, repeat) for x, i, k in zip(ids, chosen, counts, strict=True)]
+        sums = np.array([float(y.sum()) for y in run_passes(model, passes)])
+        bpb[names[1]].append(total(sums * np.array(lengths) / counts.numpy()))
+
+        counts = nelbo_counts(lengths, args.seed, repeat)
+        passes = [nelbo_pass(x, i, int(k), -1, args.seed, repeat) for x, i, k in zip(ids, chosen, counts, strict=True)]
+        rows = list(run_passes(model, passes))
+        k = counts.numpy()
+        nats = np.array([float(y.sum()) for y in rows]) * np.array(lengths) / k
+        bpb[names[2]].append(total(nats))
+        columns = []
+        for item, y in zip(passes, rows, strict=True):
+            hidden = item.hidden.numpy()
+            guess = surprisal[item.ids.numpy()]
+            a, b = guess[hidden], y[hidden]
+            control = len(y) / len(a) * a.sum() - guess.sum()
+            centred = a - a.mean()
+            columns.append((control, centred @ centred, centred @ b))
+        bpb[names[4]].append(total(apply_control(nats, *np.array(columns).T, k / np.array(lengths))))
+
+        # Two passes per window from one permutation: the first k positions, and the last T + 1 - k.
+        both = np.zeros(n)
+        pairs = []
+        for x, first in zip(ids, nelbo_counts(lengths, args.seed + 1, repeat).tolist(), strict=True):
+            shuffled = torch.randperm(len(x), generator=random)
+            for chosen_positions in (shuffled[:first], shuffled[first - 1 :]):
+                mask = torch.zeros(len(x), dtype=torch.bool)
+                mask[chosen_positions] = True
+                pairs.append(Pass(x, mask, mask))
+        for m, y in enumerate(run_passes(model, pairs)):
+            both[m // 2] += float(y.sum()) * len(y) / int(pairs[m].hidden.sum()) / 2
+        bpb[names[3]].append(total(both))
+
+    rows_out = []
+    usual = None
+    for name in names:
+        values = np.array(bpb[name])
+        passes_each = 2 * n if "pairs" in name else n
+        per_pass = float(values.var(ddof=1)) * passes_each
+        usual = usual or per_pass
+        rows_out.append(
+            {
+                "estimator": name,
+                "mean bpb": float(values.mean()),
+                "std. error of mean": float(values.std(ddof=1)) / math.sqrt(len(values)),
+                "std. deviation of one repeat": math.sqrt(per_pass / n),
+                f"passes for {TARGET}": math.ceil(per_pass / TARGET**2),
+                "times fewer": round(usual / per_pass, 1),
+            }
+        )
+    return rows_out
+
+
+def orders(model: Model, windows: Windows, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """NELBO and exact code lengths on the same windows."""
+    tokens = args.chain_windows * model.config.sequence_length
+    rows = []
+    estimates = [nelbo(model, windows, tokens=tokens, repeats=args.chain_repeats, seed=args.seed)]
+    length = model.config.sequence_length
+    names = [
+        "left",
+        "random(0)",
+        f"spread({length // 2})",
+        f"spread({length // 8})",
+        "block(2)",
+        "block(4)",
+        "block(8)",
+    ]
+    estimates += [chain_rule(model, windows, tokens=tokens, order=name) for name in names]
+    for name, e in zip(["", *names], estimates, strict=True):
+        rows.append(
+            {
+                "figure": name or "NELBO",
+                "kind": e.kind,
+                "bpb": e.bpb,
+                "mask std. error": e.mask_stderr_bpb,
+                "passes per window": round(e.forward_passes / (e.tokens / length), 1),
+                "seconds": round(e.seconds, 1),
+            }
+        )
+    return rows
+
+
+class _Ids:
+    """Windows over ids in memory, charged the bytes of the text they came from."""
+
+    def __init__(self, ids: np.ndarray, length: int, size: int) -> None:
+        self.ids, self.length, self.size = ids, length, size
+
+    def __len__(self) -> int:
+        return -(-len(self.ids) // self.length)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.ids[i * self.length : (i + 1) * self.length]
+
+    def byte_count(self, i: int) -> int:
+        """All bytes on the first window: only the sum over all is used."""
+        return self.size if i == 0 else 0
+
+
+def compression(model: Model, _: Windows, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The text's first bytes under the model and under general-purpose compressors."""
+    if args.text is None:
+        raise SystemExit("compress needs --text FILE")
+    data = "\n".join(documents(args.text)).encode()[: args.bytes]
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, size: int, seconds: float, note: str = "") -> None:
+        rows.append({"": name, "bytes": size, "bpb": 8 * size / len(data), "seconds": round(seconds, 1), "note": note})
+
+    add("input", len(data), 0.0)
+    started = time.perf_counter()
+    add("xz -9", len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)), time.perf_counter() - started)
+    try:
+        import brotli
+        import zstandard
+
+        started = time.perf_counter()
+        add("zstd -19", len(zstandard.ZstdCompressor(level=19).compress(data)), time.perf_counter() - started)
+        started = time.perf_counter()
+        add("brotli -q 11", len(brotli.compress(data, quality=11)), time.perf_counter() - started)
+    except ImportError:
+        print("zstandard and brotli are not installed: left out")
+    for order in args.order:
+        target = io.BytesIO()
+        started = time.perf_counter()
+        report = compress_stream(io.BytesIO(data), target, model, order=order)
+        took = time.perf_counter() - started
+        note = f"{report.forward_passes} passes, {report.rest_bytes} bytes not modelled"
+        add(f"mezzotint {order}", report.output_bytes, took, note)
+        if args.check:
+            started = time.perf_counter()
+            same = decompress(target.getvalue(), model) == data
+            rows[-1]["note"] += (
+                f", decompressed {'identical' if same else 'DIFFERENT'} in {time.perf_counter() - started:.1f} s"
+            )
+        if not report.rest_bytes:
+            ids = np.array([model.tokenizer.bos_id, *model.tokenizer.encode(data.decode())])
+            started = time.perf_counter()
+            figure = chain_rule(model, _Ids(ids, model.config.sequence_length, len(data)), order=order)  # type: ignore[arg-type]
+            add(f"chain figure, {order}", math.ceil(figure.bpb * len(data) / 8), time.perf_counter() - started)
+            rows[-1]["note"] = f"file is {100 * (report.output_bytes * 8 / len(data) / figure.bpb - 1):+.2f}% of this"
+    return rows
+
+
+def planted(model: Model, windows: Windows, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The model against itself with noise on its weights: is the difference seen, and at what cost?"""
+    rows = []
+    for noise in args.noise:
+        worse = copy.copy(model)
+        worse.network = copy.deepcopy(model.network)
+        worse.sha256 = None
+        random = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in worse.network.parameters():
+                draw = torch.randn(parameter.shape, generator=random).to(parameter.device)
+                parameter.add_(draw * float(parameter.std() if parameter.numel() > 1 else 0) * noise)
+        started = time.perf_counter()
+        found = compare(
+            model, worse, windows, tokens=args.windows * model.config.sequence_length, repeats=args.compare_repeats
+        )
+        mask_only = found.difference_bpb / found.mask_stderr_bpb if found.mask_stderr_bpb else math.inf
+        rows.append(
+            {
+                "noise": noise,
+                "difference bpb": found.difference_bpb,
+                "std. error": round(found.stderr_bpb, 6),
+                "p": f"{found.p_value:.2g}",
+                "masks' std. error": round(found.mask_stderr_bpb, 6),
+                "in these": round(mask_only, 1),
+                "unpaired std. error": round(math.hypot(found.a.stderr_bpb, found.b.stderr_bpb), 6),
+                "passes": found.a.forward_passes + found.b.forward_passes,
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+        )
+    return rows
+
+
+PARTS = {"variance": variance, "orders": orders, "compress": compression, "compare": planted}
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--windows", type=int, default=64, help="windows for variance and compare")
+    parser.add_argument("--repeats", type=int, default=32, help="independent repeats for variance")
+    parser.add_argument("--chain-windows", type=int, default=16, help="windows for orders")
+    parser.add_argument("--chain-repeats", type=int, default=32, help="NELBO repeats for orders")
+    parser.add_argument("--compare-repeats", type=int, default=8, help="NELBO repeats for compare")
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.02, 0.05], help="relative to each tensor's spread")
+    parser.add_argument("--text", type=Path, help="file to compress: its documents joined by newlines")
+    parser.add_argument("--bytes", type=int, default=100_000, help="how much of it")
+    parser.add_argument("--order", nargs="+", default=["left"], help="reveal orders to compress with")
+    parser.add_argument("--check", action="store_true", help="decompress as well")
+    parser.add_argument("--json", type=Path, help="also write the tables here")
+    args = parser.parse_args()
+    model = load_run(args.model) if args.model.is_dir() else open_artifact(args.model)
+    windows = Dataset.open(args.data).split("val").windows(model.config.sequence_length)
+    found = {}
+    for part in PARTS if args.part == "all" else [args.part]:
+        print(f"## {part}\n")
+        found[part] = PARTS[part](model, windows, args)
+        table(found[part])
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
