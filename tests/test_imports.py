@@ -29,6 +29,7 @@ ORDER = [
     "harness",
     "submission",
     "report",
+    "watch",
     "serve",
     "cli",
 ]

@@ -8,13 +8,14 @@ Knows nothing of how anything is computed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -179,13 +180,13 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--temperature", type=float, metavar="T", help="below 1: safer words")
         sub.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable share P only")
         sub.add_argument("--seed", type=int, default=0, help="[0]")
+        sub.add_argument("--watch", action="store_true", help="show the canvas being revealed, coloured by confidence")
 
     sub = command("sample", "write text from nothing")
     model_argument(sub)
     sub.add_argument("-n", type=_positive, default=1, help="number of texts [1]")
     sub.add_argument("--length", type=_positive, metavar="L", help="tokens [the window]")
     sub.add_argument("--prompt", default="", help="text to begin with")
-    sub.add_argument("--watch", action="store_true", help="show the canvas being revealed")
     sampling(sub)
 
     sub = command(
@@ -229,6 +230,10 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--model", type=Path, required=True, metavar="MODEL|RUN", help="a .mzt artifact or a run folder"
         )
+    sub = command("serve", "open a page where text is filled before your eyes (needs the extra serve)")
+    model_argument(sub)
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only]")
+    sub.add_argument("--port", type=_positive, default=8000, help="[8000]")
     return parser
 
 
@@ -529,22 +534,27 @@ def _sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
+@contextlib.contextmanager
+def _watching(arguments: argparse.Namespace, progress: _Progress) -> Iterator[Any]:
+    """With `--watch`, the canvas on standard error while it is revealed."""
+    if not arguments.watch:
+        yield None
+        return
+    from mezzotint.watch import Watch
+
+    with Watch(progress.console, pause=0.05) as watch:
+        yield watch
+
+
 def _run_sample(arguments: argparse.Namespace, progress: _Progress) -> None:
     from mezzotint.sample import sample
 
     model = _load(arguments.model)
-    watch = None
-    if arguments.watch:
-        console = progress.console
-
-        def watch(step: int, ids: Any, confidence: Any) -> None:
-            text = "".join("▒" if i == model.config.mask_id else model.tokenizer.piece(i) for i in ids[0].tolist())
-            console.print(f"{step:4d} {text.replace(chr(0x2581), ' ')}", markup=False, soft_wrap=True)
-
     settings = _sampling_settings(arguments)
-    result = sample(
-        model, arguments.n, arguments.length, prompt=arguments.prompt, seed=arguments.seed, on_step=watch, **settings
-    )
+    words = {"prompt": arguments.prompt, "seed": arguments.seed, **settings}
+    with _watching(arguments, progress) as watch:
+        on_step = watch.canvas(model.tokenizer) if watch else None
+        result = sample(model, arguments.n, arguments.length, on_step=on_step, **words)
     if arguments.json:
         return _emit(arguments, result.to_dict())
     for i, text in enumerate(result.texts):
@@ -555,7 +565,7 @@ def _run_sample(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_fill(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.sample import fill
+    from mezzotint.sample import infill
 
     text = arguments.text
     if text == "-":
@@ -563,7 +573,10 @@ def _run_fill(arguments: argparse.Namespace, progress: _Progress) -> None:
             text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError("standard input is not UTF-8 text") from error
-    filled = fill(_load(arguments.model), text, seed=arguments.seed, **_sampling_settings(arguments))
+    model = _load(arguments.model)
+    with _watching(arguments, progress) as watch:
+        on_step = watch.spans if watch else None
+        filled = infill(model, text, arguments.seed, on_step=on_step, **_sampling_settings(arguments)).text
     if arguments.json:
         return _emit(arguments, {"text": filled})
     sys.stdout.buffer.write(filled.encode() + (b"" if arguments.text == "-" else b"\n"))
@@ -656,6 +669,16 @@ def _run_decompress(arguments: argparse.Namespace, progress: _Progress) -> None:
     )
     progress.close()
     _emit(arguments, {"bytes": size}, [("restored", f"{arguments.out}  {size:,} bytes, checked")])
+
+
+def _run_serve(arguments: argparse.Namespace, progress: _Progress) -> None:
+    try:
+        from mezzotint.serve import serve
+    except ImportError as error:
+        raise ConfigError("serving a page needs more packages: pip install 'mezzotint[serve]'") from error
+    model = _load(arguments.model)
+    progress.say(f"http://{arguments.host}:{arguments.port}  (Ctrl-C ends it)")
+    serve(model, host=arguments.host, port=arguments.port, name=arguments.model.name)
 
 
 DEMO_TEXT = "def ____(self, name):\n    return self.name"

@@ -184,7 +184,7 @@ def loss_chart(rows: Sequence[dict[str, Any]], validation: Estimate | None = Non
     axes.set_xlabel("step", color=MUTED)
     axes.set_ylabel("bits per byte", color=MUTED)
     if len(values) > 20:  # the first steps are far above all that follows; do not let them flatten the rest
-        low = min([float(values.min()), *([validation.bpb] if validation else [])])
+        low = float(min(values.min(), validation.bpb if validation else math.inf))
         high = float(values[len(values) // 20 :].max())
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper right")

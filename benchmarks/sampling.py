@@ -1,0 +1,355 @@
+"""Quality and speed of samplers, and of filling gaps, judged by an independently trained autoregressive model.
+
+    python benchmarks/sampling.py MODEL --judge AR_RUN --data DATA --out FOLDER [--parts frontier,infill,latency]
+
+frontier: texts of a window's length for each sampler, number of passes and temperature. Judged bits per byte alone
+would crown repetition, so each point also has the entropy of its ids and its share of distinct 4-grams, beside those
+of real text, and two points count as equal only if neither is worse in any of the three.
+infill: spans removed from held-out text, filled by the model (which sees both sides) and by the judge itself going on
+from the left (which does not see the suffix, but is judged by itself). What is judged is the span and the 32 ids
+after it. Also single words, by exact match.
+latency: loading, and one gap in a sentence.
+
+Every finished point is a line of FOLDER/points.jsonl and is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mezzotint.artifact import open_artifact
+from mezzotint.data import Dataset
+from mezzotint.model import Model
+from mezzotint.sample import denoise, draw, infill, row_generator, text_tokens
+from mezzotint.train import load_run
+
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "ancestral": {"sampler": "ancestral"},
+    "confidence": {"sampler": "confidence"},
+    "confidence+noise": {"sampler": "confidence", "order_noise": 4.0},
+    "margin+noise": {"sampler": "margin", "order_noise": 4.0},
+    "entropy": {"sampler": "entropy"},
+    "blocks": {"sampler": "blocks", "block": 32, "order_noise": 4.0},
+    "remask": {"sampler": "remask"},
+}
+BUDGETS = (0.1, 0.3, 1.0, 3.0, 8.0)  # of `entropy`, whose passes follow from the budget
+SPANS = (1, 2, 4, 8, 16, 32)
+AFTER = 32
+
+
+def load(path: Path) -> Model:
+    return load_run(path) if path.is_dir() else open_artifact(path)
+
+
+@torch.inference_mode()
+def judged_nats(judge: Model, ids: Tensor) -> Tensor:
+    """-log p of each id given those before it, float64 [B, T]; shifted input as `evaluate.causal` has it."""
+    nats = []
+    for part in ids.split(16):
+        shifted = torch.nn.functional.pad(part[:, :-1], (1, 0), value=judge.config.mask_id)
+        logits = judge.logits(shifted, visibility="causal").double()
+        nats.append(-logits.log_softmax(-1).gather(-1, part[..., None])[..., 0])
+    return torch.cat(nats)
+
+
+@torch.inference_mode()
+def continue_left_to_right(judge: Model, left: Tensor, count: int, temperature: float, seed: int) -> Tensor:
+    """`count` ids after each row of `left` [B, n], by the autoregressive model. Returns [B, n + count]."""
+    allowed = text_tokens(judge.tokenizer)
+    generators = [row_generator(seed, b) for b in range(len(left))]
+    ids = left
+    for _ in range(count):
+        shifted = torch.nn.functional.pad(ids, (1, 0), value=judge.config.mask_id)
+        logits = judge.logits(shifted, visibility="causal")[:, -1].double().masked_fill(~allowed, -math.inf)
+        uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        ids = torch.cat((ids, draw(logits, uniform, temperature, 1.0)[:, None]), 1)
+    return ids
+
+
+def character(ids: Tensor) -> dict[str, float]:
+    """Entropy of the ids within a text (nats, mean over texts) and the share of distinct 4-grams within a text."""
+    entropy, distinct = [], []
+    for row in ids.tolist():
+        p = np.array(list(Counter(row).values())) / len(row)
+        entropy.append(float(-(p * np.log(p)).sum()))
+        grams = list(zip(row, row[1:], row[2:], row[3:], strict=False))
+        distinct.append(len(set(grams)) / len(grams))
+    return {"entropy": float(np.mean(entropy)), "distinct4": float(np.mean(distinct))}
+
+
+def judged(judge: Model, ids: Tensor) -> dict[str, float]:
+    """Bits per byte under the judge, BOS at place 0 given, with the standard error over texts."""
+    nats = judged_nats(judge, ids)[:, 1:].sum(1).numpy() / math.log(2)
+    counts = judge.tokenizer.byte_counts
+    size = np.array([counts(row[1:], int(row[0])).sum() for row in ids.numpy()])
+    ratio = float(nats.sum() / size.sum())
+    error = float(np.std(nats - ratio * size, ddof=1) * math.sqrt(len(size)) / size.sum())
+    return {"judged_bpb": ratio, "stderr": error, **character(ids[:, 1:])}
+
+
+def starts(model: Model, data: Dataset, count: int, length: int) -> Tensor:
+    """Real text to compare with: the first `length` ids of `count` validation documents, BOS included, evenly spaced."""
+    stream = data.split("val")
+    ids = np.asarray(stream[0 : len(stream)]).astype(np.int64)
+    heads = np.flatnonzero(ids == model.tokenizer.bos_id)
+    long = [h for h, end in zip(heads, [*heads[1:], len(ids)], strict=True) if end - h >= length]
+    chosen = [long[i * len(long) // count] for i in range(min(count, len(long)))]
+    return torch.from_numpy(np.stack([ids[h : h + length] for h in chosen]))
+
+
+class Book:
+    """Points already computed, one JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.points: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                point = json.loads(line)
+                self.points[point["key"]] = point
+
+    def get(self, key: str, compute: Any) -> dict[str, Any]:
+        if key not in self.points:
+            point = {"key": key, **compute()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(point) + "\n")
+            self.points[key] = point
+            print(json.dumps(point), flush=True)
+        return self.points[key]
+
+
+def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: argparse.Namespace) -> list[dict]:
+    length = options.length or model.config.sequence_length
+    real = book.get("real", lambda: {"name": "real text", **judged(judge, starts(model, data, 64, length))})
+    points = [real]
+    # BOS would end a text early and make lengths, and so entropies, unequal; it is left out for every sampler alike.
+    for name, settings in SAMPLERS.items():
+        if options.samplers and name not in options.samplers.split(","):
+            continue
+        for temperature in options.temperatures:
+            grid: list[dict[str, Any]] = [{"steps": k} for k in options.passes if k <= length]
+            if name == "entropy":
+                grid = [{"entropy_budget": b} for b in BUDGETS]
+            for more in grid:
+                key = f"{name} T={temperature:g} " + " ".join(f"{k}={v:g}" for k, v in more.items())
+
+                def compute(settings=settings, temperature=temperature, more=more, name=name) -> dict[str, Any]:
+                    canvas = torch.full((options.n, length), model.config.mask_id)
+                    canvas[:, 0] = model.tokenizer.bos_id
+                    ids, passes, seconds = [], 0.0, 0.0
+                    # The rows of a batch stop at different passes under `entropy`: one by one the mean is exact.
+                    size = 1 if name == "entropy" else options.n
+                    for row in range(0, options.n, size):
+                        started = time.perf_counter()
+                        result = denoise(
+                            model, canvas[row : row + size], seed=options.seed, first_row=row,
+                            temperature=temperature, **settings, **more,
+                        )  # fmt: skip
+                        seconds += time.perf_counter() - started
+                        passes += result.forward_passes * size / options.n
+                        ids.append(result.ids)
+                    return {
+                        "name": name,
+                        "temperature": temperature,
+                        **more,
+                        "passes": passes,
+                        "tokens_per_second": options.n * (length - 1) / seconds,
+                        **judged(judge, torch.cat(ids)),
+                    }
+
+                points.append(book.get(key, compute))
+    return points
+
+
+def infilling(model: Model, judge: Model, data: Dataset, book: Book, options: argparse.Namespace) -> list[dict]:
+    length = model.config.sequence_length
+    texts = starts(model, data, options.n_infill, length)
+    points = []
+    for span in SPANS:
+
+        def compute(span=span) -> dict[str, Any]:
+            at = (length - span) // 2
+            end = at + span + AFTER
+            canvas = texts.clone()
+            canvas[:, at : at + span] = model.config.mask_id
+            size = model.tokenizer.byte_counts
+            found: dict[str, Any] = {"name": "infill", "span": span}
+            ours = denoise(model, canvas, seed=options.seed, sampler="confidence", temperature=options.fill_temperature)
+            left = continue_left_to_right(judge, texts[:, :at], span, options.fill_temperature, options.seed)
+            theirs = torch.cat((left, texts[:, at + span :]), 1)
+            own = denoise(  # the model itself, left to right and blind to the suffix
+                model, canvas[:, : at + span], seed=options.seed, sampler="blocks", block=1,
+                temperature=options.fill_temperature,
+            )  # fmt: skip
+            blind = torch.cat((own.ids, texts[:, at + span :]), 1)
+            for name, ids in (("original", texts), ("ours", ours.ids), ("continuation", theirs), ("blind", blind)):
+                nats = judged_nats(judge, ids)[:, at:end].sum(1).numpy() / math.log(2)
+                count = np.array([size(row[at:end], int(row[at - 1])).sum() for row in ids.numpy()])
+                ratio = nats.sum() / count.sum()
+                found[name] = float(ratio)
+                found[name + "_stderr"] = float(np.std(nats - ratio * count, ddof=1) * len(count) ** 0.5 / count.sum())
+            found["exact_ids"] = float((ours.ids == texts).all(1).float().mean())
+            return found
+
+        points.append(book.get(f"infill {span} T={options.fill_temperature:g}", compute))
+
+    def words() -> dict[str, Any]:
+        right = right_known = whole = 0
+        seconds = 0.0
+        for row in texts.tolist():
+            text = model.tokenizer.decode(row[1:128])
+            places = [m for m in re.finditer(r"(?<= )[A-Za-z]{2,}(?= )", text)]
+            if len(places) < 8:
+                continue
+            place = places[len(places) // 2]
+            whole += 1
+            before, word, after = text[: place.start()], place[0], text[place.end() :]
+            filled = infill(model, before + "____" + after, options.seed, temperature=0.0)
+            seconds += filled.seconds
+            right += filled.gaps[0].text == word
+            count = len(model.tokenizer.encode("a " + word)) - len(model.tokenizer.encode("a"))
+            known = infill(model, f"{before}[MASK*{count}]{after}", options.seed, temperature=0.0)
+            right_known += known.gaps[0].text == word
+        return {
+            "name": "words",
+            "words": whole,
+            "exact_unknown_length": right / whole,
+            "exact_known_length": right_known / whole,
+            "seconds_per_fill": seconds / whole,
+        }
+
+    points.append(book.get("words", words))
+    return points
+
+
+def latency(path: Path, book: Book) -> list[dict]:
+    def compute() -> dict[str, Any]:
+        started = time.perf_counter()
+        model = load(path)
+        loading = time.perf_counter() - started
+        times, passes = [], 0
+        for seed in range(7):
+            filled = infill(model, "The old man opened the ____ and looked out at the sea.", seed)
+            times.append(filled.seconds)
+            passes = filled.forward_passes
+        return {
+            "name": "latency",
+            "load_seconds": loading,
+            "first_fill_seconds": times[0],
+            "fill_seconds": float(np.median(times)),
+            "passes": passes,
+            "threads": torch.get_num_threads(),
+        }
+
+    return [book.get(f"latency threads={torch.get_num_threads()}", compute)]
+
+
+def no_worse(point: dict, than: dict) -> bool:
+    """Judged no worse within two standard errors, and no more repetitive, by either measure, than the noise of it."""
+    margin = 2 * math.hypot(point["stderr"], than["stderr"])
+    return (
+        point["judged_bpb"] <= than["judged_bpb"] + margin
+        and point["entropy"] >= than["entropy"] - 0.05
+        and point["distinct4"] >= than["distinct4"] - 0.01
+    )
+
+
+def plot(points: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    real = next(p for p in points if p["name"] == "real text")
+    temperatures = sorted({p["temperature"] for p in points if "temperature" in p}, reverse=True)
+    for i, name in enumerate(SAMPLERS):
+        for temperature in temperatures:
+            line = [p for p in points if p["name"] == name and p["temperature"] == temperature]
+            line.sort(key=lambda p: p["passes"])
+            style: dict[str, Any] = {
+                "color": f"C{i}",
+                "marker": "o",
+                "ms": 4,
+                "ls": "-" if temperature == temperatures[0] else ":",
+                "label": f"{name}, T={temperature:g}",
+            }
+            axes[0].plot([p["passes"] for p in line], [p["judged_bpb"] for p in line], **style)
+            axes[1].plot([p["tokens_per_second"] for p in line], [p["judged_bpb"] for p in line], **style)
+            axes[2].plot([p["entropy"] for p in line], [p["judged_bpb"] for p in line], **style)
+    for axis, label in zip(axes, ("forward passes", "tokens per second", "entropy of ids, nats"), strict=True):
+        axis.axhline(real["judged_bpb"], color="grey", lw=1)
+        axis.set(xlabel=label, ylabel="judged bits per byte")
+    axes[0].set_xscale("log", base=2)
+    axes[1].set_xscale("log")
+    axes[2].plot(real["entropy"], real["judged_bpb"], "k*", ms=12, label="real text")
+    axes[2].legend(fontsize=6, ncol=2)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="run folder or .mzt artifact")
+    parser.add_argument("--judge", type=Path, help="run folder of the autoregressive judge")
+    parser.add_argument("--data", type=Path, help="prepared data")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", default="frontier,infill,latency")
+    parser.add_argument("--n", type=int, default=32, help="texts per point")
+    parser.add_argument("--n-infill", type=int, default=128, help="texts with a span removed")
+    parser.add_argument("--length", type=int, default=0)
+    parser.add_argument("--passes", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.9, 0.8])
+    parser.add_argument("--fill-temperature", type=float, default=0.7)
+    parser.add_argument("--samplers", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    book = Book(options.out / "points.jsonl")
+    parts = options.parts.split(",")
+    if "latency" in parts:
+        latency(options.model, book)
+    if "frontier" in parts or "infill" in parts:
+        if options.judge is None or options.data is None:
+            parser.error("frontier and infill need --judge and --data")
+        model, judge, data = load(options.model), load(options.judge), Dataset.open(options.data)
+        if "frontier" in parts:
+            points = frontier(model, judge, data, book, options)
+            plot(points, options.out / "frontier.png")
+            base = [p for p in points if p["name"] == "ancestral" and p.get("temperature") == 1.0]
+            if base:
+                most = max(base, key=lambda p: p["passes"])
+                equal = [p for p in points if "passes" in p and no_worse(p, most)]
+                fewest = min(equal, key=lambda p: p["passes"])
+                print(f"\nancestral: {most}\nno worse with the fewest passes: {fewest}")
+                print(f"ratio of passes: {most['passes'] / fewest['passes']:.2f}")
+        if "infill" in parts:
+            infilling(model, judge, data, book, options)
+    print(
+        "\n| point | passes | judged bpb | entropy | distinct 4-grams | tokens/s |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for p in book.points.values():
+        if "judged_bpb" in p:
+            print(
+                f"| {p['key']} | {p.get('passes', 0):.1f} | {p['judged_bpb']:.3f} ± {p['stderr']:.3f} | {p['entropy']:.3f} "
+                f"| {p['distinct4']:.3f} | {p.get('tokens_per_second', 0):.0f} |"
+            )
+    print("\n| span | original | ours | judge's continuation | own continuation |\n| --- | --- | --- | --- | --- |")
+    for p in book.points.values():
+        if p["name"] == "infill":
+            cells = [f"{p[k]:.3f} ± {p[k + '_stderr']:.3f}" for k in ("original", "ours", "continuation", "blind")]
+            print(f"| {p['span']} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
