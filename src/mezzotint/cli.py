@@ -11,8 +11,12 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import io
 import json
+import math
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,12 +25,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig, preset
 from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
+from mezzotint.files import atomic_write
 
 if TYPE_CHECKING:
-    from mezzotint.data import Dataset, Windows
+    from mezzotint.data import Dataset, Tokenizer, Windows
     from mezzotint.evaluate import Estimate
     from mezzotint.model import Model
 
+DEFAULT_PRESET = "small"
 METHODS = ("nelbo", "chain", "causal", "reconstruction")
 
 
@@ -78,9 +84,12 @@ def _settings(arguments: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
 
 
 def _positive(text: str) -> int:
-    value = int(text.replace("_", "").replace(",", ""))
+    try:
+        value = int(text.replace(",", ""))
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return value
 
 
@@ -133,8 +142,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("data", type=Path, metavar="DATA", help="prepared folder")
     sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to write")
-    sub.add_argument("--preset", default="small", choices=sorted(PRESETS), help="settings to start from [small]")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint of RUN")
+    sub.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help=f"settings to start from [{DEFAULT_PRESET}; with --resume the run's own]",
+    )
+    sub.add_argument(
+        "--resume", action="store_true", help="go on from the newest valid checkpoint of RUN, with its settings"
+    )
     _add_settings(sub, TrainConfig, presets=True)
     _add_settings(sub, ModelConfig, presets=True)
 
@@ -307,10 +322,19 @@ def _table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequen
     console.print(table)
 
 
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _emit(arguments: argparse.Namespace, result: dict[str, Any], lines: Sequence[tuple[str, Any]] = ()) -> None:
     """The result as JSON, or as aligned lines for a person."""
     if arguments.json:
-        print(json.dumps(result))
+        print(json.dumps(_finite(result), allow_nan=False))
         return
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
@@ -413,12 +437,29 @@ def _run_prepare(arguments: argparse.Namespace, progress: _Progress) -> None:
     )
 
 
-def _train_configs(arguments: argparse.Namespace, vocab_size: int) -> tuple[ModelConfig, TrainConfig]:
-    chosen = preset(arguments.preset)
-    model_changes = {"vocab_size": vocab_size, **_settings(arguments, ModelConfig)}
+def _train_configs(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ModelConfig, TrainConfig]:
+    """The preset's settings, or with `--resume` the run's own, changed by the options given."""
+    train_changes = _settings(arguments, TrainConfig)
+    if "minutes" in train_changes:
+        train_changes.setdefault("steps", 0)  # steps would have the last word
+    if arguments.resume and (arguments.out / "config.json").exists():
+        from mezzotint.train import read_run
+
+        described = read_run(arguments.out)
+        if tokenizer.sha256 != described["data"]["tokenizer_sha256"]:
+            raise DataError(
+                f"{arguments.data} was prepared with another tokenizer than {arguments.out} was trained with"
+            )
+        model, train = described["model"], described["train"]
+        if arguments.preset is not None:
+            model, train = preset(arguments.preset).model, preset(arguments.preset).train
+            model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    else:
+        chosen = preset(arguments.preset or DEFAULT_PRESET)
+        model, train = dataclasses.replace(chosen.model, vocab_size=tokenizer.vocab_size), chosen.train
     return (
-        dataclasses.replace(chosen.model, **model_changes),
-        dataclasses.replace(chosen.train, **_settings(arguments, TrainConfig)),
+        dataclasses.replace(model, **_settings(arguments, ModelConfig)),
+        dataclasses.replace(train, **train_changes),
     )
 
 
@@ -426,9 +467,9 @@ def _run_train(arguments: argparse.Namespace, progress: _Progress) -> None:
     from mezzotint.data import Dataset
     from mezzotint.train import train
 
-    model, config = _train_configs(arguments, Dataset.open(arguments.data).tokenizer.vocab_size)
+    model, config = _train_configs(arguments, Dataset.open(arguments.data).tokenizer)
     first = int(os.environ.get("RANK", "0")) == 0
-    if first:
+    if first and progress.console.is_terminal:
         progress.say(f"setting up {model.layers} layers x {model.width}; compiling can take a minute")
     result = train(
         arguments.data,
@@ -692,11 +733,15 @@ def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
     from mezzotint.train import load_run, train
 
     out: Path = arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} already holds files; name another folder with --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
     if not arguments.minutes > 0:
         raise ConfigError(f"--minutes must be positive, not {arguments.minutes}")
+    mark = out / "demo.json"
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not mark.is_file())):
+        raise ConfigError(f"{out} already holds other files; name another folder with --out, or remove it")
+    for old in ("data", "run"):  # an earlier demo's, as the mark says
+        shutil.rmtree(out / old, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(mark, json.dumps({"finished": False}))
     started = time.monotonic()
 
     def step(text: str) -> None:
@@ -742,6 +787,7 @@ def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
         "report": page,
         "seconds": time.monotonic() - started,
     }
+    atomic_write(mark, json.dumps({"finished": True, **_finite(result)}, indent=1))
     if arguments.json:
         return _emit(arguments, result)
     _print_pack(arguments, out / "model.mzt", packed)
@@ -766,16 +812,26 @@ def _one_line(error: OSError) -> str:
     return f"{error.filename}: {reason}" if error.filename else reason
 
 
+def _with_dashes(words: Sequence[str]) -> list[str]:
+    """`--matrix_lr` is accepted for `--matrix-lr`. Whatever cannot be an option's name, such as text, stays as it is."""
+    end = words.index("--") if "--" in words else len(words)
+    names = re.compile(r"\A--[a-z][a-z0-9]*([_-][a-z0-9]+)+(?==|\Z)")
+    return [names.sub(lambda m: m[0].replace("_", "-"), w) if i < end else w for i, w in enumerate(words)]
+
+
+def _drop_output() -> None:
+    """Let what is still buffered for standard output go nowhere, so that nothing fails on the way out."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    # `--matrix_lr` is accepted for `--matrix-lr`; the text after `=` is left alone.
-    words = [
-        w.partition("=")[0].replace("_", "-") + "".join(w.partition("=")[1:]) if w.startswith("--") and w != "--" else w
-        for w in words
-    ]
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets a substitute, not an error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        arguments = build_parser().parse_args(words)
+        arguments = build_parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:
         return int(stop.code or 0)
     progress = _Progress()
@@ -785,11 +841,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except MezzotintError as error:
         message, status = " ".join(str(error).split()), 130 if type(error).__name__ == "Interrupted" else 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read the output has seen enough
+        _drop_output()
         return 0
     except OSError as error:
         message, status = _one_line(error), 2
+        _drop_output()
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch reports exhausted memory of every device as a RuntimeError; any other is a bug and shows its traceback.
+        if (
+            not isinstance(error, MemoryError)
+            and "out of memory" not in str(error)
+            and "can't allocate" not in str(error)
+        ):
+            raise
+        message, status = "not enough memory: use a smaller --micro-batch, model or --length", 2
     except KeyboardInterrupt:
         message, status = "stopped", 130
     finally:

@@ -407,7 +407,10 @@ def submit(
     say("writing the record")
     with atomic_folder(out) as folder:
         shutil.copyfile(artifact, folder / ARTIFACT)
-        shutil.copyfile(log, folder / "train.log")
+        # The log as it is, but for where the data lay on the machine that trained.
+        place = json.dumps(described.get("data_folder") or "")
+        words = log.read_text(encoding="utf-8")
+        (folder / "train.log").write_text(words.replace(place, '"DATA"') if len(place) > 2 else words, "utf-8")
         for script, text in texts.items():
             (folder / script).write_bytes(text.encode())
         needs = _needs(module_sources(("train", "artifact", "evaluate")))

@@ -145,7 +145,7 @@ def test_record_folder_stands_alone(home, tmp_path):
     words = [sys.executable, "-I", "-c", code_text, record / "score.py", "--data", home / "data", "--tokens", "256"]
     scored = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert scored.returncode == 0, scored.stderr[-2000:]
-    assert f"{made['val_bpb']:.4f}" in scored.stdout
+    assert json.loads(scored.stdout)["results"][0]["bpb"] == pytest.approx(made["val_bpb"], rel=1e-6)
 
 
 def test_settings_reach_the_run(home, tmp_path):
@@ -236,7 +236,7 @@ def test_wrong_tokenizer(home, tmp_path):
     refused(
         "pack", home / "run", "--data", tmp_path / "other", "--out", tmp_path / "m.mzt", contains="another tokenizer"
     )
-    refused("train", tmp_path / "other", "--out", home / "run", *QUICK, "--resume", contains="another model")
+    refused("train", tmp_path / "other", "--out", home / "run", *QUICK, "--resume", contains="another tokenizer")
     assert not (tmp_path / "m.mzt").exists()
 
 
