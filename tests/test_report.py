@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from toy import TableModel, conditional_nll, toy_windows
 
 from mezzotint import evaluate, report
 from mezzotint.artifact import inspect_artifact, open_artifact
 from mezzotint.data import Dataset
 from mezzotint.errors import ArtifactError, CheckpointError, DataError
-from toy import TableModel, conditional_nll, toy_windows
 
 
 class Page(HTMLParser):
