@@ -251,7 +251,9 @@ def bytes_chart(looked: dict[str, Any]) -> str:
             axes.barh(range(len(names)), sizes, left=left, color=SERIES[i], height=0.74, label=label, linewidth=0)
             left += sizes
     for i, total in enumerate(left):
-        axes.text(total, i, f" {int(total):,}", va="center", ha="left", color=MUTED, fontsize=9)
+        axes.annotate(
+            f"{int(total):,}", (total, i), (4, 0), textcoords="offset points", va="center", color=MUTED, fontsize=9
+        )
     axes.set_yticks(range(len(names)), [labels.get(name, name) for name in names])
     axes.tick_params(axis="y", labelcolor=INK)
     axes.invert_yaxis()
@@ -415,7 +417,7 @@ def report(
         charts.append({
             "title": "Cross-entropy against mask rate",
             "note": f"How hard a hidden token is when so much of its window is hidden. The mean height, {mean:.3f} bits "
-            "per byte, is the NELBO; whiskers are 95% intervals.",
+            "per byte, is the NELBO, but for chance in the masks drawn; whiskers are 95% intervals.",
             "svg": Markup(rate_chart(curve)),
             "table": {
                 "summary": "The numbers",

@@ -10,6 +10,7 @@ optimizer.safetensors, state.json and, written last, manifest.json with the SHA-
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -290,16 +292,21 @@ def _sha256(path: Path) -> str:
 def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
     """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep`."""
     folder = run / "checkpoints" / f"step_{trainer.step:08d}"
-    with atomic_folder(folder) as temporary:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in trainer.network.named_parameters()}
-        save_file(tensors, temporary / WEIGHTS)
-        save_file({name: t.cpu().contiguous() for name, t in trainer.average.average.items()}, temporary / AVERAGE)
-        state = trainer.optimizers.state_tensors()
-        save_file({name: t.cpu().contiguous() for name, t in state.items()}, temporary / OPTIMIZER)
-        described = {"step": trainer.step, "seconds": trainer.seconds, "loader": trainer.loader.state_dict()}
-        (temporary / STATE).write_text(json.dumps(described))
-        files = {name: _sha256(temporary / name) for name in (WEIGHTS, AVERAGE, OPTIMIZER, STATE)}
-        (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    try:
+        with atomic_folder(folder) as temporary:
+            tensors = {name: p.detach().cpu().contiguous() for name, p in trainer.network.named_parameters()}
+            save_file(tensors, temporary / WEIGHTS)
+            save_file({name: t.cpu().contiguous() for name, t in trainer.average.average.items()}, temporary / AVERAGE)
+            state = trainer.optimizers.state_tensors()
+            save_file({name: t.cpu().contiguous() for name, t in state.items()}, temporary / OPTIMIZER)
+            described = {"step": trainer.step, "seconds": trainer.seconds, "loader": trainer.loader.state_dict()}
+            (temporary / STATE).write_text(json.dumps(described))
+            files = {name: _sha256(temporary / name) for name in (WEIGHTS, AVERAGE, OPTIMIZER, STATE)}
+            (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        reason = "no space left on the disk" if full else str(error).splitlines()[0]
+        raise CheckpointError(f"cannot write checkpoint {folder}: {reason}; earlier checkpoints are kept") from error
     for old in _checkpoint_folders(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -581,7 +588,8 @@ def _train(
                     for key in ("train_nelbo_bpb", "loss", "lr_scale", "grad_norm", "tokens_per_second"):
                         board.add_scalar(key, row[key], trainer.step)
                 if progress is not None and first:
-                    share = max(part, 1e-9)
+                    trainer.seconds = seconds
+                    share = part = max(done(), 1e-9)
                     progress({**row, "progress": part, "seconds_left": seconds * (1 - share) / share})
                 since.clear()
                 logged_at = now

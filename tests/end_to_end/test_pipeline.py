@@ -87,12 +87,7 @@ def test_scores(home):
 def test_sample_and_fill(home):
     drawn = figures("sample", home / "model.mzt", "-n", "2", "--length", "12", "--seed", "3")
     assert len(drawn["texts"]) == 2 and drawn["seed"] == 3 and drawn["forward_passes"] > 0
-    assert (
-        drawn["texts"]
-        == figures("sample", home / "run" if False else home / "model.mzt", "-n", "2", "--length", "12", "--seed", "3")[
-            "texts"
-        ]
-    )
+    assert drawn["texts"] == figures("sample", home / "model.mzt", "-n", "2", "--length", "12", "--seed", "3")["texts"]
     for sampler in ("ancestral", "confidence"):
         mezzotint("sample", home / "model.mzt", "--length", "8", "--sampler", sampler, "--steps", "4")
     text = "  The old ____ was\tdark — [MASK*2] é\n"
@@ -295,6 +290,8 @@ def test_disk_full(home, tmp_path):
             ("pack", home / "run", "--out", disk / "model.mzt"),
         ):
             if mounted:
+                for path in list(disk.iterdir()):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
                 (disk / "ballast").write_bytes(b"x" * (20_000 if words[0] != "pack" else 36_000))
             done = mezzotint(*words, check=2, **options)
             assert "Traceback" not in done.stderr
