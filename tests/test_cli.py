@@ -1,0 +1,269 @@
+"""The command line in this process: arguments, one-line errors, exit statuses, output. tests/end_to_end runs it whole."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mezzotint
+from mezzotint import cli
+from mezzotint.config import PRESETS, ModelConfig, TrainConfig
+from mezzotint.errors import MezzotintError
+
+COMMANDS = (
+    "demo", "prepare", "train", "pack", "score", "sample", "fill", "inspect", "submit", "report", "compress",
+    "decompress", "serve",
+)  # fmt: skip
+
+
+def one_line(capsys, words: list[str | Path], contains: str, status: int = 2) -> str:
+    """The command fails with this status and one line on standard error, which has these words."""
+    assert cli.main([str(w) for w in words]) == status
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1 and printed.out == "", printed.err
+    assert contains in lines[0] and lines[0].startswith("mezzotint: "), lines[0]
+    return lines[0]
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    return cli.build_parser().parse_args(cli._with_dashes(words))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_json(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--json" in text and "usage: mezzotint " + name in text
+
+
+def test_every_setting_is_an_option_with_its_help(capsys):
+    cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for kind in (ModelConfig, TrainConfig):
+        for item in dataclasses.fields(kind):
+            assert "--" + item.name.replace("_", "-") in text
+            assert item.metadata["help"].split(",")[0][:25] in text
+    assert "tiny 128" in text and "reference 2048" in text, "presets' own values are shown"
+
+
+def test_dashes_and_underscores_mean_the_same():
+    one, two = (
+        parsed("train", "d", "--out", "r", "--matrix_lr=0.5"),
+        parsed("train", "d", "--out", "r", "--matrix-lr", "0.5"),
+    )
+    assert cli._settings(one, TrainConfig) == cli._settings(two, TrainConfig) == {"matrix_lr": 0.5}
+
+
+@pytest.mark.parametrize("text", ["--- a ____ b", "-- the ____ house", "--x____ y", "____ --a_b"])
+def test_text_is_not_mistaken_for_an_option(text):
+    assert cli._with_dashes(["fill", "m", text]) == ["fill", "m", text]
+    assert parsed("fill", "m", text).text == text
+
+
+def test_words_after_two_dashes_stay():
+    assert parsed("fill", "m", "--", "--some_word").text == "--some_word"
+
+
+def test_settings_come_from_the_preset_and_then_the_options(trained):
+    tokenizer = mezzotint.Tokenizer.load(trained.run / "tokenizer.model")
+    words = parsed("train", "d", "--out", "none", "--preset", "tiny", "--layers", "3", "--no-compile", "--batch", "8")
+    model, train = cli._train_configs(words, tokenizer)
+    assert model == dataclasses.replace(PRESETS["tiny"].model, layers=3, vocab_size=290)
+    assert train == dataclasses.replace(PRESETS["tiny"].train, compile=False, batch=8)
+
+
+def test_resume_takes_the_runs_own_settings(trained):
+    tokenizer = mezzotint.Tokenizer.load(trained.run / "tokenizer.model")
+    words = parsed("train", str(trained.data), "--out", str(trained.run), "--resume", "--steps", "40")
+    model, train = cli._train_configs(words, tokenizer)
+    described = json.loads((trained.run / "config.json").read_text())
+    assert dataclasses.asdict(model) == described["model"] and model.width == 32
+    assert dataclasses.asdict(train) == {**described["train"], "steps": 40}
+    minutes = parsed("train", str(trained.data), "--out", str(trained.run), "--resume", "--minutes", "2")
+    assert cli._train_configs(minutes, tokenizer)[1].steps == 0, "minutes given on the command line must count"
+
+
+@pytest.mark.parametrize(
+    ("words", "contains"),
+    [
+        ([], "COMMAND"),
+        (["nonsense"], "nonsense"),
+        (["train", "d"], "--out"),
+        (["train", "d", "--out", "r", "--layers", "many"], "many"),
+        (["train", "d", "--out", "r", "--weighting", "odd"], "odd"),
+        (["train", "d", "--out", "r", "--preset", "huge"], "huge"),
+        (["train", "d", "--out", "r", "--no-such-thing", "1"], "--no-such-thing"),
+        (["score", "m", "d", "--tokens", "0"], "positive whole number"),
+        (["score", "m", "d", "--tokens", "lots"], "positive whole number"),
+        (["score", "m", "d", "--method", "guess"], "guess"),
+        (["sample", "m", "--sampler", "odd"], "odd"),
+        (["pack", "r", "--out", "m", "--budget", "-5"], "--budget"),
+    ],
+)
+def test_bad_arguments_are_one_line(words, contains, capsys):
+    assert "--help" in one_line(capsys, words, contains)
+
+
+def test_budget_may_be_written_with_separators():
+    assert parsed("pack", "r", "--out", "m", "--budget", "16,000,000").budget == 16_000_000
+    assert parsed("pack", "r", "--out", "m", "--budget", "16_000_000").budget == 16_000_000
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "contains", "status"),
+    [
+        (MezzotintError("something\n  is wrong"), "something is wrong", 2),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.bin"), "x.bin: No such file", 2),
+        (PermissionError(errno.EACCES, "Permission denied", "x.bin"), "x.bin: Permission denied", 2),
+        (OSError(errno.ENOSPC, "No space left on device", "x.bin"), "disk is full", 2),
+        (OSError(errno.EFBIG, "File too large", "x.bin"), "limit", 2),
+        (MemoryError(), "memory", 2),
+        (RuntimeError("CUDA out of memory. Tried to allocate 3 GiB\nsee the manual"), "memory", 2),
+        (KeyboardInterrupt(), "stopped", 130),
+    ],
+)
+def test_errors_become_one_line(error, contains, status, monkeypatch, capsys):
+    def fails(arguments, progress):
+        raise error
+
+    monkeypatch.setattr(cli, "_run_inspect", fails)
+    monkeypatch.setattr(cli, "_drop_output", lambda: None)
+    one_line(capsys, ["inspect", "x.mzt"], contains, status)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fails(arguments, progress):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "_run_inspect", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["inspect", "x.mzt"])
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
+    from mezzotint.train import Interrupted
+
+    def fails(arguments, progress):
+        raise Interrupted("stopped at step 3; go on with --resume")
+
+    monkeypatch.setattr(cli, "_run_train", fails)
+    one_line(capsys, ["train", "d", "--out", "r"], "--resume", 130)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_full_output_and_closed_pipes_are_quiet(trained):
+    command = [sys.executable, "-m", "mezzotint", "inspect", str(trained.artifact)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "disk is full" in done.stderr, done.stderr
+    piped = subprocess.run(f"{' '.join(command)} | head -n 1", shell=True, capture_output=True, text=True)
+    assert piped.stderr == ""
+
+
+# --- tokenizers, data, artifacts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory) -> Path:
+    """Data of another tokenizer."""
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "t.txt").write_text("one two three four five six seven " * 500)
+    mezzotint.prepare([folder / "t.txt"], folder / "data", vocab_size=280, val=[folder / "t.txt"])
+    return folder / "data"
+
+
+def test_wrong_tokenizer_wherever_a_model_meets_data(trained, other_data, tmp_path, capsys):
+    out = tmp_path / "out"
+    for words in (
+        ["score", trained.run, other_data],
+        ["score", trained.artifact, other_data],
+        ["pack", trained.run, "--data", other_data, "--out", out],
+        ["report", trained.run, "--data", other_data, "--out", out],
+        ["submit", trained.run, trained.artifact, "--data", other_data, "--out", out],
+        ["train", other_data, "--out", trained.run, "--resume"],
+    ):
+        one_line(capsys, words, "another tokenizer")
+    assert not out.exists()
+
+
+def test_data_that_has_moved_is_asked_for(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    described = json.loads((run / "config.json").read_text())
+    described["data_folder"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(described))
+    one_line(capsys, ["pack", run, "--out", tmp_path / "m.mzt"], "--data")
+    assert not (tmp_path / "m.mzt").exists()
+
+
+def test_demo_does_not_touch_other_files(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    one_line(capsys, ["demo", "--out", tmp_path], "other files")
+    one_line(capsys, ["demo", "--out", tmp_path / "mine.txt"], "other files")
+    one_line(capsys, ["demo", "--out", tmp_path / "new", "--minutes", "0"], "minutes")
+    assert (tmp_path / "mine.txt").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def test_score_table_says_what_may_be_compared(trained, capsys):
+    assert cli.main(["score", str(trained.artifact), str(trained.data), "--method", "all", "--tokens", "128"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["chain"].rstrip().endswith("yes") and "exact" in rows["chain"]
+    assert rows["nelbo"].rstrip().endswith("yes, as a bound from above") and "upper bound" in rows["nelbo"]
+    assert rows["reconstruction"].rstrip().endswith("no") and "not a bound" in rows["reconstruction"]
+
+
+def test_json_is_all_of_standard_output_and_has_no_nan(trained, capsys):
+    # One window: the standard error is unknown, which JSON must say as null.
+    words = ["score", str(trained.artifact), str(trained.data), "--method", "all", "--tokens", "1", "--json"]
+    assert cli.main(words) == 0
+    result = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert {r["method"]: r["stderr_bpb"] for r in result["results"]}["chain"] is None
+    assert cli._finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x")}) == {"a": [None, 1.5], "b": [None, "x"]}
+
+
+def test_fill_reads_and_writes_bytes(trained):
+    """Standard input to standard output: line ends of every kind and non-ASCII text come back as they were."""
+    text = "the old ____ was\r\n dark \u2014 \u00e9\n\n"
+    command = [sys.executable, "-m", "mezzotint", "fill", str(trained.artifact), "-"]
+    done = subprocess.run(command, input=text.encode(), capture_output=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"the old ") and done.stdout.endswith(" was\r\n dark \u2014 \u00e9\n\n".encode())
+    bad = subprocess.run(command, input=b"\xff\xfe ____", capture_output=True)
+    assert bad.returncode == 2 and b"not UTF-8" in bad.stderr and bad.stdout == b""
+
+
+def test_a_terminal_without_unicode_is_no_error(trained):
+    environment = {"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    words = ["score", str(trained.artifact), str(trained.data), "--tokens", "64"]
+    done = subprocess.run([sys.executable, "-m", "mezzotint", *words], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_progress_off_a_terminal_is_plain_lines(capsys):
+    progress = cli._Progress(every=0.0)
+    progress.training(
+        {"step": 7, "train_nelbo_bpb": 2.5, "tokens_per_second": 1e4, "progress": 0.5, "seconds_left": 75}
+    )
+    progress.passes("nelbo")(1, 4)
+    progress.close()
+    printed = capsys.readouterr()
+    assert printed.out == "" and "\x1b" not in printed.err
+    assert "step 7" in printed.err and "1:15 left" in printed.err and "pass 1 of 4" in printed.err
