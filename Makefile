@@ -1,6 +1,8 @@
-# `make demo` and `make test` each do all set-up on a fresh machine: a virtual environment in .venv with CPU PyTorch.
+# `make demo` and `make test` each do all set-up on a fresh machine: a virtual environment in .venv with pinned PyTorch.
+# PyPI's torch for Linux is the CUDA build; TORCH_INDEX=URL takes it from another index, such as PyTorch's CPU one.
 
 PYTHON ?= python3
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -23,7 +25,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.base: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 

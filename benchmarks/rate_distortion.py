@@ -120,7 +120,6 @@ def without(ingredient: str, packer: artifact._Rate) -> Iterator[None]:
     patches: dict[str, Any] = {
         "nothing": contextlib.nullcontext(),
         "price of bits": mock.patch.object(artifact, "BIT_PRICE", 0.0),
-        "second priced pass": mock.patch.object(artifact, "PRICED_PASSES", 1),
         "column steps": mock.patch.object(quantize, "curved_scales", one_column_scale),
         "row importance": mock.patch.object(
             packer,
@@ -135,7 +134,7 @@ def without(ingredient: str, packer: artifact._Rate) -> Iterator[None]:
         yield
 
 
-INGREDIENTS = ("nothing", "price of bits", "second priced pass", "column steps", "row importance", "column classes")
+INGREDIENTS = ("nothing", "price of bits", "column steps", "row importance", "column classes")
 
 
 def interpolate(curve: list[dict[str, float]], cost: float) -> float | None:

@@ -70,6 +70,8 @@ class ModelConfig:
             raise ConfigError(f"rotary_dims must be even and at most the head width {self.head_width}")
         if self.activation not in ("relu2", "leaky_relu2"):
             raise ConfigError(f"activation must be relu2 or leaky_relu2, not {self.activation!r}")
+        if self.bigram_buckets == 1:
+            raise ConfigError("bigram_buckets must be 0 or at least 2: one bucket stands for the start of the window")
         if self.vocab_size > 65_535:
             raise ConfigError("vocab_size must fit 16-bit shards: at most 65,535")
 
