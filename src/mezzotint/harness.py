@@ -39,7 +39,7 @@ class Harness(TemplateLM):
 
     path: an artifact or a run folder; model: one already in memory, instead. visibility: `full` takes a forward pass
     per scored token; `causal`, for weights trained that way, one per request. batch_size: windows per forward pass
-    (`auto`: what holds 16,384 tokens). Raises ConfigError for other settings.
+    (`auto`, and the harness's default of 1: what holds 16,384 tokens). Raises ConfigError for other settings.
     """
 
     def __init__(
@@ -61,13 +61,14 @@ class Harness(TemplateLM):
         if model is None:
             where = Path(str(path))
             model = load_run(where) if where.is_dir() else open_artifact(where)
-        if device:
+        if device and (not device.startswith("cuda") or torch.cuda.is_available()):  # the harness asks for cuda unasked
             model.network.to(device)
         self.model = model
         self.visibility = visibility
         self.length = model.config.sequence_length
         automatic = max(1, TOKENS_PER_FORWARD // self.length)
-        self.rows = automatic if str(batch_size).startswith("auto") else int(batch_size)
+        asked = str(batch_size)
+        self.rows = automatic if asked.startswith("auto") or asked == "1" else int(asked)
         self.max_gen_toks = int(max_gen_toks)
         self.seed = int(seed)
 
