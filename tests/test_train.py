@@ -218,6 +218,17 @@ def test_compile_failure_falls_back(data, model, tmp_path, monkeypatch):
     assert result["compiled"] is False and len(said) == 1 and "no working C++ compiler" in said[0]
 
 
+def test_tensorboard_events(data, model, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(data, tmp_path / "r", model=model, config=dataclasses.replace(QUICK, steps=3, tensorboard=True))
+    accumulator = events.EventAccumulator(str(tmp_path / "r" / "tensorboard"))
+    accumulator.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    seen = accumulator.Scalars("train_nelbo_bpb")
+    assert [e.step for e in seen] == [1, 2, 3]
+    assert [e.value for e in seen] == pytest.approx([r["train_nelbo_bpb"] for r in rows], rel=1e-5)
+
+
 def test_runs_outside_the_main_thread(data, model, tmp_path):
     results: list[dict] = []
     config = dataclasses.replace(QUICK, steps=2)
