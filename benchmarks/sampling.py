@@ -98,14 +98,14 @@ def judged(judge: Model, ids: Tensor) -> dict[str, float]:
     return {"judged_bpb": ratio, "stderr": error, **character(ids[:, 1:])}
 
 
-def starts(model: Model, data: Dataset, count: int, length: int) -> Tensor:
-    """Real text to compare with: the first `length` ids of `count` validation documents, BOS included, evenly spaced."""
+def starts(model: Model, data: Dataset, count: int, length: int, skip: int = 0) -> Tensor:
+    """Real text: `length` ids of `count` validation documents, evenly spaced, from id `skip` of each (0 is BOS)."""
     stream = data.split("val")
     ids = np.asarray(stream[0 : len(stream)]).astype(np.int64)
     heads = np.flatnonzero(ids == model.tokenizer.bos_id)
-    long = [h for h, end in zip(heads, [*heads[1:], len(ids)], strict=True) if end - h >= length]
+    long = [h for h, end in zip(heads, [*heads[1:], len(ids)], strict=True) if end - h >= skip + length]
     chosen = [long[i * len(long) // count] for i in range(min(count, len(long)))]
-    return torch.from_numpy(np.stack([ids[h : h + length] for h in chosen]))
+    return torch.from_numpy(np.stack([ids[h + skip : h + skip + length] for h in chosen]))
 
 
 class Book:
@@ -207,8 +207,9 @@ def infilling(model: Model, judge: Model, data: Dataset, book: Book, options: ar
     def words() -> dict[str, Any]:
         right = right_known = whole = 0
         seconds = 0.0
-        for row in texts.tolist():
-            text = model.tokenizer.decode(row[1:128])
+        # Further in than the text on which the choice of lengths was developed.
+        for row in starts(model, data, options.n_infill, 128, skip=400).tolist():
+            text = model.tokenizer.decode(row)
             places = [m for m in re.finditer(r"(?<= )[A-Za-z]{2,}(?= )", text)]
             if len(places) < 8:
                 continue

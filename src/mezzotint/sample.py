@@ -1038,14 +1038,17 @@ class _Filling:
         gap.nats = -sum(math.log(max(c, 1e-300)) for c in confidence)
 
     def fill_unknown(self, index: int, lengths: Sequence[int]) -> None:
-        """Fill a gap of unknown length: the length whose text, with what follows it, is most probable per byte.
+        """Fill a gap of unknown length: the length that, per byte, makes the gap and what follows it most probable.
 
-        Each length l is filled (its own row of one batch) and scored by
+        Each length l is filled (a row of one batch) and scored by
 
-            [ -sum_i log p(g_i | context, the g revealed before) - sum_j log p(r_j | context, l masks) ] / bytes(g, r)
+            -sum_i log p(g_i | context, the g revealed before) / bytes(g)
+            -sum_j log p(r_j | context, l masks, the other r hidden) / bytes(r)
 
-        over the gap's ids g in the order revealed and the RIGHT_TOKENS ids r to its right, hidden together with the
-        gap: a chain-rule likelihood of the gap, times how well the text to the right fits l tokens on.
+        over the gap's ids g in the order revealed, and over the RIGHT_TOKENS ids r to its right, hidden together with
+        the gap. The first term is a chain-rule likelihood; the second says how well the text to the right fits l
+        tokens on, before anything is put in between, so a length cannot win by what it fills itself with. Bytes of g
+        and r in one denominator would let the longest gap win by diluting r.
         """
         gap = self.parts[index]
         assert isinstance(gap, _Gap)
@@ -1078,13 +1081,13 @@ class _Filling:
             return {index: (ids[b, here].tolist(), confidence[b, here].tolist())}
 
         result = self.denoise(canvas, wanted, only, show)
-        near_bytes = sum(len(self.table.raw[t]) for t in near)
+        near_bytes = max(1, sum(len(self.table.raw[t]) for t in near))
         scores = []
         for b, n in enumerate(lengths):
             ids = result.ids[b, at : at + n].tolist()
             nats = -result.confidence[b, at : at + n].double().clamp_min(1e-300).log().sum().item()
-            size = len(b"".join(self.table.raw[t] for t in ids)) + near_bytes
-            scores.append((nats + near_nats[b]) / max(1, size))
+            size = max(1, len(b"".join(self.table.raw[t] for t in ids)))
+            scores.append(nats / size + near_nats[b] / near_bytes)
         best = scores.index(min(scores))
         n = lengths[best]
         self.settle(gap, result.ids[best, at : at + n].tolist(), result.confidence[best, at : at + n].tolist())
