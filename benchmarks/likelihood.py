@@ -33,6 +33,7 @@ from mezzotint.data import Dataset, Windows, documents
 from mezzotint.evaluate import (
     Pass,
     apply_control,
+    causal,
     chain_rule,
     choose_windows,
     compare,
@@ -197,7 +198,8 @@ def compression(model: Model, _: Windows, args: argparse.Namespace) -> list[dict
     """The text's first bytes under the model and under general-purpose compressors."""
     if args.text is None:
         raise SystemExit("compress needs --text FILE")
-    data = "\n".join(documents(args.text)).encode()[: args.bytes]
+    data = "\n".join(documents(args.text)).encode()[: args.bytes or None]
+    data = data.decode("utf-8", "ignore").encode()  # the cut may fall inside a character
     rows: list[dict[str, Any]] = []
 
     def add(name: str, size: int, seconds: float, note: str = "") -> None:
@@ -222,6 +224,7 @@ def compression(model: Model, _: Windows, args: argparse.Namespace) -> list[dict
         report = compress_stream(io.BytesIO(data), target, model, order=order)
         took = time.perf_counter() - started
         note = f"{report.forward_passes} passes, {report.rest_bytes} bytes not modelled"
+        order = report.order
         add(f"mezzotint {order}", report.output_bytes, took, note)
         if args.check:
             started = time.perf_counter()
@@ -232,8 +235,13 @@ def compression(model: Model, _: Windows, args: argparse.Namespace) -> list[dict
         if not report.rest_bytes:
             ids = np.array([model.tokenizer.bos_id, *model.tokenizer.encode(data.decode())])
             started = time.perf_counter()
-            figure = chain_rule(model, _Ids(ids, model.config.sequence_length, len(data)), order=order)  # type: ignore[arg-type]
-            add(f"chain figure, {order}", math.ceil(figure.bpb * len(data) / 8), time.perf_counter() - started)
+            held: Any = _Ids(ids, model.config.sequence_length, len(data))
+            figure = causal(model, held) if order == "next" else chain_rule(model, held, order=order)
+            add(
+                f"figure of {'causal' if order == 'next' else 'chain'}, {order}",
+                math.ceil(figure.bpb * len(data) / 8),
+                time.perf_counter() - started,
+            )
             rows[-1]["note"] = f"file is {100 * (report.output_bytes * 8 / len(data) / figure.bpb - 1):+.2f}% of this"
     return rows
 
@@ -288,8 +296,8 @@ def main() -> None:
     parser.add_argument("--compare-repeats", type=int, default=8, help="NELBO repeats for compare")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.02, 0.05], help="relative to each tensor's spread")
     parser.add_argument("--text", type=Path, help="file to compress: its documents joined by newlines")
-    parser.add_argument("--bytes", type=int, default=100_000, help="how much of it")
-    parser.add_argument("--order", nargs="+", default=["left"], help="reveal orders to compress with")
+    parser.add_argument("--bytes", type=int, default=100_000, help="how much of it (0: all)")
+    parser.add_argument("--order", nargs="+", default=[None], help="orders to compress with")
     parser.add_argument("--check", action="store_true", help="decompress as well")
     parser.add_argument("--json", type=Path, help="also write the tables here")
     args = parser.parse_args()

@@ -11,14 +11,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy import NeighbourModel, ToyText, ToyWindows
+from toy import FoldingText, NeighbourModel, ToyText, ToyWindows
 
 from mezzotint.compress import compress, compress_file, decompress, decompress_file, integer_probabilities
+from mezzotint.config import ModelConfig
 from mezzotint.errors import DataError
-from mezzotint.evaluate import chain_rule
+from mezzotint.evaluate import causal, chain_rule
+from mezzotint.model import Denoiser, Model
 
 mzz = importlib.import_module("mezzotint.compress")  # the module, whatever the package calls by its name
 MODEL = NeighbourModel(ToyText(), 16)
+FOLDING = NeighbourModel(FoldingText(), 16)
 WORDS = "the quick brown fox jumps over the lazy dog and then the dog sleeps until 1999"
 
 pieces = st.one_of(
@@ -32,9 +35,26 @@ anything = st.lists(pieces, max_size=8).map(b"".join)
 
 class TestRoundTrip:
     @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(data=anything, order=st.sampled_from(["left", "block(4)", "spread(4)", "random(3)"]))
-    def test_any_bytes(self, data, order):
-        assert decompress(compress(data, MODEL, order=order, rows=3), MODEL) == data
+    @given(
+        data=anything,
+        order=st.sampled_from(["left", "block(4)", "spread(4)", "random(3)"]),
+        model=st.sampled_from([MODEL, FOLDING]),
+    )
+    def test_any_bytes(self, data, order, model):
+        assert decompress(compress(data, model, order=order, rows=3), model) == data
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=anything, model=st.sampled_from([MODEL, FOLDING]))
+    def test_any_bytes_when_modelling_is_forced(self, data, model):
+        """Short inputs are smaller as they are; here the modelled form is used even so."""
+        text = b"plain text that goes on\nfor a while " * 3
+        code = mzz._Code("spread(2)", "full", 3)
+        for whole in (data, data + text, text + data + text, data + text + b"\xff" * 40 + data + text):
+            if not whole:
+                continue
+            frame = mzz._modelled(whole, model, code, lambda share: None)
+            if frame is not None:
+                assert mzz._decode_frame(mzz.MODELLED, frame.body, len(whole), model, code, lambda share: None) == whole
 
     @pytest.mark.parametrize("data", [b"", b"\0", b"a", b"A", b"a" * 15, b"a" * 16, b"a" * 17, bytes(range(256)) * 9])
     def test_edges(self, data):
@@ -84,7 +104,7 @@ class TestSize:
     def test_is_the_chain_figure(self, order):
         """The coder's bits are those of `chain_rule` on the same windows, and the file is that plus a little."""
         model = NeighbourModel(ToyText(), 16, scale=0.2)
-        letters = np.random.default_rng(0).integers(1, len(ToyText.alphabet), 4001)
+        letters = np.random.default_rng(0).integers(1, len(ToyText.alphabet) - 1, 4001)
         data = "".join(ToyText.alphabet[i] for i in letters).encode()
         target = io.BytesIO()
         report = mzz.compress_stream(io.BytesIO(data), target, model, order=order)
@@ -112,6 +132,78 @@ class TestSize:
         report = mzz.compress_stream(io.BytesIO(mixed), target, model)
         assert decompress(target.getvalue(), model) == mixed
         assert 3000 <= report.rest_bytes < 3200 and report.tokens > 7500
+
+
+def everything(**options) -> Model:
+    """A real network with every part of the architecture, and weights far from their initial zeros."""
+    torch.manual_seed(0)
+    tokenizer = ToyText()
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        sequence_length=24,
+        layers=4,
+        width=32,
+        heads=4,
+        kv_heads=2,
+        rotary_dims=4,
+        embedding_std=1.0,
+        **options,
+    )
+    network = Denoiser(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return Model(config, tokenizer, network, {"train": {"causal_share": 0.5}})
+
+
+ALL_PARTS = {
+    "activation": "leaky_relu2",
+    "depth_scaled_norm": True,
+    "exclusive_attention": True,
+    "unet_skips": True,
+    "embedding_mix": True,
+    "channel_scales": True,
+    "neighbour_reach": 2,
+    "bigram_buckets": 16,
+    "bigram_width": 8,
+    "value_embedding_width": 8,
+}
+
+
+class TestNextToken:
+    @pytest.mark.parametrize("options", [{}, ALL_PARTS], ids=["plain", "all parts"])
+    def test_is_the_causal_network(self, options):
+        model = everything(**options)
+        ids = torch.randint(0, model.config.vocab_size + 1, (3, 24), generator=torch.Generator().manual_seed(1))
+        whole = model.logits(ids, visibility="causal")
+        network = mzz.NextToken(model, 3, 24)
+        with torch.inference_mode():
+            steps = torch.stack([network.step(column) for column in ids.T], dim=1)
+        assert torch.allclose(steps, whole, atol=2e-4)
+        assert whole.std() > 0.1
+
+    def test_compresses_to_the_causal_figure_by_default(self):
+        model = everything(**ALL_PARTS)
+        with torch.no_grad():
+            model.network.embedding.weight.mul_(0.1)  # no token may cost more than the 24 bits that the coder has
+        letters = np.random.default_rng(0).integers(1, len(ToyText.alphabet), 1000)
+        data = "".join(ToyText.alphabet[i] for i in letters).encode()
+        coder = mzz._Coder(model, mzz._Code("next", "full", 7), None)
+        ids = np.array([0, *model.tokenizer.encode(data.decode())])
+        coder.run(len(ids), ids, lambda share: None)
+        figure = causal(model, ToyWindows(ids, 24, model.tokenizer))
+        assert coder.bits == pytest.approx(figure.bpb * len(data), rel=1e-4)
+        assert coder.passes == figure.forward_passes
+        assert 8 * len(coder.words()) <= coder.bits * 1.0005 + 64
+        decoder = mzz._Coder(model, coder.code, np.frombuffer(coder.words(), dtype="<u4").astype(np.uint32))
+        assert (decoder.run(len(ids), None, lambda share: None) == ids).all()
+
+    def test_round_trip(self):
+        model = everything()
+        for data in (b"", b"a", WORDS.encode() * 9, WORDS.encode() + bytes(range(256))):
+            blob = compress(data, model)
+            assert decompress(blob, model) == data
+            assert b"next full" in blob[:40]
 
 
 class TestProbabilities:

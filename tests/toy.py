@@ -192,6 +192,13 @@ class ToyText(ToyTokenizer):
         return (np.asarray(ids) != 0).astype(int)
 
 
+class FoldingText(ToyText):
+    """As above, and line ends become spaces and spaces at the ends are lost, as SentencePiece does by default."""
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(" ".join(text.split()))
+
+
 class NeighbourModel:
     """Logits from a position's two neighbours by fixed random tables: quick at any length, float32, position-free."""
 
@@ -200,6 +207,7 @@ class NeighbourModel:
         self.tokenizer = tokenizer
         self.device = torch.device("cpu")
         self.sha256 = f"{seed:064x}"
+        self.info: dict = {}
         v = tokenizer.vocab_size
         random = np.random.default_rng(seed)
         self.left = torch.from_numpy(random.normal(0, scale, (v + 1, v)).astype(np.float32))

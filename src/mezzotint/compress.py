@@ -1,8 +1,10 @@
 """Lossless compression of any bytes with a model's chain rule: the likelihood, cashed in.
 
 Text becomes tokens, tokens become windows, and a range coder (`constriction`) spends -log2 p(token) bits on each, with
-p as `evaluate.chain_rule` has it. Whatever the tokenizer cannot give back byte for byte is kept beside it, so every
-input comes back exactly. Does not know how models are made or stored.
+p as `evaluate.causal` or `evaluate.chain_rule` has it. What the tokenizer changes (it may fold line ends and runs of
+spaces into one space, normalise characters, or know no token for them) is kept beside the tokens as whitespace and
+edits, and what is not text at all is kept as it is, so every input comes back exactly. Does not know how models are
+made or stored.
 
 File format `.mzz`, version 1; integers are LEB128 varints unless a width is given:
 
@@ -14,9 +16,13 @@ File format `.mzz`, version 1; integers are LEB128 varints unless a width is giv
 
     frame: bytes of input (at least 1) | mode 1 byte | body: length, bytes | CRC-32 of the frame so far, 4 bytes
     mode 0: the input itself; 1: the input under LZMA; 2: modelled:
-      count of segments, each (kind 1 byte, size): kind 0, size tokens of text; kind 1, size bytes of the rest
-      length and bytes of the rest (all of kind 1, under LZMA if that is shorter: 1 byte tells)
-      little-endian 32-bit words of the range coder over the tokens of all text segments, each led by BOS
+      side: length, 1 byte (1: under LZMA, then its length in full), bytes; holds
+        count of segments, each kind 1 byte, then: kind 0, text: tokens, edits; kind 1, the rest: bytes
+        1 byte: runs of whitespace were folded; if so the 15 commonest runs: count, each length and bytes
+        per edit: tokenizer's bytes since the edit before, bytes dropped, bytes put in their place: length, bytes
+        uncommon runs: each length, bytes; then all bytes of kind 1
+      whitespace: length, words of the range coder, see `encode_runs`
+      words of the range coder over the tokens of all text segments, each led by BOS; 32 bits, little-endian
 
 Decoding repeats the encoder's arithmetic, so it must be the same arithmetic. Guaranteed: the same model, torch build,
 kind of processor and number of threads decode what they encoded; probabilities are integers (of 2^24) before they
@@ -31,25 +37,29 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import constriction
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.evaluate import TOKENS_PER_FORWARD, canvas_length, model_digest, reveal_order
 from mezzotint.files import sync_folder
-from mezzotint.model import Model, block_size
+from mezzotint.model import Block, Model, block_size, mix_neighbours, rotate
 
 MAGIC = b"MZZ1"
 FRAME_BYTES = 1 << 20
+NEXT = "next"
 _stream: Any = getattr(constriction, "stream")  # noqa: B009 - a compiled submodule that type checkers cannot see
 TOTAL = 1 << 24
 STORED, LZMA, MODELLED = 0, 1, 2
@@ -63,7 +73,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What a compression came to. model_bits: what the range coder had to pay, -log2 of the coded probabilities."""
+    """What a compression came to. model_bits: what the range coder had to pay, -log2 of the coded probabilities.
+
+    order: how the tokens were coded. rest_bytes: input that the model did not code.
+    """
 
     input_bytes: int
     output_bytes: int
@@ -71,6 +84,7 @@ class CompressionReport:
     rest_bytes: int
     model_bits: float
     forward_passes: int
+    order: str
 
     @property
     def bpb(self) -> float:
@@ -97,6 +111,81 @@ def _parts(logits: Tensor, symbols: np.ndarray) -> Iterator[tuple[Tensor, np.nda
     step = max(1, (1 << 23) // logits.shape[1])
     for start in range(0, len(symbols), step):
         yield logits[start : start + step], symbols[start : start + step]
+
+
+class NextToken:
+    """A network under causal visibility, one position of many windows at a time, keys and values kept.
+
+    Gives `Denoiser.forward(..., visibility="causal")` at the newest position, up to rounding, for the cost of that
+    position. Feed it MASK first, then each token as it becomes known: the answer to input i predicts token i.
+    """
+
+    def __init__(self, model: Model, rows: int, length: int) -> None:
+        self.network, c = model.network, model.config
+        device = model.device
+        self.cos, self.sin = self.network.rotary(length, device, torch.float32)
+        shape = (c.layers, rows, c.kv_heads, length, c.head_width)
+        self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.at = 0
+        self.before: Tensor | None = None
+        self.near: list[Tensor] = []
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Logits [rows, V], float32, at the position of the new input `ids`, int64 [rows]."""
+        net, c = self.network, self.network.config
+        column = ids[:, None]
+        x = net.embedding(column)
+        if net.bigram is not None:
+            pair = column if self.before is None else torch.stack((self.before, ids), dim=1)
+            x = x + net.bigram(pair)[:, -1:]
+        self.before = ids
+        if net.neighbour_taps is not None:
+            self.near = [*self.near, x][-(c.neighbour_reach + 1) :]
+            x = x + mix_neighbours(torch.cat(self.near, dim=1), net.neighbour_taps, 1)[:, -1:]
+        x = embedded = F.rms_norm(x, (c.width,))
+        values = net.value_embedding(column) if net.value_embedding is not None else None
+        skips: list[Tensor] = []
+        for i, layer in enumerate(net.blocks):
+            block = cast(Block, layer)
+            if net.skip_scales is not None and i >= c.layers // 2 and skips:
+                x = x + net.skip_scales[i - c.layers // 2] * skips.pop()
+            bias = None
+            late = i - (c.layers - c.value_embedding_layers)
+            if net.value_embedding is not None and values is not None and late >= 0:
+                bias = values * net.value_embedding.layer_scales[late]
+            if block.embedding_mix is not None:
+                x = block.embedding_mix[0] * x + block.embedding_mix[1] * embedded
+            a = self._attention(i, block, block.norm(x), bias)
+            x = x + (a * block.attention_scale if block.attention_scale is not None else a)
+            m = block.mlp(block.norm(x))
+            x = x + (m * block.mlp_scale if block.mlp_scale is not None else m)
+            if net.skip_scales is not None and i < c.layers // 2:
+                skips.append(x)
+        self.at += 1
+        return net.logits(F.rms_norm(x, (c.width,))[:, 0])
+
+    def _attention(self, i: int, block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
+        attention, c, t = block.attention, self.network.config, self.at
+        cos, sin = self.cos[t : t + 1], self.sin[t : t + 1]
+        rows = x.shape[0]
+        q = attention.query(x).view(rows, 1, c.heads, c.head_width)
+        k = attention.key(x).view(rows, 1, c.kv_heads, c.head_width)
+        v = attention.value(x) if bias is None else attention.value(x) + bias
+        v = v.view(rows, 1, c.kv_heads, c.head_width)
+        q = rotate(F.rms_norm(q, (c.head_width,)), cos, sin) * attention.query_gain[:, None]
+        self.keys[i, :, :, t] = rotate(F.rms_norm(k, (c.head_width,)), cos, sin)[:, 0]
+        self.values[i, :, :, t] = v[:, 0]
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            self.keys[i, :, :, : t + 1],
+            self.values[i, :, :, : t + 1],
+            enable_gqa=c.heads != c.kv_heads,
+        ).transpose(1, 2)
+        if c.exclusive_attention:
+            grouped = y.reshape(rows, 1, c.kv_heads, c.heads // c.kv_heads, c.head_width)
+            own = F.normalize(v, dim=-1).unsqueeze(3)
+            y = grouped - (grouped * own).sum(-1, keepdim=True) * own
+        return attention.output(y.reshape(rows, 1, c.width))
 
 
 @dataclass(frozen=True)
@@ -141,23 +230,37 @@ class _Coder:
     def _windows(self, block: np.ndarray) -> Iterator[int]:
         """One batch of windows [B, T], in place. Both directions do exactly the same arithmetic."""
         rows, length = block.shape
-        canvas = torch.full((rows, length), self.model.config.mask_id, dtype=torch.long)
-        for group in reveal_order(self.code.order, length):
-            stop = canvas_length(self.code.visibility, length, int(group.max()))
-            scored = torch.zeros(rows, stop, dtype=torch.bool)
-            scored[:, group] = True
-            with torch.inference_mode():
-                logits = self.model.logits(
-                    canvas[:, :stop].to(self.model.device),
-                    visibility=self.code.visibility,
-                    positions=scored.to(self.model.device),
-                )
-            self.passes += rows
+        self.passes += rows * (1 if self.code.order == NEXT else len(reveal_order(self.code.order, length)))
+        for group, logits in self._steps(block):
             known = block[:, group].reshape(-1)
             found = [self._symbols(part, symbols) for part, symbols in _parts(logits, known)]
             block[:, group] = np.concatenate(found).reshape(rows, len(group))
-            canvas[:, group] = torch.from_numpy(np.ascontiguousarray(block[:, group]))
             yield len(known)
+
+    def _steps(self, block: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """(positions, logits of them, row by row) from what `block` holds of the groups yielded before."""
+        rows, length = block.shape
+        model, code, mask_id = self.model, self.code, self.model.config.mask_id
+        if code.order == NEXT:
+            network = NextToken(model, rows, length)
+            given = torch.full((rows,), mask_id, device=model.device)
+            for i in range(length):
+                with torch.inference_mode():
+                    logits = network.step(given)
+                yield np.array([i]), logits
+                given = torch.from_numpy(block[:, i].copy()).to(model.device)
+            return
+        canvas = torch.full((rows, length), mask_id, dtype=torch.long)
+        for group in reveal_order(code.order, length):
+            stop = canvas_length(code.visibility, length, int(group.max()))
+            scored = torch.zeros(rows, stop, dtype=torch.bool)
+            scored[:, group] = True
+            with torch.inference_mode():
+                logits = model.logits(
+                    canvas[:, :stop].to(model.device), visibility=code.visibility, positions=scored.to(model.device)
+                )
+            yield group, logits
+            canvas[:, group] = torch.from_numpy(np.ascontiguousarray(block[:, group]))
 
     def _symbols(self, logits: Tensor, known: np.ndarray) -> np.ndarray:
         weights = integer_probabilities(logits)
@@ -184,15 +287,16 @@ def numerics(model: Model, code: _Code) -> bytes:
     digest = hashlib.sha256()
     for batch in sorted({1, min(code.rows, 4)}):
         ids = draw.integers(0, model.config.vocab_size + 1, size=(batch, length))
-        scored = torch.zeros(batch, length, dtype=torch.bool)
-        scored[:, :: max(1, length // 16)] = True
-        ids[scored.numpy()] = model.config.mask_id
         with torch.inference_mode():
-            logits = model.logits(
-                torch.from_numpy(ids).to(model.device),
-                visibility=code.visibility,
-                positions=scored.to(model.device),
-            )
+            if code.order == NEXT:
+                network = NextToken(model, batch, min(length, 16))
+                logits = torch.cat([network.step(torch.from_numpy(i).to(model.device)) for i in ids.T[:16]])
+            else:
+                scored = torch.zeros(batch, length, dtype=torch.bool)
+                scored[:, :: max(1, length // 16)] = True
+                ids[scored.numpy()] = model.config.mask_id
+                canvas, where = torch.from_numpy(ids).to(model.device), scored.to(model.device)
+                logits = model.logits(canvas, visibility=code.visibility, positions=where)
         weights = integer_probabilities(logits)
         symbols = draw.integers(0, model.config.vocab_size, size=len(weights)).astype(np.int32)
         encoder = _stream.queue.RangeEncoder()
@@ -204,47 +308,122 @@ def numerics(model: Model, code: _Code) -> bytes:
 # --- text and the rest ----------------------------------------------------------------------------------------------
 
 
-def _comes_back(model: Model, data: bytes) -> list[int] | None:
-    """The tokens of `data` if the tokenizer gives the same bytes back, else None."""
+Edit = tuple[int, int, bytes]
+"""(bytes to keep since the edit before, bytes to drop, bytes to put in their place)"""
+
+
+def align(known: bytes, wanted: bytes) -> list[Edit] | None:
+    """Edits that turn `known` into `wanted`, or None where they differ too much.
+
+    Walks both; at a difference takes the shortest edit after which six bytes agree. Quick where edits are few; not
+    always the fewest.
+    """
+    edits: list[Edit] = []
+    p = q = kept = 0
+    budget = len(wanted) // 2 + 16
+    while True:
+        step = 4096
+        while step:
+            if known[p : p + step] == wanted[q : q + step] and max(p + step - len(known), q + step - len(wanted)) <= 0:
+                p, q, kept = p + step, q + step, kept + step
+            else:
+                step //= 4
+        if p == len(known) and q == len(wanted):
+            return edits
+        found = _resume(known, wanted, p, q)
+        if found is None:
+            return None
+        drop, put = found
+        edits.append((kept, drop, wanted[q : q + put]))
+        p, q, kept = p + drop, q + put, 0
+        budget -= 3 + put
+        if budget < 0:
+            return None
+
+
+def _resume(known: bytes, wanted: bytes, p: int, q: int) -> tuple[int, int] | None:
+    """The least (drop, put) after which the texts agree for six bytes or to their ends."""
+    for both in range(1, 65):
+        for drop in range(both + 1):
+            i, j = p + drop, q + both - drop
+            if i > len(known) or j > len(wanted):
+                continue
+            a, b = known[i : i + 6], wanted[j : j + 6]
+            if a == b and (len(a) == 6 or (i + len(a) == len(known) and j + len(b) == len(wanted))):
+                return drop, both - drop
+    return None
+
+
+def apply_edits(known: bytes, edits: list[Edit]) -> bytes:
+    """What `align` aligned `known` to. Raises DataError where an edit lies outside."""
+    out = []
+    at = 0
+    for keep, drop, put in edits:
+        if at + keep + drop > len(known):
+            raise DataError(DAMAGED)
+        out += [known[at : at + keep], put]
+        at += keep + drop
+    return b"".join([*out, known[at:]])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the input; `ids` None: not text. `edits` turn the ids' own bytes into `folded`, which is `data`
+    with each run of whitespace as one space where `runs` is given."""
+
+    data: bytes
+    ids: list[int] | None = None
+    edits: tuple[Edit, ...] = ()
+    folded: bytes = b""
+    runs: tuple[bytes, ...] = ()
+
+
+RUN = re.compile(rb"[ \t\r\n]+")
+
+
+def folds(model: Model) -> bool:
+    """Whether the tokenizer turns line ends into spaces, so that whitespace is better kept beside it."""
+    probe = "a b\nc"
+    return model.tokenizer.decode_bytes(model.tokenizer.encode(probe)) != probe.encode()
+
+
+def _text(model: Model, data: bytes, fold: bool) -> Segment | None:
+    """`data` as text, or None where it is none or the tokenizer makes too much of a change."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         return None
     ids = model.tokenizer.encode(text)
-    special = model.tokenizer.bos_id
-    return ids if special not in ids and model.tokenizer.decode_bytes(ids) == data else None
+    if model.tokenizer.bos_id in ids or len(ids) > 2 * len(data):
+        return None
+    folded = RUN.sub(b" ", data) if fold else data
+    edits = align(model.tokenizer.decode_bytes(ids), folded)
+    if edits is None:
+        return None
+    return Segment(data, ids, tuple(edits), folded, tuple(RUN.findall(data)) if fold else ())
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of the input: `ids` are its tokens, or None where the tokenizer cannot give its bytes back."""
-
-    data: bytes
-    ids: list[int] | None
-
-
-def segments(model: Model, data: bytes) -> list[Segment]:
+def segments(model: Model, data: bytes, fold: bool) -> list[Segment]:
     """Split `data` into stretches of text and of the rest; their bytes concatenate to `data`.
 
-    Halves what does not come back, near line or word ends, down to some bytes; neighbouring texts are joined where
-    the whole still comes back.
+    Halves what cannot be text, near line or word ends, down to some bytes; neighbouring texts are joined again.
     """
     pieces: list[Segment] = []
     stack = [data]
     while stack:
         part = stack.pop()
-        ids = _comes_back(model, part)
-        if ids is not None or len(part) <= SHORTEST:
-            pieces.append(Segment(part, ids))
+        found = _text(model, part, fold)
+        if found is not None or len(part) <= SHORTEST:
+            pieces.append(found or Segment(part))
         else:
             middle = _cut(part)
             stack += [part[middle:], part[:middle]]
     texts: list[Segment] = []
     for piece in pieces:
         if texts and piece.ids is not None and texts[-1].ids is not None:
-            both = _comes_back(model, texts[-1].data + piece.data)
+            both = _text(model, texts[-1].data + piece.data, fold)
             if both is not None:
-                texts[-1] = Segment(texts[-1].data + piece.data, both)
+                texts[-1] = both
                 continue
         texts.append(piece)
     # A short stretch of text among the rest is not worth its BOS and its place in the table.
@@ -255,12 +434,74 @@ def segments(model: Model, data: bytes) -> list[Segment]:
             rest.append(piece.data)
             continue
         if rest:
-            out.append(Segment(b"".join(rest), None))
+            out.append(Segment(b"".join(rest)))
             rest = []
         out.append(piece)
     if rest:
-        out.append(Segment(b"".join(rest), None))
+        out.append(Segment(b"".join(rest)))
     return out
+
+
+COMMON = 15
+
+
+def _run_contexts(folded: list[bytes]) -> np.ndarray:
+    """A small number for every space of the folded texts: the bytes around it, the one before it, or none of them
+    where that pair, or that byte, occurs fewer than 24 times."""
+    parts = []
+    for text in folded:
+        padded = np.frombuffer(b"\0" + text + b"\0", dtype=np.uint8).astype(np.int64)
+        at = np.flatnonzero(padded == 32)
+        parts.append(padded[at - 1] * 257 + padded[at + 1])
+    contexts = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    for coarser in (contexts // 257 * 257 + 256, np.full_like(contexts, 256 * 257)):
+        _, which, counts = np.unique(contexts, return_inverse=True, return_counts=True)
+        contexts = np.where(counts[which] < 24, coarser, contexts)
+    return np.unique(contexts, return_inverse=True)[1]
+
+
+def encode_runs(folded: list[bytes], kinds: np.ndarray, classes: int) -> bytes:
+    """Range-code which kind of run (0..classes - 1) each space of the folded texts stands for.
+
+    Context by context and kind by kind: how many of the places left are of it (uniform), then which (at that rate).
+    """
+    encoder = _stream.queue.RangeEncoder()
+    contexts = _run_contexts(folded)
+    for context in range(int(contexts.max()) + 1 if len(contexts) else 0):
+        left = kinds[contexts == context]
+        for kind in range(classes - 1):
+            if not len(left):
+                break
+            hit = (left == kind).astype(np.int32)
+            encoder.encode(int(hit.sum()), _stream.model.Uniform(len(left) + 1))
+            if 0 < hit.sum() < len(left):
+                encoder.encode(hit, _rate(len(left), int(hit.sum())))
+            left = left[hit == 0]
+    return encoder.get_compressed().astype("<u4").tobytes()
+
+
+def decode_runs(folded: list[bytes], coded: bytes, classes: int) -> np.ndarray:
+    """The kinds that `encode_runs` was given."""
+    decoder = _stream.queue.RangeDecoder(np.frombuffer(coded, dtype="<u4").astype(np.uint32))
+    contexts = _run_contexts(folded)
+    kinds = np.full(len(contexts), classes - 1)
+    for context in range(int(contexts.max()) + 1 if len(contexts) else 0):
+        left = np.flatnonzero(contexts == context)
+        for kind in range(classes - 1):
+            if not len(left):
+                break
+            many = int(decoder.decode(_stream.model.Uniform(len(left) + 1)))
+            hit = np.full(len(left), many == len(left))
+            if 0 < many < len(left):
+                hit = decoder.decode(_rate(len(left), many), len(left)) == 1
+            kinds[left[hit]] = kind
+            left = left[~hit]
+    return kinds
+
+
+def _rate(places: int, hits: int) -> Any:
+    weights = np.array([places - hits, hits], dtype=np.float64)
+    return _stream.model.Categorical(weights / places, perfect=False)
 
 
 def _cut(data: bytes) -> int:
@@ -365,7 +606,7 @@ def compress_stream(
     target: BinaryIO,
     model: Model,
     *,
-    order: str = "left",
+    order: str | None = None,
     visibility: str = "full",
     rows: int | None = None,
     progress: Progress | None = None,
@@ -373,11 +614,15 @@ def compress_stream(
 ) -> CompressionReport:
     """Compress `source` to `target`, a MiB at a time, so that memory stays flat for any length.
 
-    order: see `evaluate.reveal_order`; `left` is smallest and costs a forward pass per token. rows: windows that go
-    through the network together (default: what holds 16,384 tokens). size: the input's length, for `progress` alone.
-    Raises DataError for an unknown order, ConfigError for an unknown visibility.
+    order: `next`, the code of `evaluate.causal`, for weights trained on next tokens too: with keys and values kept it
+    costs one forward pass per window; or an order of `evaluate.reveal_order`, of which `left` is usually smallest and
+    costs a pass per token. Default: `next` for such weights, else `left`. visibility: of the canvas, for orders other
+    than `next`. rows: windows that go through the network together (default: what holds 16,384 tokens). size: the
+    input's length, for `progress` alone. Raises DataError for an unknown order, ConfigError for a visibility.
     """
     length = model.config.sequence_length
+    if order is None:
+        order = NEXT if (model.info.get("train") or {}).get("causal_share", 0) > 0 else "left"
     code = _Code(order, visibility, rows or max(1, TOKENS_PER_FORWARD // length))
     _check(code, length)
     name = f"{order} {visibility}".encode("ascii")
@@ -404,7 +649,7 @@ def compress_stream(
         if progress:
             progress(read, size)
     target.write(b"\0" + digest.digest())
-    return CompressionReport(read, written + 33, tokens, rest_bytes, bits, passes)
+    return CompressionReport(read, written + 33, tokens, rest_bytes, bits, passes, order)
 
 
 def _model_id(model: Model) -> bytes:
@@ -413,7 +658,8 @@ def _model_id(model: Model) -> bytes:
 
 def _check(code: _Code, length: int) -> None:
     """Raise the error that an order, visibility or number of rows deserves before anything is computed."""
-    reveal_order(code.order, length)
+    if code.order != NEXT:
+        reveal_order(code.order, length)
     block_size(code.visibility, length)
     if not 1 <= code.rows <= 4096:
         raise DataError("rows must be between 1 and 4096")
@@ -435,22 +681,46 @@ def _encode_frame(data: bytes, model: Model, code: _Code, tick: Callable[[float]
     """The shortest of the three modes."""
     squeezed = _squeeze(data)
     mode, body = (LZMA, squeezed) if len(squeezed) < len(data) else (STORED, data)
-    parts = segments(model, data)
-    stream = [t for part in parts if part.ids is not None for t in (model.tokenizer.bos_id, *part.ids)]
-    if not stream:
-        return _Frame(mode, body, 0, len(data), 0.0, 0)
-    rest = b"".join(part.data for part in parts if part.ids is None)
-    packed = _squeeze(rest)
-    packed = b"\1" + packed if len(packed) < len(rest) else b"\0" + rest
-    table = _varint(len(parts))
+    modelled = _modelled(data, model, code, tick)
+    if modelled is not None and len(modelled.body) < len(body):
+        return modelled
+    return _Frame(mode, body, 0, len(data), 0.0, modelled.passes if modelled else 0)
+
+
+def _modelled(data: bytes, model: Model, code: _Code, tick: Callable[[float], None]) -> _Frame | None:
+    """The frame with its text coded by the model; None where there is no text."""
+    fold = folds(model)
+    parts = segments(model, data, fold)
+    texts = [part for part in parts if part.ids is not None]
+    if not texts:
+        return None
+    table = [_varint(len(parts))]
     for part in parts:
-        table += b"\1" + _varint(len(part.data)) if part.ids is None else b"\0" + _varint(len(part.ids))
+        if part.ids is None:
+            table.append(bytes([REST]) + _varint(len(part.data)))
+        else:
+            table.append(bytes([TEXT]) + _varint(len(part.ids)) + _varint(len(part.edits)))
+    runs = [run for text in texts for run in text.runs]
+    common = [run for run, _ in Counter(runs).most_common(COMMON)]
+    table.append(bytes([fold]))
+    if fold:
+        table += [_varint(len(common)), *(_varint(len(run)) + run for run in common)]
+    for text in texts:
+        for keep, drop, put in text.edits:
+            table += [_varint(keep), _varint(drop), _varint(len(put)), put]
+    number = {run: i for i, run in enumerate(common)}
+    kinds = np.array([number.get(run, len(common)) for run in runs], dtype=np.int64)
+    table += [_varint(len(run)) + run for run in runs if run not in number]
+    rest = b"".join(part.data for part in parts if part.ids is None)
+    side = b"".join([*table, rest])
+    packed = _squeeze(side)
+    packed = b"\1" + _varint(len(side)) + packed if len(packed) + 3 < len(side) else b"\0" + side
+    spaces = encode_runs([text.folded for text in texts], kinds, len(common) + 1) if fold else b""
+    stream = [t for text in texts for t in (model.tokenizer.bos_id, *(text.ids or ()))]
     coder = _Coder(model, code, None)
     coder.run(len(stream), np.array(stream, dtype=np.int64), tick)
-    modelled = table + _varint(len(packed)) + packed + coder.words()
-    if len(modelled) < len(body):
-        return _Frame(MODELLED, modelled, len(stream), len(rest), coder.bits, coder.passes)
-    return _Frame(mode, body, 0, len(data), 0.0, coder.passes)
+    body = _varint(len(packed)) + packed + _varint(len(spaces)) + spaces + coder.words()
+    return _Frame(MODELLED, body, len(stream), len(rest), coder.bits, coder.passes)
 
 
 def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progress: Progress | None = None) -> int:
@@ -527,38 +797,61 @@ def _decode_frame(mode: int, body: bytes, size: int, model: Model, code: _Code, 
 
 
 def _decode_modelled(body: bytes, size: int, model: Model, code: _Code, tick: Callable[[float], None]) -> bytes:
-    file = io.BytesIO(body)
-    reader = _Reader(file)
-    table = [(reader.bytes(1)[0], reader.varint(FRAME_BYTES)) for _ in range(reader.varint(FRAME_BYTES))]
-    rest_size = sum(count for kind, count in table if kind == REST)
-    stream_size = sum(count + 1 for kind, count in table if kind == TEXT)
-    # No token stands for less than a byte, except BOS and the space that the tokenizer may put in front of a text.
-    if any(kind not in (TEXT, REST) for kind, _ in table) or rest_size > size or stream_size > size + 2 * len(table):
-        raise DataError(DAMAGED)
+    reader = _Reader(io.BytesIO(body))
     packed = reader.bytes(reader.varint(FRAME_BYTES))
-    rest = _unsqueeze(packed[1:], rest_size) if packed[:1] == b"\1" else packed[1:]
-    words = file.read()
-    if len(rest) != rest_size or len(words) % 4:
+    coded = reader.bytes(reader.varint(FRAME_BYTES))
+    words = reader.file.read()
+    # Side information can be longer than the input it belongs to only by what its numbers take.
+    inside = _Reader(io.BytesIO(packed[1:]))
+    if packed[:1] == b"\1":
+        length = inside.varint(8 * FRAME_BYTES)
+        inside = _Reader(io.BytesIO(_unsqueeze(inside.file.read(), length)))
+    table: list[tuple[int, int, int]] = []
+    for _ in range(inside.varint(FRAME_BYTES)):
+        kind, count = inside.bytes(1)[0], inside.varint(2 * FRAME_BYTES)
+        if kind not in (TEXT, REST):
+            raise DataError(DAMAGED)
+        table.append((kind, count, inside.varint(FRAME_BYTES) if kind == TEXT else 0))
+    fold = inside.bytes(1) == b"\1"
+    common = [inside.bytes(inside.varint(size)) for _ in range(inside.varint(COMMON))] if fold else []
+    texts = [(count, edits) for kind, count, edits in table if kind == TEXT]
+    stream_size = sum(count + 1 for count, _ in texts)
+    if stream_size > 2 * size + len(texts) or len(words) % 4 or len(coded) % 4:
         raise DataError(DAMAGED)
+    most = 16 * FRAME_BYTES  # the longest that the tokens of a frame can be
+    changes = [
+        [(inside.varint(most), inside.varint(most), inside.bytes(inside.varint(size))) for _ in range(edits)]
+        for _, edits in texts
+    ]
     coder = _Coder(model, code, np.frombuffer(words, dtype="<u4").astype(np.uint32))
     try:
         stream = coder.run(stream_size, None, tick)
-    except AssertionError as error:  # the range decoder met words that no encoder writes
-        raise DataError(DAMAGED) from error
-    out = []
-    at = used = 0
-    for kind, count in table:
-        if kind == TEXT:
-            out.append(model.tokenizer.decode_bytes(stream[at + 1 : at + 1 + count].tolist()))
+        folded = []
+        at = 0
+        for (count, _), edits in zip(texts, changes, strict=True):
+            folded.append(apply_edits(model.tokenizer.decode_bytes(stream[at + 1 : at + 1 + count].tolist()), edits))
             at += count + 1
-        else:
-            out.append(rest[used : used + count])
-            used += count
+        kinds = decode_runs(folded, coded, len(common) + 1) if fold else np.zeros(0, dtype=np.int64)
+    except (AssertionError, ValueError) as error:  # the range decoder met words that no encoder writes
+        raise DataError(DAMAGED) from error
+    lengths = np.array([*(len(run) for run in common), 1])
+    if sum(map(len, folded)) + int(lengths[kinds].sum()) - len(kinds) > size:
+        raise DataError(DAMAGED)
+    runs = iter([common[k] if k < len(common) else inside.bytes(inside.varint(size)) for k in kinds.tolist()])
+    whole = iter(folded)
+    out = []
+    for kind, count, _ in table:
+        if kind == REST:
+            out.append(inside.bytes(count))
+            continue
+        text = next(whole)
+        first, *words = text.split(b" ") if fold else [text]
+        out += [first, *(part for word in words for part in (next(runs), word))]
     return b"".join(out)
 
 
 def compress(
-    data: bytes, model: Model, *, order: str = "left", visibility: str = "full", rows: int | None = None
+    data: bytes, model: Model, *, order: str | None = None, visibility: str = "full", rows: int | None = None
 ) -> bytes:
     """The compressed form of `data`. See `compress_stream`."""
     target = io.BytesIO()
@@ -578,7 +871,7 @@ def compress_file(
     target: Path,
     model: Model,
     *,
-    order: str = "left",
+    order: str | None = None,
     visibility: str = "full",
     rows: int | None = None,
     progress: Progress | None = None,
