@@ -129,12 +129,54 @@ class Book:
         return self.points[key]
 
 
+def measure(
+    model: Model,
+    judge: Model,
+    options: argparse.Namespace,
+    name: str,
+    temperature: float,
+    more: dict[str, Any],
+    other_seed: int = 0,
+) -> dict[str, Any]:
+    """Draw texts at one point and have them judged.
+
+    BOS would end a text early and make lengths, and so entropies, unequal; it is left out for every sampler alike.
+    """
+    length = options.length or model.config.sequence_length
+    canvas = torch.full((options.n, length), model.config.mask_id)
+    canvas[:, 0] = model.tokenizer.bos_id
+    ids, passes, seconds = [], 0.0, 0.0
+    # The rows of a batch stop at different passes under `entropy`: one by one the mean is exact.
+    size = 1 if name == "entropy" else options.n
+    for row in range(0, options.n, size):
+        started = time.perf_counter()
+        result = denoise(
+            model,
+            canvas[row : row + size],
+            seed=options.seed + other_seed,
+            first_row=row,
+            temperature=temperature,
+            **SAMPLERS[name],
+            **more,
+        )
+        seconds += time.perf_counter() - started
+        passes += result.forward_passes * len(result.ids) / options.n
+        ids.append(result.ids)
+    return {
+        "name": name,
+        "temperature": temperature,
+        **more,
+        "passes": passes,
+        "tokens_per_second": options.n * (length - 1) / seconds,
+        **judged(judge, torch.cat(ids)),
+    }
+
+
 def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: argparse.Namespace) -> list[dict]:
     length = options.length or model.config.sequence_length
     real = book.get("real", lambda: {"name": "real text", **judged(judge, starts(model, data, 64, length))})
     points = [real]
-    # BOS would end a text early and make lengths, and so entropies, unequal; it is left out for every sampler alike.
-    for name, settings in SAMPLERS.items():
+    for name in SAMPLERS:
         if options.samplers and name not in options.samplers.split(","):
             continue
         for temperature in options.temperatures:
@@ -144,31 +186,9 @@ def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: arg
             for more in grid:
                 key = f"{name} T={temperature:g} " + " ".join(f"{k}={v:g}" for k, v in more.items())
 
-                def compute(settings=settings, temperature=temperature, more=more, name=name) -> dict[str, Any]:
-                    canvas = torch.full((options.n, length), model.config.mask_id)
-                    canvas[:, 0] = model.tokenizer.bos_id
-                    ids, passes, seconds = [], 0.0, 0.0
-                    # The rows of a batch stop at different passes under `entropy`: one by one the mean is exact.
-                    size = 1 if name == "entropy" else options.n
-                    for row in range(0, options.n, size):
-                        started = time.perf_counter()
-                        result = denoise(
-                            model, canvas[row : row + size], seed=options.seed, first_row=row,
-                            temperature=temperature, **settings, **more,
-                        )  # fmt: skip
-                        seconds += time.perf_counter() - started
-                        passes += result.forward_passes * size / options.n
-                        ids.append(result.ids)
-                    return {
-                        "name": name,
-                        "temperature": temperature,
-                        **more,
-                        "passes": passes,
-                        "tokens_per_second": options.n * (length - 1) / seconds,
-                        **judged(judge, torch.cat(ids)),
-                    }
-
-                points.append(book.get(key, compute))
+                points.append(
+                    book.get(key, lambda n=name, t=temperature, m=more: measure(model, judge, options, n, t, m))
+                )
     return points
 
 
@@ -257,13 +277,40 @@ def latency(path: Path, book: Book) -> list[dict]:
 
 
 def no_worse(point: dict, than: dict) -> bool:
-    """Judged no worse within two standard errors, and no more repetitive, by either measure, than the noise of it."""
-    margin = 2 * math.hypot(point["stderr"], than["stderr"])
+    """Judged no worse, and hardly more repetitive by either measure.
+
+    No allowance for the standard error: it would be the larger the fewer texts were drawn.
+    """
     return (
-        point["judged_bpb"] <= than["judged_bpb"] + margin
+        point["judged_bpb"] <= than["judged_bpb"]
         and point["entropy"] >= than["entropy"] - 0.05
         and point["distinct4"] >= than["distinct4"] - 0.01
     )
+
+
+def confirm(
+    model: Model, judge: Model, data: Dataset, book: Book, points: list[dict], options: argparse.Namespace
+) -> None:
+    """The point with the fewest passes that is no worse than ancestral's most, and both again under a fresh seed.
+
+    The fewest of many points is partly luck, so what was picked on one seed is believed only if it holds on another.
+    """
+    base = [p for p in points if p["name"] == "ancestral" and p.get("temperature") == 1.0]
+    if not base:
+        return
+    most = max(base, key=lambda p: p["passes"])
+    equal = [p for p in points if "passes" in p and no_worse(p, most)]
+    fewest = min(equal, key=lambda p: p["passes"])
+    again = []
+    for point in (most, fewest):
+        more = {k: point[k] for k in ("steps", "entropy_budget") if k in point}
+        key = f"fresh seed: {point['key']}"
+        again.append(
+            book.get(key, lambda p=point, m=more: measure(model, judge, options, p["name"], p["temperature"], m, 1))
+        )
+    print(f"\nancestral:                     {most}\nno worse with the fewest passes: {fewest}")
+    print(f"ratio of passes: {most['passes'] / fewest['passes']:.2f}; picked among {len(points) - 1} points")
+    print(f"holds under a fresh seed: {no_worse(again[1], again[0])}")
 
 
 def plot(points: list[dict], path: Path) -> None:
@@ -327,13 +374,7 @@ def main() -> None:
         if "frontier" in parts:
             points = frontier(model, judge, data, book, options)
             plot(points, options.out / "frontier.png")
-            base = [p for p in points if p["name"] == "ancestral" and p.get("temperature") == 1.0]
-            if base:
-                most = max(base, key=lambda p: p["passes"])
-                equal = [p for p in points if "passes" in p and no_worse(p, most)]
-                fewest = min(equal, key=lambda p: p["passes"])
-                print(f"\nancestral: {most}\nno worse with the fewest passes: {fewest}")
-                print(f"ratio of passes: {most['passes'] / fewest['passes']:.2f}")
+            confirm(model, judge, data, book, points, options)
         if "infill" in parts:
             infilling(model, judge, data, book, options)
     print(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.server
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,6 +73,7 @@ def prepared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_jsonl(folder / "c.jsonl", [f"{t} {i}" for i in range(10) for t in TEXTS])
     prepare([folder / "c.jsonl"], folder / "out", vocab_size=340, val_fraction=0.2)
+    assert (folder / "out" / "train_corrections.npy").exists()  # one of the texts holds U+2581
     return folder / "out"
 
 
@@ -131,6 +135,67 @@ def test_byte_counts_are_those_of_the_scored_token(tokenizer):
         assert whole[i] == len(tokenizer.decode_bytes(ids[: i + 1])) - len(tokenizer.decode_bytes(ids[:i]))
 
 
+def test_sums_are_those_of_the_counts(tokenizer):
+    rng = np.random.default_rng(1)
+    for previous in (None, tokenizer.bos_id, 330):
+        for size in (0, 1, 2, 500):
+            ids = rng.integers(0, tokenizer.vocab_size, size).astype(np.uint16)
+            ids[rng.random(size) < 0.3] = tokenizer.bos_id
+            assert tokenizer.sum_bytes(ids, previous) == int(tokenizer.byte_counts(ids, previous).sum())
+
+
+OFFICIAL = [SHARED / "tokenizers" / f"fineweb_{n}_bpe.model" for n in (1024, 8192)]
+
+
+def tokenizers() -> list[Tokenizer]:
+    return [_cached_tokenizer(), *(Tokenizer.load(p) for p in OFFICIAL if p.exists())]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from(["the plate", " ", "  ", "\n", " a", "b ", "é", "漢", "12", ".", "x y z"]), max_size=40)
+)
+def test_parts_of_a_text_have_the_ids_of_the_whole(words):
+    text = "".join(words)
+    for tokenizer in tokenizers():
+        parts = list(tokenizer.cut(text, 5))
+        assert "".join(parts) == text
+        ids = tokenizer.encode_batch(parts, [i > 0 for i in range(len(parts))])
+        assert [i for part in ids for i in part] == tokenizer.encode(text)
+
+
+def test_a_text_is_cut_only_where_pieces_allow_it(tokenizer):
+    assert list(tokenizer.cut("one two three", 4)) == ["one two", " three"]
+    assert list(tokenizer.cut("one  two-3 4\nfive", 4)) == ["one  two-3 4\nfive"]
+    suffixed = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 3),
+        model_writer=suffixed,
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        treat_whitespace_as_suffix=True,
+        minloglevel=2,
+    )
+    assert list(Tokenizer(suffixed.getvalue()).cut("one two three", 4)) == ["one two three"]
+
+
+@needs_shared
+@pytest.mark.parametrize("path", OFFICIAL, ids=lambda p: p.name)
+def test_byte_counts_against_the_challenge_on_its_tokenizers(path):
+    """The challenge's piece table, from its description, with SentencePiece's own answers."""
+    official = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenizer = Tokenizer.load(path)
+    for i in range(official.get_piece_size()):
+        silent = official.is_control(i) or official.is_unknown(i) or official.is_unused(i)
+        piece = official.id_to_piece(i)
+        bare = 0 if silent else 1 if official.is_byte(i) else len(piece.removeprefix("\u2581").encode())
+        space = not silent and piece.startswith("\u2581")
+        assert tokenizer.byte_counts(np.array([i])).tolist() == [bare]
+        after_text = tokenizer.encode("a")[0]
+        assert tokenizer.byte_counts(np.array([i]), after_text).tolist() == [bare + space]
+
+
 def test_tokenizer_training_is_deterministic(tokenizer):
     assert train_tokenizer(TEXTS * 3, 340).sha256 == tokenizer.sha256
 
@@ -141,8 +206,14 @@ def test_bad_tokenizers(tmp_path):
         Tokenizer.load(tmp_path / "x.model")
     with pytest.raises(DataError, match="cannot read tokenizer"):
         Tokenizer.load(tmp_path / "none.model")
-    with pytest.raises(DataError, match="--vocab-size"):
-        train_tokenizer(["short"], 5000)
+    for size, texts in ((5000, ["short"]), (100, ["short"])):
+        with pytest.raises(DataError, match=r"--vocab-size \d+") as caught:
+            train_tokenizer(texts, size)
+        assert "\n" not in str(caught.value)
+        advised = int(re.findall(r"--vocab-size (\d+)", str(caught.value))[0])
+        assert train_tokenizer(texts, advised).vocab_size == advised  # the advice works
+    with pytest.raises(DataError, match="no text"):
+        train_tokenizer([], 300)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -156,6 +227,19 @@ def test_every_kind_of_source(tmp_path):
     (tmp_path / "ignored.md").write_text("no")
     assert list(documents(tmp_path)) == TEXTS[:5]
     assert list(documents(tmp_path / "deep" / "c.parquet")) == TEXTS[3:5]
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path):
+    offsets = pa.py_buffer(np.array([0, 2], dtype=np.int32))
+    column = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet.*not UTF-8"):
+        list(documents(tmp_path / "x.parquet"))
+
+
+def test_suffixes_in_capitals(tmp_path):
+    (tmp_path / "A.TXT").write_text("hello")
+    assert list(documents(tmp_path)) == list(documents(tmp_path / "A.TXT")) == ["hello"]
 
 
 def test_stdlib_is_python_source():
@@ -177,6 +261,7 @@ def bad(tmp_path: Path, name: str, content: bytes) -> Path:
         ("x.jsonl", b'{"words": "a"}\n', "line 1"),
         ("x.jsonl", b'{"text": "\\ud800"}\n', "line 1"),
         ("x.jsonl", b'{"text": 3}\n', "line 1"),
+        ("x.jsonl", b"[" * 200_000 + b"\n", "line 1"),
         ("x.parquet", b"PAR1 not really", "Parquet"),
         ("x.txt", b"", "every document is empty"),
         ("x.doc", b"words", "unknown kind"),
@@ -279,6 +364,51 @@ def test_shards_are_cut_at_their_limit(tmp_path, monkeypatch):
         assert np.array_equal(stream[a:b], whole[a:b])
 
 
+def test_long_documents_are_written_as_short_ones(tmp_path, monkeypatch):
+    """Encoding in parts changes no file and no count, on text that the tokenizer spoils as well."""
+    texts = [" ".join(TEXTS) + f" {i}" for i in range(12)]
+    texts[3] += " and a mark \u2581 within"
+    source = write_jsonl(tmp_path / "c.jsonl", texts)
+    reports = []
+    for name, limit in (("whole", 1 << 20), ("parts", 7)):
+        monkeypatch.setattr(data_module, "LONG_TEXT", limit)
+        reports.append(prepare([source], tmp_path / name, vocab_size=340, val_fraction=0.2))
+    assert reports[0] == reports[1] and reports[0]["train"]["bytes"] != reports[0]["train"]["piece_bytes"]
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "parts").iterdir()) and "train_corrections.npy" in names
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_memory_does_not_grow_with_a_document(tmp_path):
+    """A text of 16 million characters costs far less than the 50 bytes each that encoding it whole would take."""
+    (tmp_path / "c.txt").write_text("the plate is dark and the burnisher draws light out of it\n" * 280_000)
+    code = (
+        "import resource, sys\nfrom mezzotint.data import prepare\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "prepare([sys.argv[1] + '/c.txt'], sys.argv[1] + '/out', tokenizer=sys.argv[1] + '/t.model')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    (tmp_path / "t.model").write_bytes(_cached_tokenizer().serialized)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 500_000  # kB
+
+
+def test_tokenizer_sample_is_spread_over_the_texts():
+    texts = [f"{i:04d}" + "x" * 5996 for i in range(100)]
+    sample = list(data_module._sample(texts, 100_000, sum(map(len, texts))))
+    assert 96_000 <= sum(map(len, sample)) <= 104_000
+    begins = [int(part[:4]) for part in sample if part[:4].isdigit()]
+    assert min(begins) < 10 and max(begins) >= 90
+    assert "".join(data_module._sample(texts, 1 << 30, 600_000)) == "".join(texts)
+
+
+def test_val_and_val_fraction_exclude_each_other(tmp_path):
+    source = write_jsonl(tmp_path / "c.jsonl", TEXTS)
+    with pytest.raises(DataError, match="not both"):
+        prepare([source], tmp_path / "out", vocab_size=340, val=[source], val_fraction=0.5)
+
+
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "c.jsonl", TEXTS * 4)
 
@@ -352,6 +482,44 @@ def test_damaged_folders(prepared, change, message):
     assert "\n" not in str(caught.value)
 
 
+def change_account(folder: Path, **changes) -> None:
+    described = json.loads((folder / "data.json").read_text())
+    described["train"].update(changes)
+    (folder / "data.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: change_account(f, tokens="many"),
+        lambda f: change_account(f, bytes=None),
+        lambda f: (f / "data.json").write_text("[1]"),
+        lambda f: (f / "data.json").write_text(json.dumps({**json.loads((f / "data.json").read_text()), "train": 5})),
+        lambda f: (f / "train_corrections.npy").unlink(),
+        lambda f: (f / "train_corrections.npy").write_bytes(b""),
+        lambda f: np.save(f / "train_corrections.npy", np.zeros(3, dtype=np.int64)),
+        lambda f: np.save(f / "train_corrections.npy", np.array([[0, 1_000_000]])),
+        lambda f: np.save(f / "train_corrections.npy", np.array([[0, 1]], dtype=object), allow_pickle=True),
+    ],
+)
+def test_damaged_accounts(prepared, change):
+    with pytest.raises(DataError, match=r"prepare the data again") as caught:
+        Dataset.open(damage(prepared, change)).split("train")
+    assert "\n" not in str(caught.value)
+
+
+def test_long_reads_are_those_of_the_map(tmp_path, tokenizer):
+    """Stretches of a million tokens and more are read another way; both give the same ids and the same errors."""
+    ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, 1_500_000)
+    paths = [write_shard(tmp_path / f"train_{i:06d}.bin", part) for i, part in enumerate(np.split(ids, [1_200_000]))]
+    stream = TokenStream(paths, tokenizer)
+    assert np.array_equal(stream[1:], ids[1:]) and np.array_equal(np.concatenate([*stream.chunks(5, 9, 3)]), ids[5:9])
+    assert stream.count_bytes(3, len(ids)) == int(tokenizer.byte_counts(ids[3:], int(ids[2])).sum())
+    os.truncate(paths[0], HEADER_BYTES + 100)
+    with pytest.raises(DataError, match=r"train_000000\.bin was cut short"):
+        stream[0:1_200_000]
+
+
 def test_foreign_ids_are_found_when_read(tmp_path, tokenizer):
     path = write_shard(tmp_path / "val_000000.bin", np.array([1, 2, 60_000]))
     stream = TokenStream([path], tokenizer)
@@ -386,6 +554,24 @@ def test_challenge_scale_opens_quickly_and_small(tmp_path, tokenizer):
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
     tokens, seconds, grown = (float(x) for x in out.split())
     assert tokens == 1e10 and seconds < 20 and grown < 100_000  # kB
+
+
+def test_published_layout_finds_its_tokenizer(tmp_path, tokenizer, monkeypatch):
+    """datasets/NAME beside tokenizers/, with several tokenizers, from outside and from within."""
+    folder = tmp_path / "datasets" / "fineweb10B_sp300"
+    folder.mkdir(parents=True)
+    (tmp_path / "tokenizers").mkdir()
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(TEXTS[0])])
+    write_shard(folder / "fineweb_train_000000.bin", ids)
+    with pytest.raises(DataError, match="no tokenizer"):
+        Dataset.open(folder)
+    (tmp_path / "tokenizers" / "fineweb_300_bpe.model").write_bytes(tokenizer.serialized)
+    (tmp_path / "tokenizers" / "fineweb_330_bpe.model").write_bytes(train_tokenizer(TEXTS, 330).serialized)
+    monkeypatch.chdir(folder)
+    for place in (folder, "."):
+        dataset = Dataset.open(place)
+        assert dataset.tokenizer.sha256 == tokenizer.sha256
+        assert dataset.split("train").bytes == len(TEXTS[0].encode())
 
 
 # --- the challenge's published shards ---------------------------------------------------------------------------------
@@ -483,6 +669,19 @@ def test_published_shards_that_are_missing(hub):
     done = run("fineweb:sp300")
     assert done.returncode == 1 and "fineweb_train_000001.bin" in done.stderr and not out.exists()
     assert "no fineweb10B_sp77" in run("fineweb:sp77").stderr
+    assert "has 2 training shards" in run("fineweb:sp300:3").stderr
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path):
+    code = (
+        "import sys\nfrom mezzotint.data import prepare\nfrom mezzotint.errors import DataError\n"
+        "try: prepare(['fineweb:sp1024'], sys.argv[1])\nexcept DataError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.count("\n") == 1 and "manifest.json" in done.stdout and not (tmp_path / "out").exists()
 
 
 # --- the loader -------------------------------------------------------------------------------------------------------
@@ -549,3 +748,5 @@ def test_prefetch_gives_the_same_batches_and_errors(stream, tokenizer, tmp_path)
     with pytest.raises(DataError, match="60000"):
         failing.batch(0)
     failing.close()
+    with pytest.raises(RuntimeError):  # rather than waiting for ever
+        ahead.batch(9)

@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "demo", "the whole way on Python's own library text: train, pack, verify, score, sample, fill, report"
     )
-    sub.add_argument("--minutes", type=float, default=1.5, help="training time [1.5]")
+    sub.add_argument("--minutes", type=float, default=2.0, help="training time; all else takes about one more [2]")
     sub.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for all files [demo]")
 
     sub = command(
@@ -232,7 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data", type=Path, metavar="DATA", help="[the data the run was trained on, if it is still there]"
     )
-    sub.add_argument("--tokens", type=_positive, default=65_536, metavar="N", help="score about N tokens [65536]")
+    sub.add_argument("--tokens", type=_positive, default=32_768, metavar="N", help="score about N tokens [32768]")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="file to write")
 
     for name, help in (
@@ -757,7 +757,8 @@ def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
         out / "data",
         out / "run",
         model=model_config,
-        config=dataclasses.replace(chosen.train, minutes=arguments.minutes),
+        # Compiling takes longer than it saves in a run of minutes.
+        config=dataclasses.replace(chosen.train, minutes=arguments.minutes, compile=False),
         progress=progress.training,
         warn=progress.say,
     )
@@ -775,7 +776,8 @@ def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
     drawn = sample(model, 2, 64, seed=0)
     filled = fill(model, DEMO_TEXT, seed=0)
     step("writing the report")
-    page = report(out / "run", out / "report.html", artifact=out / "model.mzt", dataset=dataset, estimates=estimates)
+    words = {"artifact": out / "model.mzt", "dataset": dataset, "estimates": estimates, "tokens": 16_384}
+    page = report(out / "run", out / "report.html", samples=2, **words)
     step("done")
     result = {
         "prepare": prepared,

@@ -332,7 +332,7 @@ def report(
     artifact: Path | str | None = None,
     dataset: Dataset | None = None,
     estimates: Sequence[Estimate] = (),
-    tokens: int | None = 65_536,
+    tokens: int | None = 32_768,
     samples: int = 3,
     seed: int = 0,
     progress: Progress | None = None,
@@ -366,7 +366,7 @@ def report(
             say("scoring")
             estimates.insert(0, evaluate.nelbo(model, windows, tokens=tokens, seed=seed))
         say("measuring cross-entropy against mask rate")
-        curve = mask_rate_curve(model, windows, tokens=tokens, seed=seed)
+        curve = mask_rate_curve(model, windows, tokens=tokens, repeats=4, seed=seed)
         say("filling gaps")
         gaps = filled_gaps(model, windows, seed=seed)
     texts: list[str] = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -93,7 +94,11 @@ def process_group(device_name: str) -> Iterator[tuple[int, int, int]]:
     try:
         yield dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0"))
     finally:
+        # DistributedDataParallel holds the group in reference cycles. While it lives so do Gloo's threads, which may
+        # still own tensors, and one that frees a tensor during the interpreter's exit aborts the process.
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
 
 
 def commit_id() -> str | None:
