@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mezzotint.config import PRESETS, ModelConfig, TrainConfig, preset
     from mezzotint.data import Dataset, Tokenizer, prepare
     from mezzotint.errors import ArtifactError, CheckpointError, ConfigError, DataError, MezzotintError
-    from mezzotint.evaluate import Estimate, causal, chain_rule, nelbo, reconstruction_score
+    from mezzotint.evaluate import Comparison, Estimate, causal, chain_rule, compare, nelbo, reconstruction_score
     from mezzotint.model import Denoiser, Model
     from mezzotint.report import report
     from mezzotint.sample import denoise, fill, sample
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ArtifactError": "errors",
     "CheckpointError": "errors",
+    "Comparison": "evaluate",
     "ConfigError": "errors",
     "DataError": "errors",
     "Dataset": "data",
@@ -45,6 +46,7 @@ _HOME = {
     "TrainConfig": "config",
     "causal": "evaluate",
     "chain_rule": "evaluate",
+    "compare": "evaluate",
     "denoise": "sample",
     "fill": "sample",
     "inspect_artifact": "artifact",
@@ -65,6 +67,7 @@ __all__ = [
     "PRESETS",
     "ArtifactError",
     "CheckpointError",
+    "Comparison",
     "ConfigError",
     "DataError",
     "Dataset",
@@ -77,6 +80,7 @@ __all__ = [
     "TrainConfig",
     "causal",
     "chain_rule",
+    "compare",
     "denoise",
     "fill",
     "inspect_artifact",

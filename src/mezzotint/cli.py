@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PRESET = "small"
 METHODS = ("nelbo", "chain", "causal", "reconstruction")
+COMPARED_TOKENS = 32_768
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -183,6 +184,26 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
     sub.add_argument("--tokens", type=_positive, metavar="N", help="score about N tokens, evenly spread [all]")
     sub.add_argument("--repeats", type=_positive, default=8, help="independent sets of masks for nelbo [8]")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
+    sub.add_argument(
+        "--order", metavar="ORDER", help="order of chain: left, random(SEED), block(SIZE), spread(PASSES) [left]"
+    )
+    sub.add_argument("--journal", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
+
+    sub = command(
+        "compare",
+        "is the second model better than the first?",
+        "Both are scored on the same windows and masks, so that the difference has a small standard error.",
+    )
+    sub.add_argument("a", type=Path, metavar="A", help="a .mzt artifact or a run folder")
+    sub.add_argument("b", type=Path, metavar="B", help="another, with the same tokenizer")
+    sub.add_argument("data", type=Path, metavar="DATA", help="prepared folder with the models' tokenizer")
+    sub.add_argument("--method", default="nelbo", choices=("nelbo", "chain"), help="[nelbo]")
+    sub.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
+    sub.add_argument(
+        "--tokens", type=_positive, default=COMPARED_TOKENS, metavar="N", help=f"score about N [{COMPARED_TOKENS}]"
+    )
+    sub.add_argument("--repeats", type=_positive, default=4, help="independent sets of masks for nelbo [4]")
     sub.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
 
     def sampling(sub: argparse.ArgumentParser) -> None:
@@ -534,18 +555,28 @@ def _print_pack(arguments: argparse.Namespace, path: Path, result: dict[str, Any
 
 
 def _score(
-    model: Model, windows: Windows, method: str, tokens: int | None, repeats: int, seed: int, progress: _Progress
+    model: Model,
+    windows: Windows,
+    method: str,
+    tokens: int | None,
+    repeats: int,
+    seed: int,
+    progress: _Progress,
+    order: str | None = None,
+    journal: Path | None = None,
 ) -> Estimate:
     from mezzotint import evaluate
 
     watch = progress.passes(method)
     if method == "nelbo":
-        return evaluate.nelbo(model, windows, tokens=tokens, repeats=repeats, seed=seed, progress=watch)
-    function = {
-        "chain": evaluate.chain_rule,
-        "causal": evaluate.causal,
-        "reconstruction": evaluate.reconstruction_score,
-    }[method]
+        return evaluate.nelbo(
+            model, windows, tokens=tokens, repeats=repeats, seed=seed, journal=journal, progress=watch
+        )
+    if method == "chain":
+        return evaluate.chain_rule(
+            model, windows, tokens=tokens, seed=seed, order=order or "left", journal=journal, progress=watch
+        )
+    function = {"causal": evaluate.causal, "reconstruction": evaluate.reconstruction_score}[method]
     return function(model, windows, tokens=tokens, seed=seed, progress=watch)
 
 
@@ -560,14 +591,59 @@ def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
     if arguments.method == "all":
         causal = (model.info.get("train") or {}).get("causal_share", 0) > 0
         methods = [m for m in METHODS if m != "causal" or causal]
+    if arguments.order and "chain" not in methods:
+        raise ConfigError("--order is the order of the chain rule: add --method chain")
+    if arguments.journal and arguments.method not in ("nelbo", "chain"):
+        raise ConfigError("--journal keeps one figure: add --method nelbo or --method chain")
     estimates = [
-        _score(model, windows, m, arguments.tokens, arguments.repeats, arguments.seed, progress) for m in methods
+        _score(
+            model,
+            windows,
+            method,
+            arguments.tokens,
+            arguments.repeats,
+            arguments.seed,
+            progress,
+            arguments.order,
+            arguments.journal,
+        )
+        for method in methods
     ]
     progress.close()
     if arguments.json:
         results = [e.to_dict() for e in estimates]
         return _emit(arguments, {"results": results, "model_sha256": model.sha256, "commit": model.info.get("commit")})
     _print_scores(estimates)
+
+
+def _run_compare(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.data import Dataset
+    from mezzotint.evaluate import compare
+
+    models = [_load(arguments.a), _load(arguments.b)]
+    dataset = Dataset.open(arguments.data)
+    for model in models:
+        _same_tokenizer(model, dataset, arguments.data)
+    windows = dataset.split(arguments.split).windows(models[0].config.sequence_length)
+    found = compare(
+        *models,
+        windows,
+        method=arguments.method,
+        tokens=arguments.tokens,
+        repeats=arguments.repeats,
+        seed=arguments.seed,
+        progress=progress.passes("comparing"),
+    )
+    progress.close()
+    p = found.p_value
+    verdict = "no difference shown" if p >= 0.01 else f"{'A' if found.difference_bpb > 0 else 'B'} is better"
+    lines = [
+        ("A", f"{found.a.bpb:.4f} ± {found.a.stderr_bpb:.4f} bits/byte ({found.a.kind}), {arguments.a}"),
+        ("B", f"{found.b.bpb:.4f} ± {found.b.stderr_bpb:.4f} bits/byte ({found.b.kind}), {arguments.b}"),
+        ("B - A", f"{found.difference_bpb:+.5f} ± {found.stderr_bpb:.5f} bits/byte, p = {p:.2g}: {verdict}"),
+        ("over", f"{found.a.tokens:,} tokens, {found.a.bytes:,} bytes"),
+    ]
+    _emit(arguments, found.to_dict(), lines)
 
 
 def _sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -84,6 +84,30 @@ def test_scores(home):
     assert "not a bound" in table and "upper bound" in table and "autoregressive" in table
 
 
+def test_orders_and_journals(home, tmp_path):
+    words = ["score", home / "model.mzt", home / "data", "--method", "chain", "--tokens", "128"]
+    left = figures(*words)["results"][0]
+    spread = figures(*words, "--order", "spread(4)")["results"][0]
+    assert spread["kind"] == "exact" and spread["forward_passes"] < left["forward_passes"]
+    journal = tmp_path / "journal"
+    assert figures(*words, "--journal", journal)["results"][0]["bpb"] == left["bpb"] and journal.exists()
+    again = figures(*words, "--journal", journal)["results"][0]
+    assert again["bpb"] == left["bpb"] and again["seconds"] < left["seconds"]
+    refused("score", home / "model.mzt", home / "data", "--order", "left", contains="--method chain")
+    refused(*words, "--order", "middle", contains="unknown order")
+    refused("score", home / "model.mzt", home / "data", "--method", "all", "--journal", journal, contains="one figure")
+
+
+def test_compare(home):
+    """A model against itself differs by nothing; a model against its own packed form by less than the figures' error."""
+    same = figures("compare", home / "model.mzt", home / "model.mzt", home / "data", "--tokens", "512")
+    assert same["difference_bpb"] == 0 and same["p_value"] == 1
+    found = figures("compare", home / "run", home / "model.mzt", home / "data", "--tokens", "512")
+    assert found["stderr_bpb"] < found["a"]["stderr_bpb"] / 3
+    assert found["difference_bpb"] == pytest.approx(found["b"]["bpb"] - found["a"]["bpb"])
+    assert "B - A" in mezzotint("compare", home / "run", home / "model.mzt", home / "data", "--tokens", "256").stdout
+
+
 def test_sample_and_fill(home):
     drawn = figures("sample", home / "model.mzt", "-n", "2", "--length", "12", "--seed", "3")
     assert len(drawn["texts"]) == 2 and drawn["seed"] == 3 and drawn["forward_passes"] > 0
