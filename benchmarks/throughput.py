@@ -1,0 +1,144 @@
+"""Where a training step's time goes: tokens/s and model FLOP/s beside this machine's measured matrix-product rate.
+
+    python benchmarks/throughput.py [--preset small] [--rounds 5] [--steps 8] [--json FILE]
+
+Rows, all with one shape and batch, timed in turns within one run: the preset's step; the same without causal windows;
+and the reference's step (the output layer at every position, PyTorch's own attention kernel and Muon).
+
+Model FLOPs are those that the mathematics needs, forward and backward: matrices, attention over the positions that see
+each other (half for causal windows), and the output layer at predicted positions. The optimizer's are not among them.
+The peak is the best bfloat16 rate of a few products, the model's own shapes among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import mezzotint.model
+from mezzotint.config import ModelConfig, TrainConfig, preset
+from mezzotint.model import Denoiser, count_parameters
+from mezzotint.train import MaskedLoss, Trainer
+
+
+class RandomWindows:
+    """A loader of random ids: what a step costs does not depend on the text."""
+
+    def __init__(self, model: ModelConfig, batch: int) -> None:
+        self.ids = np.random.default_rng(0).integers(0, model.vocab_size, (batch, model.sequence_length))
+
+    def batch(self, step: int) -> np.ndarray:
+        return self.ids
+
+
+class EveryPosition(MaskedLoss):
+    """The reference's way: logits of all positions, of which the masked ones are kept."""
+
+    def forward(self, corrupted: Tensor, ids: Tensor, masked: Tensor, visibility: str) -> Tensor:
+        logits = self.network.logits(self.hidden(corrupted, visibility))
+        nll = functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+        return nll * masked
+
+
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
+    """PyTorch's fused kernel, full or causal."""
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=size == 1, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def model_flops(model: ModelConfig, config: TrainConfig, network: Denoiser) -> float:
+    """Floating-point operations that one step needs, forward and backward (6 per weight and token)."""
+    tokens, length = config.batch * model.sequence_length, model.sequence_length
+    matrices = sum(m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear))
+    causal = config.causal_share
+    predicted = causal + (1 - causal) * (length + 1) / (2 * length)  # share of positions
+    attention = 2 * model.layers * length * model.width * (1 - causal / 2)
+    return 6 * tokens * (matrices + attention + predicted * model.vocab_size * model.width)
+
+
+def peak(model: ModelConfig, tokens: int, seconds: float = 0.5) -> float:
+    """Best bfloat16 matrix-product rate in FLOP/s over large squares and the shapes of the model's layers."""
+    best = 0.0
+    width, hidden = model.width, model.mlp_width
+    for m, k, n in ((2048, 2048, 2048), (4096, 1024, 1024), (tokens, width, hidden), (tokens, hidden, width)):
+        a, b = torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n, k, dtype=torch.bfloat16)
+        functional.linear(a, b)
+        rates, until = [], time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            started = time.perf_counter()
+            functional.linear(a, b)
+            rates.append(2 * m * k * n / (time.perf_counter() - started))
+        best = max(best, statistics.median(rates))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each row [5]")
+    parser.add_argument("--steps", type=int, default=8, help="steps in a turn [8]")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    options = parser.parse_args()
+    chosen = preset(options.preset)
+    model = chosen.model
+    base = dataclasses.replace(chosen.train, steps=1000)
+    rows: list[dict[str, Any]] = [
+        {"step": f"{options.preset}, as trained", "config": base, "reference": False},
+        {"step": "masked windows only", "config": dataclasses.replace(base, causal_share=0.0), "reference": False},
+        {"step": "the reference's", "config": dataclasses.replace(base, causal_share=0.0), "reference": True},
+    ]
+    own_attention = mezzotint.model.attend
+    for row in rows:
+        torch.manual_seed(0)
+        mezzotint.model.attend = kernel_attention if row["reference"] else own_attention
+        torch.compiler.reset()
+        network = Denoiser(model)
+        trainer = Trainer(network, row["config"], RandomWindows(model, base.batch), torch.device("cpu"))  # type: ignore[arg-type]
+        if row["reference"]:
+            trainer.loss = EveryPosition(network, row["config"].compile)
+            ours = trainer.optimizers.muon
+            group = ours.param_groups[0]
+            keep = {k: group[k] for k in ("lr", "weight_decay", "momentum", "adjust_lr_fn")}
+            trainer.optimizers.muon = torch.optim.Muon(group["params"], **keep)  # type: ignore[assignment]
+        trainer.warm_up()
+        for _ in range(2):
+            trainer.run_step(0.3)
+        row.update(trainer=trainer, times=[], flops=model_flops(model, row["config"], network))
+    peaks = []
+    for _ in range(options.rounds):
+        peaks.append(peak(model, base.batch * model.sequence_length))
+        for row in rows:
+            started = time.perf_counter()
+            for _ in range(options.steps):
+                row["trainer"].run_step(0.3)
+            row["times"].append((time.perf_counter() - started) / options.steps)
+    mezzotint.model.attend = own_attention
+    best = statistics.median(peaks)
+    tokens = base.batch * model.sequence_length
+    print(f"{count_parameters(rows[0]['trainer'].network):,} parameters, batch {base.batch} x {model.sequence_length}, "
+          f"{torch.get_num_threads()} threads; measured peak {best / 1e9:.0f} GFLOP/s\n")  # fmt: skip
+    print("| step | ms | tokens/s | model GFLOP/s | of the peak |\n| --- | --- | --- | --- | --- |")
+    out = []
+    for row in rows:
+        seconds = statistics.median(row["times"])
+        rate = row["flops"] / seconds
+        print(
+            f"| {row['step']} | {1000 * seconds:.0f} | {tokens / seconds:,.0f} | {rate / 1e9:.0f} | {rate / best:.0%} |"
+        )
+        out.append({"step": row["step"], "ms": 1000 * seconds, "tokens_per_second": tokens / seconds,
+                    "model_flops_per_second": rate, "peak_flops_per_second": best, "share": rate / best})  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(out, indent=1))
+
+
+if __name__ == "__main__":
+    main()
