@@ -209,3 +209,19 @@ def test_bad_shapes():
     for change in ({"heads": 3}, {"kv_heads": 3}, {"rotary_dims": 3}, {"width": 0}, {"activation": "gelu"}):
         with pytest.raises(ConfigError):
             dataclasses.replace(PLAIN, **change)
+
+
+def test_shifted_output_reads_one_mask_more():
+    """Token i comes from the state before it; a causal window, which its caller has shifted, is read as ever."""
+    network = build(dataclasses.replace(RICH, shifted_output=True))
+    plain = Denoiser(RICH).eval()
+    plain.load_state_dict(network.state_dict())
+    ids = torch.randint(0, 12, (3, 12), generator=torch.Generator().manual_seed(1))
+    longer = torch.cat((torch.full((3, 1), RICH.mask_id), ids), dim=1)
+    expected = plain(longer)[:, :-1]
+    torch.testing.assert_close(network(ids), expected)
+    positions = ids % 2 == 0
+    torch.testing.assert_close(network(ids, positions=positions), expected[positions])
+    for visibility in ("causal", "block(4)"):
+        torch.testing.assert_close(network(ids, visibility=visibility), plain(ids, visibility=visibility))
+    assert not torch.allclose(network(ids), plain(ids))

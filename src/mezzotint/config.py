@@ -43,6 +43,7 @@ class ModelConfig:
     embedding_mix: bool = _option(False, "each layer mixes its input with the embedding, learned per channel")
     channel_scales: bool = _option(False, "learned per-channel scales on attention and MLP outputs")
     neighbour_reach: int = _option(0, "tokens to each side that a depthwise convolution mixes in (0: none)")
+    shifted_output: bool = _option(False, "predict each token at the position before it, as left-to-right windows do")
     bigram_buckets: int = _option(0, "rows of the hashed bigram embedding (0: none)")
     bigram_width: int = _option(128, "width of the hashed bigram embedding")
     value_embedding_width: int = _option(0, "width of the token embedding added to values (0: none)")

@@ -242,9 +242,19 @@ class Denoiser(nn.Module):
         return self.logits(hidden)
 
     def hidden(self, ids: Tensor, visibility: str = "full") -> Tensor:
-        """The normalised last hidden state, [B, T, W]."""
+        """The normalised last hidden state, [B, T, W].
+
+        With `shifted_output` and full visibility, the network reads one MASK and then the window, and the state at
+        input i predicts token i, which is input i + 1. A causal window, which its caller shifts right behind a MASK,
+        is read in the same way, so that both kinds of windows teach one another (the shift operation of Gong et al.
+        2025, "Scaling diffusion language models via adaptation from autoregressive models", section 3.2).
+        """
         c = self.config
         size = block_size(visibility, ids.shape[1])
+        shifted = c.shifted_output and 1 < ids.shape[1] == size
+        if shifted:
+            ids = F.pad(ids, (1, 0), value=c.mask_id)
+            size += 1
         x = self.embedding(ids)
         if self.bigram is not None:
             x = x + self.bigram(ids)
@@ -264,6 +274,8 @@ class Denoiser(nn.Module):
             x = block(x, embedded, cos, sin, size, bias)
             if self.skip_scales is not None and i < c.layers // 2:
                 skips.append(x)
+        if shifted:
+            x = x[:, :-1]
         return F.rms_norm(x, (c.width,))
 
     def logits(self, hidden: Tensor) -> Tensor:
