@@ -167,7 +167,7 @@ def main() -> None:
 
     def measure(name: str, knob: float, size: int, tensors: dict[str, Any], **more: Any) -> dict[str, Any]:
         values = {n: artifact._values(t) for n, t in tensors.items()}
-        packed = dataclasses.replace(model, network=artifact._network(model.config, values))
+        packed = dataclasses.replace(model, network=artifact.network_of(model.config, values))
         cost = score(packed) - before
         point = {
             "packing": name, "knob": knob, "bytes": size, "cost_bpb": float(cost.mean()),

@@ -1,6 +1,6 @@
 """Mezzotint: masked-diffusion language models under a hard byte budget, with a number you can trust.
 
-The public functions are here: `mezzotint.train(...)`, `mezzotint.open_artifact(path)`, `mezzotint.nelbo(...)` and the
+The public functions are here: `mezzotint.train(...)`, `mezzotint.load(model)`, `mezzotint.nelbo(...)` and the
 rest of `__all__`. They are loaded when first used, so that `import mezzotint` does not import torch.
 
 `train` and `sample` are each both a module and the function of the same name in it. Whichever is imported first,
@@ -16,14 +16,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mezzotint.artifact import inspect_artifact, open_artifact, pack
+    from mezzotint.artifact import inspect_artifact, open_artifact, pack, store
     from mezzotint.config import PRESETS, ModelConfig, TrainConfig, preset
     from mezzotint.data import Dataset, Tokenizer, prepare
     from mezzotint.errors import ArtifactError, CheckpointError, ConfigError, DataError, MezzotintError
     from mezzotint.evaluate import Comparison, Estimate, causal, chain_rule, compare, nelbo, reconstruction_score
+    from mezzotint.exchange import export_folder, import_folder
+    from mezzotint.hub import from_pretrained, push_to_hub
+    from mezzotint.memorization import memorized
     from mezzotint.model import Denoiser, Model
     from mezzotint.report import report
     from mezzotint.sample import denoise, fill, sample
+    from mezzotint.shipped import load, shipped_models
     from mezzotint.submission import submit
     from mezzotint.train import load_run, train
 
@@ -48,17 +52,25 @@ _HOME = {
     "chain_rule": "evaluate",
     "compare": "evaluate",
     "denoise": "sample",
+    "export_folder": "exchange",
     "fill": "sample",
+    "from_pretrained": "hub",
+    "import_folder": "exchange",
     "inspect_artifact": "artifact",
+    "load": "shipped",
     "load_run": "train",
+    "memorized": "memorization",
     "nelbo": "evaluate",
     "open_artifact": "artifact",
     "pack": "artifact",
     "prepare": "data",
     "preset": "config",
+    "push_to_hub": "hub",
     "reconstruction_score": "evaluate",
     "report": "report",
     "sample": "sample",
+    "shipped_models": "shipped",
+    "store": "artifact",
     "submit": "submission",
     "train": "train",
 }
@@ -82,17 +94,25 @@ __all__ = [
     "chain_rule",
     "compare",
     "denoise",
+    "export_folder",
     "fill",
+    "from_pretrained",
+    "import_folder",
     "inspect_artifact",
+    "load",
     "load_run",
+    "memorized",
     "nelbo",
     "open_artifact",
     "pack",
     "prepare",
     "preset",
+    "push_to_hub",
     "reconstruction_score",
     "report",
     "sample",
+    "shipped_models",
+    "store",
     "submit",
     "train",
 ]

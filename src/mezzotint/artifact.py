@@ -71,7 +71,8 @@ def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _network(config: ModelConfig, values: Mapping[str, np.ndarray]) -> Denoiser:
+def network_of(config: ModelConfig, values: Mapping[str, np.ndarray]) -> Denoiser:
+    """The network with these float32 values, in eval mode; no memory is taken but theirs."""
     with torch.device("meta"):
         network = Denoiser(config)
     network.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()}, assign=True)
@@ -280,7 +281,7 @@ def _read_file(path: Path, file: BinaryIO, keep_values: bool) -> Opened:
     file.seek(PREFIX.size)
     reader = _Reader(file, size - PREFIX.size - DIGEST)
     header = _header(reader.take(stored, "the header"), length)
-    config = _config(header, size)
+    config = checked_config(header, size)
     info = header["info"]
     if not isinstance(info, dict):
         raise ArtifactError("damaged artifact: info is not an object")
@@ -319,7 +320,8 @@ def _header(stored: bytes, length: int) -> dict[str, Any]:
     return header
 
 
-def _config(header: dict[str, Any], size: int) -> ModelConfig:
+def checked_config(header: dict[str, Any], size: int) -> ModelConfig:
+    """The config in `header`, if a file of `size` bytes can be a model of it. Raises ArtifactError."""
     try:
         config = configuration.from_dict(ModelConfig, header["config"])
         wide = max(config.width, config.heads * 2, config.mlp_width, config.bigram_width, config.value_embedding_width)
@@ -482,7 +484,7 @@ def open_artifact(path: Path | str) -> Model:
     """
     opened = _read(Path(path))
     try:
-        network = _network(opened.config, opened.values)
+        network = network_of(opened.config, opened.values)
     except Exception as error:
         raise ArtifactError(f"{path}: damaged artifact: its tensors do not make a model") from error
     return Model(opened.config, opened.tokenizer, network, opened.info, opened.sha256)
@@ -777,6 +779,24 @@ def pack(
     return _report(model, attempt, code_bytes, budget)
 
 
+def store(model: Model, out: Path | str) -> dict[str, Any]:
+    """Write `model` to `out` as it is, unquantized: every weight in float16 where that is exact, else in float32.
+
+    Returns what `pack` returns. Raises ArtifactError if the file cannot be written; `out` is then untouched.
+    """
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise ArtifactError(f"{out.parent}: no such folder to write {out.name} to")
+    tensors: dict[str, Grid | np.ndarray] = {}
+    for name, value in _state(model).items():
+        with np.errstate(over="ignore"):
+            half = value.astype(np.float16)
+        tensors[name] = half if half.astype(np.float32).tobytes() == value.tobytes() else value
+    data = _Writer(model, RANGE).write(tensors)
+    _write_verified(out, data, tensors)
+    return _report(model, _Attempt(data, tensors, 0.0, 0), 0, BUDGET)
+
+
 def _report(model: Model, attempt: _Attempt, code_bytes: int, budget: int) -> dict[str, Any]:
     parameters = count_parameters(model.network)
     codes = sum(tensor.codes.size for tensor in attempt.tensors.values() if isinstance(tensor, Grid))
@@ -816,7 +836,7 @@ def sweep(
     points = []
     for tolerance in tolerances:
         attempt = packer.attempt(packer.finest * math.sqrt(tolerance / tolerances[0]))
-        network = _network(model.config, {name: _values(tensor) for name, tensor in attempt.tensors.items()})
+        network = network_of(model.config, {name: _values(tensor) for name, tensor in attempt.tensors.items()})
         after = np.asarray(score(dataclasses.replace(model, network=network)), dtype=np.float64)
         cost = after - before
         points.append({

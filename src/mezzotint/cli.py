@@ -19,12 +19,12 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig, preset
-from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
+from mezzotint.errors import ConfigError, DataError, MezzotintError
 from mezzotint.files import atomic_write
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mezzotint.model import Model
 
 DEFAULT_PRESET = "small"
+DEFAULT_MODEL = "prose"
 METHODS = ("nelbo", "chain", "causal", "reconstruction")
 COMPARED_TOKENS = 32_768
 
@@ -47,6 +48,15 @@ class _Parser(argparse.ArgumentParser):
         command = self.prog.removeprefix("mezzotint").strip()
         print(f"mezzotint: {message} (see mezzotint {command + ' ' if command else ''}--help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        """Also `fill MODEL --option TEXT`, of which argparse takes MODEL for the TEXT and gives TEXT up as unknown."""
+        known, rest = super().parse_known_args(args, namespace)
+        words = rest[1:] if rest[:1] == ["--"] else rest
+        loose = len(words) == 1 and (words != rest or not words[0].startswith("-") or " " in words[0])
+        if loose and hasattr(known, "text") and known.model is None:
+            known.model, known.text, rest = Path(known.text), words[0], []
+        return known, rest
 
 
 def _add_settings(parser: argparse.ArgumentParser, kind: type[Any], presets: bool, skip: Sequence[str] = ()) -> None:
@@ -112,8 +122,11 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
         return sub
 
-    def model_argument(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("model", type=Path, metavar="MODEL|RUN", help="a .mzt artifact or a run folder")
+    def model_argument(sub: argparse.ArgumentParser, optional: bool = False) -> None:
+        words: dict[str, Any] = {"nargs": "?"} if optional else {}
+        shown = f" [the shipped {DEFAULT_MODEL}]" if optional else ""
+        help = f"a .mzt artifact, a run folder or a shipped model's name{shown}"
+        sub.add_argument("model", type=Path, metavar="MODEL|RUN", help=help, **words)
 
     sub = command(
         "demo", "the whole way on Python's own library text: train, pack, verify, score, sample, fill, report"
@@ -219,7 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--watch", action="store_true", help="show the canvas being revealed, coloured by confidence")
 
     sub = command("sample", "write text from nothing")
-    model_argument(sub)
+    model_argument(sub, optional=True)
     sub.add_argument("-n", type=_positive, default=1, help="number of texts [1]")
     sub.add_argument("--length", type=_positive, metavar="L", help="tokens [the window]")
     sub.add_argument("--prompt", default="", help="text to begin with")
@@ -231,12 +244,28 @@ def build_parser() -> argparse.ArgumentParser:
         "____ (four or more underscores) is a gap of unknown length, [MASK*8] exactly 8 tokens. All other text comes "
         "back byte for byte.",
     )
-    model_argument(sub)
+    model_argument(sub, optional=True)
     sub.add_argument("text", metavar="TEXT", help="text with gaps; - reads standard input")
     sampling(sub)
 
     sub = command("inspect", "show what is in an artifact, tensor by tensor")
     sub.add_argument("artifact", type=Path, metavar="MODEL.mzt", help="artifact")
+
+    sub = command(
+        "export",
+        "write a model as safetensors, config.json and tokenizer.model",
+        "Every weight in float32, without loss; all commands that take a model take the folder, too.",
+    )
+    model_argument(sub)
+    sub.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+
+    sub = command(
+        "import",
+        "make one .mzt file of an exported folder",
+        "Without loss, so not small: `mezzotint pack` quantizes, which takes a run.",
+    )
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help="folder that `mezzotint export` wrote")
+    sub.add_argument("--out", type=Path, required=True, metavar="MODEL.mzt", help="file to write")
 
     sub = command("submit", "make the challenge's record folder")
     sub.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
@@ -263,11 +292,10 @@ def build_parser() -> argparse.ArgumentParser:
         sub = command(name, help)
         sub.add_argument("file", type=Path, metavar="FILE", help="file to read")
         sub.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="file to write")
-        sub.add_argument(
-            "--model", type=Path, required=True, metavar="MODEL|RUN", help="a .mzt artifact or a run folder"
-        )
+        help = f"a .mzt artifact, a run folder or a shipped model's name [the shipped {DEFAULT_MODEL}]"
+        sub.add_argument("--model", type=Path, metavar="MODEL|RUN", help=help)
     sub = command("serve", "open a page where text is filled before your eyes (needs the extra serve)")
-    model_argument(sub)
+    model_argument(sub, optional=True)
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only]")
     sub.add_argument("--port", type=_positive, default=8000, help="[8000]")
     return parser
@@ -389,16 +417,11 @@ def _print_scores(estimates: Sequence[Estimate]) -> None:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def _load(path: Path) -> Model:
-    """A `.mzt` artifact or a run folder."""
-    from mezzotint.artifact import open_artifact
-    from mezzotint.train import load_run
+def _load(path: Path | None) -> Model:
+    """A `.mzt` artifact, a run folder, an exported folder or a shipped model's name; the default one if None."""
+    from mezzotint.shipped import load
 
-    if path.is_dir():
-        return load_run(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; name a .mzt artifact or a run folder")
-    return open_artifact(path)
+    return load(path)
 
 
 def _run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | None:
@@ -685,6 +708,8 @@ def _run_fill(arguments: argparse.Namespace, progress: _Progress) -> None:
     from mezzotint.sample import infill
 
     text = arguments.text
+    if arguments.model is None and text.endswith(".mzt") and Path(text).is_file():
+        raise ConfigError(f"{text} is a model: give the text to fill as well")
     if text == "-":
         try:
             text = sys.stdin.buffer.read().decode("utf-8")
@@ -724,6 +749,24 @@ def _run_inspect(arguments: argparse.Namespace, progress: _Progress) -> None:
     lines += [("bits per parameter", f"{looked['bits_per_parameter']:.3f}"), ("sha256", looked["sha256"])]
     lines += [("checked", ", ".join(looked["checks"]))]
     _emit(arguments, looked, lines)
+
+
+def _run_export(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.exchange import export_folder
+
+    result = export_folder(_load(arguments.model), arguments.out)
+    _emit(
+        arguments,
+        result,
+        [("exported", f"{result['folder']}  {result['bytes']:,} bytes: {', '.join(result['files'])}")],
+    )
+
+
+def _run_import(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint.artifact import store
+    from mezzotint.exchange import import_folder
+
+    _print_pack(arguments, arguments.out, store(import_folder(arguments.folder), arguments.out))
 
 
 def _run_submit(arguments: argparse.Namespace, progress: _Progress) -> None:
@@ -795,10 +838,26 @@ def _run_serve(arguments: argparse.Namespace, progress: _Progress) -> None:
         raise ConfigError("serving a page needs more packages: pip install 'mezzotint[serve]'") from error
     model = _load(arguments.model)
     progress.say(f"http://{arguments.host}:{arguments.port}  (Ctrl-C ends it)")
-    serve(model, host=arguments.host, port=arguments.port, name=arguments.model.name)
+    serve(
+        model, host=arguments.host, port=arguments.port, name=arguments.model.name if arguments.model else DEFAULT_MODEL
+    )
 
 
 DEMO_TEXT = "def ____(self, name):\n    return self.name"
+SHIPPED_TEXT = "The old house stood at the end of the ____, and nobody had lived in it for years."
+
+
+def _fill_with_shipped(step: Callable[[str], None]) -> dict[str, str] | None:
+    """What the shipped model makes of a sentence with a gap; None in an installation without it."""
+    from mezzotint.sample import fill
+    from mezzotint.shipped import load, shipped_models
+
+    if DEFAULT_MODEL not in shipped_models():
+        return None
+    step(f"the shipped model, {DEFAULT_MODEL}, fills a gap: {SHIPPED_TEXT}")
+    text = fill(load(), SHIPPED_TEXT, seed=0)
+    step(text)
+    return {"model": DEFAULT_MODEL, "text": text}
 
 
 def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
@@ -824,6 +883,7 @@ def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
         progress.close()
         progress.say(f"[{time.monotonic() - started:5.0f} s] {text}")
 
+    shown = _fill_with_shipped(step)
     step("preparing this Python's library sources, and a tokenizer for them")
     prepared = prepare(["stdlib"], out / "data")
     chosen = preset("tiny")
@@ -862,6 +922,7 @@ def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
         "score": {"results": [e.to_dict() for e in estimates], "model_sha256": model.sha256},
         "sample": drawn.to_dict(),
         "fill": {"text": filled},
+        "shipped": shown,
         "report": page,
         "seconds": time.monotonic() - started,
     }
@@ -870,6 +931,10 @@ def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
         return _emit(arguments, result)
     _print_pack(arguments, out / "model.mzt", packed)
     _print_scores(estimates)
+    if shown:
+        print(
+            f"a gap filled by the shipped model, {shown['model']}:\n  | {SHIPPED_TEXT}\nbecomes\n  | {shown['text']}\n"
+        )
     print("two texts from nothing:")
     for text in drawn.texts:
         print("  | " + text.replace("\n", "\n  | "))

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mezzotint.artifact import open_artifact
 from mezzotint.errors import ConfigError
 from mezzotint.evaluate import TOKENS_PER_FORWARD
 from mezzotint.model import Model
 from mezzotint.sample import denoise
-from mezzotint.train import load_run
+from mezzotint.shipped import load
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -37,7 +35,7 @@ STEP = 32
 class Harness(TemplateLM):
     """A Mezzotint model as the harness sees one.
 
-    path: an artifact or a run folder; model: one already in memory, instead. visibility: `full` takes a forward pass
+    path: an artifact, a run folder or a shipped model's name; model: one already in memory, instead. visibility: `full` takes a forward pass
     per scored token; `causal`, for weights trained that way, one per request. batch_size: windows per forward pass
     (`auto`, and the harness's default of 1: what holds 16,384 tokens). Raises ConfigError for other settings.
     """
@@ -59,8 +57,7 @@ class Harness(TemplateLM):
         if visibility not in ("full", "causal"):
             raise ConfigError(f"visibility must be full or causal, not {visibility!r}")
         if model is None:
-            where = Path(str(path))
-            model = load_run(where) if where.is_dir() else open_artifact(where)
+            model = load(str(path))
         if device and (not device.startswith("cuda") or torch.cuda.is_available()):  # the harness asks for cuda unasked
             model.network.to(device)
         self.model = model

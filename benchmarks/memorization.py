@@ -1,0 +1,66 @@
+"""How much a model repeats of its training text word for word, beside how much held-out real text does.
+
+    python benchmarks/memorization.py MODEL DATA [--samples 32] [--length 50] [--seed 0] [--json FILE]
+
+MODEL is an artifact, a run folder or a shipped model's name, DATA the prepared folder it was trained on. The share is
+of all strings of so many bytes in the texts, found verbatim anywhere in the training split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from mezzotint.data import Dataset
+from mezzotint.memorization import memorized
+from mezzotint.shipped import load
+
+
+def table(result: dict) -> str:
+    """The two shares as a Markdown table."""
+    lines = [
+        f"| text | texts | strings of {result['length']} bytes | found in training text | share | standard error |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, key in (("sampled", "sampled"), ("held out, real", "held_out")):
+        row = result[key]
+        error = "unknown" if row["stderr"] is None else f"{row['stderr']:.4%}"
+        lines.append(
+            f"| {name} | {row['texts']} | {row['strings']:,} | {row['found']:,} | {row['share']:.4%} | {error} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description="Share of sampled strings that stand verbatim in the training text.")
+    parser.add_argument("model", help="a .mzt artifact, a run folder or a shipped model's name")
+    parser.add_argument("data", type=Path, help="the prepared folder the model was trained on")
+    parser.add_argument("--samples", type=int, default=32, help="texts to draw [32]")
+    parser.add_argument("--tokens", type=int, help="tokens of each text [the window]")
+    parser.add_argument("--length", type=int, default=50, help="bytes of a string [50]")
+    parser.add_argument("--steps", type=int, help="forward passes per text [one per token]")
+    parser.add_argument("--temperature", type=float, default=1.0, help="[1.0]")
+    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    options = parser.parse_args()
+    started = time.monotonic()
+    result = memorized(
+        load(options.model), Dataset.open(options.data), samples=options.samples, tokens=options.tokens,
+        length=options.length, seed=options.seed, steps=options.steps, temperature=options.temperature,
+        progress=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    print(table(result))
+    for key in ("sampled", "held_out"):
+        if result[key]["example"]:
+            print(f"\nfirst found, {key.replace('_', ' ')}: {result[key]['example']!r}")
+    print(f"\n{time.monotonic() - started:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

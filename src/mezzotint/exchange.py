@@ -1,0 +1,100 @@
+"""A model as files that other software reads: weights in safetensors, config.json, and the tokenizer's own file.
+
+Knows no training, no hub and no figures. Nothing is lost either way: a folder holds every weight of a model in
+float32, and reading it gives the same bits back.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mezzotint.artifact import checked_config, layout, network_of
+from mezzotint.config import to_dict
+from mezzotint.data import Tokenizer
+from mezzotint.errors import ArtifactError, DataError
+from mezzotint.files import atomic_folder
+from mezzotint.model import Model
+
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
+VERSION = 1
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether `folder` looks like one that `export_folder` wrote."""
+    return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()
+
+
+def write_files(model: Model, folder: Path) -> list[str]:
+    """Write the three files into `folder`, which exists; their names."""
+    state = {name: t.detach().float().cpu().contiguous().numpy() for name, t in model.network.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "np", "mezzotint": str(VERSION)})
+    described = {
+        "library_name": "mezzotint",
+        "mezzotint_version": VERSION,
+        "model": to_dict(model.config),
+        "info": model.info,
+        "artifact_sha256": model.sha256,
+    }
+    (folder / CONFIG).write_text(json.dumps(described, indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
+    (folder / TOKENIZER).write_bytes(model.tokenizer.serialized)
+    return [WEIGHTS, CONFIG, TOKENIZER]
+
+
+def export_folder(model: Model, out: Path | str) -> dict[str, Any]:
+    """Write `model` to the folder `out`, whole or not at all: `folder`, `bytes`, `files`.
+
+    Raises ArtifactError where `out` holds anything but an earlier export.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and (is_exported(out) or not any(out.iterdir()))):
+        raise ArtifactError(f"{out} holds other files; name a new or empty folder for the export")
+    with atomic_folder(out) as folder:
+        files = write_files(model, folder)
+        size = sum((folder / name).stat().st_size for name in files)
+    return {"folder": str(out), "bytes": size, "files": files}
+
+
+def import_folder(folder: Path | str) -> Model:
+    """The model in a folder that `export_folder` wrote, or that other software wrote in the same form.
+
+    Raises ArtifactError for anything missing, damaged, or that does not fit together.
+    """
+    folder = Path(folder)
+    try:
+        described = json.loads((folder / CONFIG).read_text("utf-8"))
+        version, settings, info = described["mezzotint_version"], described["model"], described.get("info", {})
+        if not isinstance(info, dict):
+            raise ValueError("info is not an object")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder} is not an exported model: it has no {CONFIG}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{folder / CONFIG} does not describe a Mezzotint model ({error})") from error
+    if version != VERSION:
+        raise ArtifactError(
+            f"{folder / CONFIG} is of version {version!r}, not {VERSION}: use the Mezzotint that wrote it"
+        )
+    try:
+        config = checked_config({"config": settings}, (folder / WEIGHTS).stat().st_size)
+        state = load_file(folder / WEIGHTS)
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+    except (OSError, SafetensorError, DataError, ArtifactError) as error:
+        raise ArtifactError(f"{folder}: {error}") from error
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ArtifactError(
+            f"{folder}: a tokenizer of {tokenizer.vocab_size:,} tokens in a model of {config.vocab_size:,}"
+        )
+    shapes = layout(config)
+    if {name: value.shape for name, value in state.items()} != shapes:
+        wrong = sorted(name for name in {*state, *shapes} if name not in state or state[name].shape != shapes.get(name))
+        raise ArtifactError(f"{folder / WEIGHTS} does not fit {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
+    for name, value in state.items():
+        if value.dtype not in (np.float32, np.float16) or not np.isfinite(value).all():
+            raise ArtifactError(f"{folder / WEIGHTS}: {name} is not of finite float32 or float16 numbers")
+    network = network_of(config, {name: state[name].astype(np.float32) for name in shapes})
+    return Model(config, tokenizer, network, info)

@@ -1,0 +1,63 @@
+"""A model by what a user calls it: the name of one that came with the package, an artifact, or a folder.
+
+Knows where models lie, not what is in them. The shipped ones are package data, `models/NAME.mzt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+from collections.abc import Iterator
+from pathlib import Path
+
+from mezzotint import exchange
+from mezzotint.artifact import open_artifact
+from mezzotint.errors import CheckpointError
+from mezzotint.model import Model
+from mezzotint.train import load_run
+
+DEFAULT = "prose"
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that came with this installation."""
+    folder = importlib.resources.files("mezzotint").joinpath("models")
+    if not folder.is_dir():
+        return []
+    return sorted(item.name.removesuffix(".mzt") for item in folder.iterdir() if item.name.endswith(".mzt"))
+
+
+@contextlib.contextmanager
+def shipped_file(name: str) -> Iterator[Path]:
+    """The artifact of a shipped model, as a file for as long as the context lasts. Raises CheckpointError."""
+    shipped = shipped_models()
+    if name not in shipped:
+        known = ", ".join(shipped) or "none in this installation"
+        raise CheckpointError(
+            f"{name} does not exist; name a .mzt artifact, a run folder or a shipped model (shipped: {known})"
+        )
+    item = importlib.resources.files("mezzotint").joinpath("models").joinpath(f"{name}.mzt")
+    with importlib.resources.as_file(item) as path:
+        yield path
+
+
+def load(model: str | Path | None = None) -> Model:
+    """The model called `model`, on the CPU: a shipped one's name, a `.mzt` file, a run folder or an exported folder.
+
+    A file or folder with a model that is there wins over a shipped model of the same name; None is always the shipped
+    `prose`. Raises CheckpointError or ArtifactError.
+    """
+    if model is None:
+        with shipped_file(DEFAULT) as file:
+            return open_artifact(file)
+    path = Path(model)
+    if exchange.is_exported(path):
+        return exchange.import_folder(path)
+    if path.is_file():
+        return open_artifact(path)
+    if (path / "config.json").is_file():
+        return load_run(path)
+    if path.is_dir() and str(model) not in shipped_models():
+        return load_run(path)  # says what the folder lacks
+    with shipped_file(str(model)) as file:
+        return open_artifact(file)
