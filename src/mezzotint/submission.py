@@ -5,8 +5,8 @@ carry the modules of this package that they need, compressed, and run where Mezz
 counts code and artifact together, in decimal bytes; both scripts are counted here. Knows nothing of plots or arguments.
 
 The fields of submission.json are those of the challenge's records (github.com/openai/parameter-golf): author,
-github_id, name, blurb, date, track, val_loss in nats per token, val_bpb, bytes_total, bytes_code; besides them the kind
-and the standard error of val_bpb, which a diffusion model's figure is worth little without.
+github_id, name, blurb, date, track, val_loss in nats per token, val_bpb, bytes_total, bytes_code; besides them the
+kind of val_bpb, its standard error and its tokens, which a diffusion model's figure is worth little without.
 """
 
 from __future__ import annotations
@@ -401,6 +401,7 @@ def submit(
         "val_bpb": best.bpb,
         "val_bpb_kind": best.kind,
         "val_bpb_stderr": best.stderr_bpb if math.isfinite(best.stderr_bpb) else None,
+        "val_tokens": best.tokens,
         "bytes_total": sizes["total"],
         "bytes_code": code,
     }

@@ -1,0 +1,177 @@
+"""The scripts in benchmarks/ that make records and judge them, on a tiny run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import mezzotint
+from mezzotint import cli, evaluate, submission
+from mezzotint.config import ModelConfig, TrainConfig
+from mezzotint.errors import ArtifactError, DataError
+from mezzotint.train import read_run
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- record ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    (folder / "data.md").write_text("Thirteen words, drawn by a generator. Public domain.\n")
+    figures = script("record").make_record(
+        trained.run, trained.artifact, trained.data, folder / "2026-01-01_tiny", folder / "data.md", tokens=256,
+        chain_tokens=64, samples=2, length=8,
+    )  # fmt: skip
+    return folder / "2026-01-01_tiny", figures
+
+
+def test_record_holds_the_run_and_its_figures(kept, trained):
+    out, figures = kept
+    names = {p.name for p in out.iterdir()}
+    assert names == {
+        "README.md", "config.json", "metrics.jsonl", "train.log", "commands.sh", "data.md", "figures.json", "samples.md",
+    }  # fmt: skip
+    assert json.loads((out / "figures.json").read_text()) == figures
+    bounds = [r for r in figures["results"] if r["method"] == "nelbo"]
+    assert [r["seed"] for r in bounds] == [0, 1, 2] and len({r["bpb"] for r in bounds}) == 3
+    model = mezzotint.open_artifact(trained.artifact)
+    windows = mezzotint.Dataset.open(trained.data).split("val").windows(32)
+    assert bounds[1]["bpb"] == evaluate.nelbo(model, windows, tokens=256, seed=1).bpb
+    readme = (out / "README.md").read_text()
+    assert all(f"| nelbo | upper bound | {r['seed']} | {r['bpb']:.4f} |" in readme for r in bounds)
+    assert figures["model_sha256"] in readme and "Thirteen words" in (out / "data.md").read_text()
+    assert mezzotint.fill(model, "The old ____ was dark.", seed=0) in (out / "samples.md").read_text()
+
+
+def test_record_names_no_folder_of_the_machine(kept, trained):
+    for path in kept[0].iterdir():
+        text = path.read_text()
+        assert str(trained.data) not in text and str(trained.run) not in text, path.name
+    assert json.loads((kept[0] / "config.json").read_text())["data_folder"] == "DATA"
+
+
+def test_commands_give_the_runs_settings(kept, trained):
+    """The command line itself, given the first line of commands.sh, arrives at the run's settings."""
+    lines = [shlex.split(line) for line in (kept[0] / "commands.sh").read_text().splitlines()]
+    parsed = [cli.build_parser().parse_args(line[1:]) for line in lines]
+    tokenizer = mezzotint.Tokenizer.load(trained.run / "tokenizer.model")
+    described = read_run(trained.run)
+    assert cli._train_configs(parsed[0], tokenizer) == (described["model"], described["train"])
+    assert [p.command for p in parsed[1:5]] == ["pack", "score", "score", "score"]
+    other = ModelConfig(vocab_size=290, unet_skips=True, width=320), TrainConfig(compile=False, matrix_lr=0.03)
+    words = script("record").training_command(*other)
+    assert cli._train_configs(cli.build_parser().parse_args(words[1:]), tokenizer) == other
+
+
+def test_record_refuses_what_does_not_belong(kept, trained, tmp_path):
+    make = script("record").make_record
+    (tmp_path / "d.md").write_text("x")
+    with pytest.raises(ArtifactError, match="already there"):
+        make(trained.run, trained.artifact, trained.data, kept[0], tmp_path / "d.md")
+    with pytest.raises(DataError, match="states what"):
+        make(trained.run, trained.artifact, trained.data, tmp_path / "r", tmp_path / "none.md")
+    assert not (tmp_path / "r").exists()
+
+
+# --- judge -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def submitted(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("submitted") / "record"
+    submission.submit(trained.run, trained.artifact, out, dataset=mezzotint.Dataset.open(trained.data), tokens=512)
+    return out
+
+
+def test_judge_agrees_with_an_honest_record(submitted, trained):
+    rows = {what: (finding, holds) for what, finding, holds in script("judge").judge(submitted, trained.data)}
+    assert all(holds for _, holds in rows.values()), rows
+    total = sum((submitted / n).stat().st_size for n in ("model.mzt", "score.py", "train_gpt.py"))
+    assert rows["bytes"][0].startswith(f"{total:,} of 16,000,000")
+    fields = json.loads((submitted / "submission.json").read_text())
+    assert f"{fields['val_bpb']:.6f} on 512 tokens" in rows["figure"][0]
+
+
+def test_judge_notices(submitted, trained, tmp_path, monkeypatch):
+    """A figure too good, bytes left out, a file over the limit."""
+    judge = script("judge")
+    shutil.copytree(submitted, tmp_path / "r")
+    fields = json.loads((submitted / "submission.json").read_text())
+    fields.update(val_bpb=fields["val_bpb"] - 0.01, bytes_total=fields["bytes_total"] - 1)
+    (tmp_path / "r" / "submission.json").write_text(json.dumps(fields))
+    monkeypatch.setattr(judge, "LIMIT", fields["bytes_total"])
+    verdict = {what: holds for what, _, holds in judge.judge(tmp_path / "r", trained.data)}
+    assert verdict == {
+        "bytes": False, "bytes reported": False, "scorer ran": True, "kind": True, "figure": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "contains"),
+    [
+        ("import socket; socket.create_connection(('127.0.0.1', 9), 1)", "allows no network"),
+        ("import mezzotint", "not in the record's requirements"),
+        ("import rich", "not in the record's requirements"),
+    ],
+)
+def test_judge_lets_no_scorer_cheat(body, contains, tmp_path, monkeypatch):
+    judge = script("judge")
+    monkeypatch.setattr(judge, "without_network", lambda: [])
+    (tmp_path / "requirements.txt").write_text("torch>=2\nnumpy\n")
+    (tmp_path / "score.py").write_text(body + "\nprint('{}')\n")
+    with pytest.raises(RuntimeError, match=contains):
+        judge.run_scorer(tmp_path, tmp_path, None)
+
+
+def test_a_namespace_has_no_network():
+    """Where the kernel makes one, nothing outside can be reached from it, by any program."""
+    prefix = script("judge").without_network()
+    if not prefix:
+        pytest.skip("this kernel gives no network namespace here")
+    code = "import socket; print(len(socket.if_nameindex()))"
+    seen = subprocess.run([*prefix, sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "1", "only the loopback interface, which is down"
+
+
+# --- memorization and user paths ---------------------------------------------------------------------------------------
+
+
+def test_memorization_script_prints_both_shares(trained, capsys, monkeypatch, tmp_path):
+    module = script("memorization")
+    words = [
+        str(trained.artifact),
+        str(trained.data),
+        "--samples",
+        "2",
+        "--tokens",
+        "24",
+        "--length",
+        "8",
+        "--steps",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["memorization.py", *words, "--json", str(tmp_path / "m.json")])
+    module.main()
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert f"| held out, real | 2 | {result['held_out']['strings']:,} |" in printed and "| sampled | 2 |" in printed
