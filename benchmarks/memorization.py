@@ -22,14 +22,14 @@ from mezzotint.shipped import load
 def table(result: dict) -> str:
     """The two shares as a Markdown table."""
     lines = [
-        f"| text | texts | strings of {result['length']} bytes | found in training text | share | standard error |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| text | texts | strings of {result['length']} bytes | found in training text | share | standard error | 95% at most |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, key in (("sampled", "sampled"), ("held out, real", "held_out")):
         row = result[key]
-        error = "unknown" if row["stderr"] is None else f"{row['stderr']:.4%}"
+        error, most = ("unknown" if row[k] is None else f"{row[k]:.4%}" for k in ("stderr", "upper95"))
         lines.append(
-            f"| {name} | {row['texts']} | {row['strings']:,} | {row['found']:,} | {row['share']:.4%} | {error} |"
+            f"| {name} | {row['texts']} | {row['strings']:,} | {row['found']:,} | {row['share']:.4%} | {error} | {most} |"
         )
     return "\n".join(lines)
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("model", help="a .mzt artifact, a run folder or a shipped model's name")
     parser.add_argument("data", type=Path, help="the prepared folder the model was trained on")
     parser.add_argument("--samples", type=int, default=32, help="texts to draw [32]")
+    parser.add_argument("--held-out", type=int, default=256, help="held-out stretches to compare with [256]")
     parser.add_argument("--tokens", type=int, help="tokens of each text [the window]")
     parser.add_argument("--length", type=int, default=50, help="bytes of a string [50]")
     parser.add_argument("--steps", type=int, help="forward passes per text [one per token]")
@@ -49,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     result = memorized(
-        load(options.model), Dataset.open(options.data), samples=options.samples, tokens=options.tokens,
+        load(options.model), Dataset.open(options.data), samples=options.samples, held_out=options.held_out, tokens=options.tokens,
         length=options.length, seed=options.seed, steps=options.steps, temperature=options.temperature,
         progress=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip

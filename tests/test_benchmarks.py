@@ -163,6 +163,8 @@ def test_memorization_script_prints_both_shares(trained, capsys, monkeypatch, tm
         str(trained.data),
         "--samples",
         "2",
+        "--held-out",
+        "2",
         "--tokens",
         "24",
         "--length",

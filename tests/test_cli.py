@@ -20,7 +20,7 @@ from mezzotint.errors import MezzotintError
 
 COMMANDS = (
     "demo", "prepare", "train", "pack", "score", "sample", "fill", "inspect", "submit", "report", "compress",
-    "decompress", "serve",
+    "decompress", "serve", "export", "import",
 )  # fmt: skip
 
 

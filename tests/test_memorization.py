@@ -56,24 +56,26 @@ def test_planted_repetition_is_seen(trained, monkeypatch):
     copied = next(stream_text(dataset.split("train"), 51)).split(b"\0")[3][:100].decode()
     fresh = "zinc " * 20
     monkeypatch.setattr(memorization, "sample", fake_samples([copied, fresh]))
-    result = memorized(mezzotint.load(trained.artifact), dataset, samples=2, batch=1, tokens=96)
+    result = memorized(mezzotint.load(trained.artifact), dataset, samples=2, held_out=2, batch=1, tokens=96)
     sampled = result["sampled"]
     assert (sampled["texts"], sampled["strings"], sampled["found"]) == (2, 102, 51)
     assert sampled["share"] == 0.5 and sampled["example"] == copied[:50]
     # Two units of equal size with shares 1 and 0: the standard error of their mean is 1/2.
     assert sampled["stderr"] == pytest.approx(0.5)
+    nothing = memorization.Share(32, 1000, 0, 0.0, 0.0, "")
+    assert (1 - nothing.upper95) ** 32 == pytest.approx(0.05), "nothing found in 32 texts is no proof of nothing"
 
 
 def test_held_out_share_is_that_of_a_plain_search(trained):
     dataset = mezzotint.Dataset.open(trained.data)
     model = mezzotint.load(trained.artifact)
-    result = memorized(model, dataset, samples=4, tokens=24, length=8, seed=0, steps=4)
+    result = memorized(model, dataset, samples=4, held_out=4, tokens=24, length=8, seed=0, steps=4)
     train = b"\0".join(stream_text(dataset.split("train"), 9))
     texts = memorization.held_out_texts(dataset, 4, 24)
     strings = [t[i : i + 8] for t in texts for i in range(len(t) - 7)]
     assert result["held_out"]["strings"] == len(strings)
     assert result["held_out"]["found"] == sum(s in train for s in strings) > 0
-    assert result == memorized(model, dataset, samples=4, tokens=24, length=8, seed=0, steps=4)
+    assert result == memorized(model, dataset, samples=4, held_out=4, tokens=24, length=8, seed=0, steps=4)
     assert 0 <= result["sampled"]["share"] <= 1 and result["ratio"] is not None
 
 

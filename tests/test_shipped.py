@@ -123,3 +123,13 @@ def test_export_and_import_by_command(package, trained, capsys):
     assert printed(capsys, "fill", "again.mzt", "the ____")["text"] == printed(capsys, "fill", "the ____")["text"]
     assert cli.main(["import", "nothing", "--out", "x.mzt"]) == 2
     assert "not an exported model" in capsys.readouterr().err and not (package / "x.mzt").exists()
+
+
+def test_demo_shows_the_shipped_model_first(package, trained):
+    """Its text with the gap filled, as `fill` does; an installation without it goes on without."""
+    said: list[str] = []
+    shown = cli._fill_with_shipped(said.append)
+    expected = mezzotint.fill(mezzotint.open_artifact(trained.artifact), cli.SHIPPED_TEXT, seed=0)
+    assert shown == {"model": "prose", "text": expected} and said[-1] == expected and "____" not in expected
+    (package / "package" / "models" / "prose.mzt").unlink()
+    assert cli._fill_with_shipped(said.append) is None and len(said) == 2

@@ -29,6 +29,8 @@ class Share:
     """Of `strings` strings in `texts` texts, how many stand in a text that was searched.
 
     stderr: standard error of the share over texts, as the strings of one text are not independent; nan for one text.
+    upper95: what the share is at most, with 95% confidence. Where nothing was found, from the texts alone: were a share q
+    of all texts to hold such a string, none of n would with probability (1 - q)^n.
     example: the first string that was found, if any.
     """
 
@@ -39,9 +41,16 @@ class Share:
     stderr: float
     example: str
 
+    @property
+    def upper95(self) -> float:
+        """See above; nan where the standard error is unknown."""
+        return min(1.0, self.share + 1.645 * self.stderr) if self.found else 1 - 0.05 ** (1 / self.texts)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON object."""
-        return {**asdict(self), "stderr": self.stderr if math.isfinite(self.stderr) else None}
+        known = {name: value if math.isfinite(value) else None
+                 for name, value in (("stderr", self.stderr), ("upper95", self.upper95))}  # fmt: skip
+        return {**asdict(self), **known}
 
 
 def _hashes(text: np.ndarray, length: int) -> np.ndarray:
@@ -64,7 +73,8 @@ def find_strings(strings: Iterable[bytes], text: Iterable[bytes], length: int) -
     if not wanted:
         return set()
     joined = np.frombuffer(b"".join(wanted), dtype=np.uint8).reshape(-1, length)
-    keys = np.unique(np.concatenate([_hashes(row, length) for row in joined]))
+    powers = np.array([pow(int(BASE), j, 1 << 64) for j in range(length)], dtype=np.uint64)
+    keys = np.unique(((joined.astype(np.uint64) + np.uint64(1)) * powers).sum(axis=1, dtype=np.uint64) >> np.uint64(16))
     found: set[bytes] = set()
     for part in text:
         for start in range(0, max(0, len(part) - length + 1), CHUNK):
@@ -124,6 +134,7 @@ def memorized(
     dataset: Dataset,
     *,
     samples: int = 32,
+    held_out: int = 256,
     tokens: int | None = None,
     length: int = 50,
     seed: int = 0,
@@ -133,14 +144,14 @@ def memorized(
 ) -> dict[str, Any]:
     """Shares of the strings of `length` bytes that stand in `dataset`'s training split: of sampled and of held-out text.
 
-    samples: texts drawn, each of at most `tokens` tokens (default: the window); as many held-out stretches are taken.
-    settings: the fields of `Sampling`. Returns `length`, `seed`, `sampled` and `held_out` (each `Share.to_dict()`), and
+    samples: texts drawn, each of at most `tokens` tokens (default: the window); held_out: stretches of real text, which
+    cost little. settings: the fields of `Sampling`. Returns `length`, `seed`, `sampled` and `held_out` (each `Share.to_dict()`), and
     `ratio` of the two shares, None where held-out text has nothing in common with the training text.
     Raises DataError where tokenizers differ or no text is as long as a string, ConfigError for bad numbers.
     """
     say = progress or (lambda _: None)
-    if length < 8 or samples < 1 or batch < 1:
-        raise ConfigError("strings have at least 8 bytes, and there is at least 1 sample")
+    if length < 8 or min(samples, held_out, batch) < 1:
+        raise ConfigError("strings have at least 8 bytes, and there is at least 1 text of each kind")
     if dataset.tokenizer.sha256 != model.tokenizer.sha256:
         raise DataError("this data was prepared with another tokenizer than the model's: use the model's own data")
     tokens = tokens or model.config.sequence_length
@@ -151,17 +162,17 @@ def memorized(
         # Every batch draws from a seed of its own, a fixed distance from the others.
         drawn = sample(model, count, max(1, tokens - 1), seed=seed + 1_000_003 * first, **settings)
         written += [text.encode() for text in drawn.texts]
-    real = held_out_texts(dataset, samples, tokens)
+    real = held_out_texts(dataset, held_out, tokens)
     if not any(len(t) >= length for t in written) or not any(len(t) >= length for t in real):
         raise DataError(f"no text of {length} bytes to look for: ask for longer or more samples")
     say("searching the training text")
     wanted = {s for text in (*written, *real) for s in _strings(text, length)}
     found = find_strings(wanted, stream_text(dataset.split("train"), length + 1), length)
-    sampled, held_out = _share(written, found, length), _share(real, found, length)
+    ours, theirs = _share(written, found, length), _share(real, found, length)
     return {
         "length": length,
         "seed": seed,
-        "sampled": sampled.to_dict(),
-        "held_out": held_out.to_dict(),
-        "ratio": sampled.share / held_out.share if held_out.share else None,
+        "sampled": ours.to_dict(),
+        "held_out": theirs.to_dict(),
+        "ratio": ours.share / theirs.share if theirs.share else None,
     }
