@@ -20,11 +20,13 @@ from mezzotint.model import Model, count_parameters
 
 try:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 except ImportError as error:
     raise ConfigError("the Hub's client is not installed: pip install 'mezzotint[hub]'") from error
 
 ARTIFACT = "model.mzt"
+# What the client raises when the Hub refuses or cannot be reached; HTTPError is its HTTP library's, which has changed.
+REFUSALS = (EntryNotFoundError, HFValidationError, HTTPError, OSError)
 
 Figure = Estimate | Mapping[str, Any]
 """An Estimate, or one of the `results` that `mezzotint score --json` prints."""
@@ -224,7 +226,7 @@ def push_to_hub(
             commit_message=commit_message,
             model_card_kwargs={"repo_id": repo_id},
         )
-    except (HfHubHTTPError, HFValidationError) as error:
+    except REFUSALS as error:
         raise MezzotintError(f"the Hub did not take {repo_id}: {_first_line(error)}") from error
 
 
@@ -250,7 +252,7 @@ def from_pretrained(
             force_download=force_download,
             local_files_only=local_files_only,
         ).model
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+    except REFUSALS as error:
         raise MezzotintError(f"no Mezzotint model could be had from {repo_id}: {_first_line(error)}") from error
 
 
