@@ -49,8 +49,8 @@ def training_command(model: ModelConfig, train: TrainConfig) -> list[str]:
         for ours, theirs in ((model, preset.model), (train, preset.train)):
             for item in dataclasses.fields(ours):
                 value = getattr(ours, item.name)
-                if item.name == "vocab_size" or value == getattr(theirs, item.name):
-                    continue  # the vocabulary is the data's
+                if item.name == "vocab_size" or (value == getattr(theirs, item.name) and item.name != "minutes"):
+                    continue  # the vocabulary is the data's; how long is always said
                 option = item.name.replace("_", "-")
                 words += (
                     [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", f"{value}"]
@@ -67,9 +67,12 @@ def measure(
     """The NELBO under each seed's masks; the exact scores, which draw nothing, once."""
     estimates = [evaluate.nelbo(model, windows, tokens=tokens, seed=seed) for seed in seeds]
     estimates.append(evaluate.chain_rule(model, windows, tokens=chain_tokens))
-    if (model.info.get("train") or {}).get("causal_share", 0) > 0:
+    causal = (model.info.get("train") or {}).get("causal_share", 0) > 0
+    if causal:
         estimates.append(evaluate.causal(model, windows, tokens=tokens))
-        if chain_tokens != tokens:  # on the chain's own windows too, to compare them
+    if chain_tokens != tokens:  # the others on the chain's own windows too, to compare them
+        estimates.append(evaluate.nelbo(model, windows, tokens=chain_tokens, seed=seeds[0]))
+        if causal:
             estimates.append(evaluate.causal(model, windows, tokens=chain_tokens))
     return estimates
 
@@ -98,7 +101,8 @@ def write_samples(model: Model, count: int, length: int | None, seed: int) -> st
 
 
 def _readme(name: str, looked: dict[str, Any], estimates: Sequence[Estimate], described: dict[str, Any]) -> str:
-    bounds = [e.bpb for e in estimates if e.method == "nelbo"]
+    most = max(e.tokens for e in estimates)
+    bounds = [e.bpb for e in estimates if e.method == "nelbo" and e.tokens == most]
     spread = f"; over {len(bounds)} seeds {min(bounds):.4f} to {max(bounds):.4f}" if len(bounds) > 1 else ""
     config = described["model"]
     return f"""# {name}

@@ -5,7 +5,8 @@
 install (a new virtual environment and `pip install` of the wheel), demo, train (a text file of one's own to a packed
 model), fill, compress (and back), submit. Every command runs in the new environment, in a folder of its own, with
 nothing of the repository in reach. `--quick` takes the dependencies from the running environment instead of the index
-and trains for seconds: it times nothing that matters, it shows that the ways are open.
+and trains for seconds: it times nothing that matters, it shows that the ways are open. pip's own environment variables
+count: PIP_EXTRA_INDEX_URL chooses where PyTorch comes from.
 """
 
 from __future__ import annotations

@@ -52,11 +52,13 @@ def test_record_holds_the_run_and_its_figures(kept, trained):
         "README.md", "config.json", "metrics.jsonl", "train.log", "commands.sh", "data.md", "figures.json", "samples.md",
     }  # fmt: skip
     assert json.loads((out / "figures.json").read_text()) == figures
-    bounds = [r for r in figures["results"] if r["method"] == "nelbo"]
+    bounds = [r for r in figures["results"] if r["method"] == "nelbo" and r["tokens"] > 64]
     assert [r["seed"] for r in bounds] == [0, 1, 2] and len({r["bpb"] for r in bounds}) == 3
     model = mezzotint.open_artifact(trained.artifact)
     windows = mezzotint.Dataset.open(trained.data).split("val").windows(32)
     assert bounds[1]["bpb"] == evaluate.nelbo(model, windows, tokens=256, seed=1).bpb
+    few = [r for r in figures["results"] if r["tokens"] <= 64]
+    assert [r["method"] for r in few] == ["chain", "nelbo"] and len({r["bytes"] for r in few}) == 1
     readme = (out / "README.md").read_text()
     assert all(f"| nelbo | upper bound | {r['seed']} | {r['bpb']:.4f} |" in readme for r in bounds)
     assert figures["model_sha256"] in readme and "Thirteen words" in (out / "data.md").read_text()
