@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--codec", default="mezzotint", choices=("mezzotint", "int6", "reference"), help="[mezzotint]")
     sub.add_argument("--data", type=Path, metavar="DATA", help="calibration text [the data the run was trained on]")
     sub.add_argument(
-        "--tolerance", type=float, metavar="NATS", help="predicted cost not worth more bytes, nats a token"
+        "--tolerance", type=float, metavar="NATS", help="measured cost not worth more bytes, nats a token [0.001]"
     )
     sub.add_argument("--seed", type=int, default=0, help="seed of the calibration masks [0]")
 

@@ -144,6 +144,40 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
     return result
 
 
+class Divergence:
+    """What replacing a model's weights costs: how far its predictions on masked text move, in nats per token.
+
+    The mean over windows of sum over masks of T / k * KL(before || after): the expected rise of the NELBO if the text
+    were drawn from the model's own predictions. Unlike the rise on real text it has no noise of first order in the
+    change, so that a few windows do.
+    """
+
+    def __init__(self, model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> None:
+        windows = list(windows)
+        generator = torch.Generator().manual_seed(seed)
+        length = max(len(window) for window in windows)
+        counts = stratified_counts(len(windows), length, generator)
+        self.tokens = sum(map(len, windows))
+        self.masked: list[tuple[Tensor, Tensor, float]] = []
+        self.before: list[Tensor] = []
+        for window, count in zip(windows, counts, strict=True):
+            ids = torch.as_tensor(window, dtype=torch.int64)[None]
+            # A last, shorter window keeps its mask rate.
+            scaled = (count[None] * len(window) / length).ceil().long().clamp(1, len(window))
+            corrupted, masked = mask_by_count(ids, scaled, model.config.mask_id, generator)
+            self.masked.append((corrupted, masked, len(window) / float(scaled)))
+            self.before.append(model.logits(corrupted, positions=masked).cpu())
+
+    def __call__(self, model: Model) -> float:
+        """Nats per token that `model` costs over the one this was made with."""
+        total = 0.0
+        for (corrupted, masked, weight), before in zip(self.masked, self.before, strict=True):
+            old = before.log_softmax(-1)
+            new = model.logits(corrupted, positions=masked).cpu().log_softmax(-1)
+            total += weight * float((old.exp() * (old - new)).sum(dtype=torch.float64))
+        return total / self.tokens
+
+
 def snap(scales: np.ndarray, per_octave: int = 16) -> np.ndarray:
     """Scales rounded to float16 numbers nearest a geometric grid of `per_octave` steps; 0 stays 0.
 
