@@ -473,7 +473,7 @@ def main() -> None:
 
     started = time.perf_counter()
     score = Score(model, data, options.windows, options.repeats)
-    windows, check = artifact._calibration(model, data.split("train"), 32_768)
+    windows, check = artifact._calibration(model, data.split("train"), artifact.CALIBRATION_TOKENS)
     made: dict[str, Any] = {}
 
     def hessians() -> dict[str, torch.Tensor]:

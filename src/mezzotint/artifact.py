@@ -54,6 +54,7 @@ RANGE, LZMA = "range", "lzma"
 
 PACK_CODECS = ("mezzotint", "int6", "reference")
 TOLERANCE = 0.001  # nats per token of measured cost: 0.0005 bits per byte at 2.7 bytes a token
+CALIBRATION_TOKENS = 65_536
 CHECK_TOKENS = 8_192  # calibration text on which the cost is measured
 BIT_PRICE = 0.04  # lambda over step^2. ln 2 / 6 = 0.116 follows from D = step^2 / 12, but costs 5% more bytes (LOG.md)
 PRICED_PASSES = 1
@@ -786,7 +787,7 @@ def pack(
     code: Sequence[Path | str] = (),
     codec: str = "mezzotint",
     tolerance: float = TOLERANCE,
-    calibration_tokens: int = 32_768,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -854,7 +855,7 @@ def sweep(
     score: Callable[[Model], np.ndarray],
     *,
     tolerances: Sequence[float] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
-    calibration_tokens: int = 32_768,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
