@@ -465,11 +465,14 @@ def main() -> None:
     state = artifact._state(model)
     parameters = sum(v.size for v in state.values())
     weights = hashlib.sha256(b"".join(v.tobytes() for v in state.values())).hexdigest()[:16]
-    setting = {"weights": weights, "windows": options.windows, "repeats": options.repeats}
+    setting = {"weights": weights, "windows": options.windows, "repeats": options.repeats,
+               "price": artifact.BIT_PRICE, "calibration": artifact.CALIBRATION_TOKENS}  # fmt: skip
     kept = options.out / "points.jsonl"
     points: list[Point] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    if any({k: p[k] for k in setting} != setting for p in points):
-        sys.exit(f"{kept} holds points of other weights, windows or masks: name another folder with --out")
+    if any({k: p.get(k) for k in setting} != setting for p in points):
+        sys.exit(
+            f"{kept} holds points of other weights, windows, masks or settings of packing: name another folder with --out"
+        )
 
     started = time.perf_counter()
     score = Score(model, data, options.windows, options.repeats)
@@ -512,10 +515,11 @@ def main() -> None:
     overhead = len(artifact._Writer(model, artifact.LZMA).tokenizer) + 600  # the header an artifact would have
 
     def mezzotint(knob: float) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        tried = packer().attempt(packer().predicted * knob)
+        made_by = packer()
+        tried = made_by.attempt(made_by.predicted * knob)
         more: dict[str, Any] = {}
         if knob in VARIANT_STEPS:
-            classes = packer().writer.classes or {}
+            classes = made_by.writer.classes or {}
             ideal, coded = code_lengths(tried, classes)
             saved, by = ordering_gain(tried, classes)
             more = {"ideal": ideal, "coded": coded, "contexts": context_gain(tried, classes),

@@ -56,7 +56,7 @@ PACK_CODECS = ("mezzotint", "int6", "reference")
 TOLERANCE = 0.001  # nats per token of measured cost: 0.0005 bits per byte at 2.7 bytes a token
 CALIBRATION_TOKENS = 65_536
 CHECK_TOKENS = 8_192  # calibration text on which the cost is measured
-BIT_PRICE = 0.04  # lambda over step^2. ln 2 / 6 = 0.116 follows from D = step^2 / 12, but costs 5% more bytes (LOG.md)
+BIT_PRICE = 0.03  # lambda over step^2. ln 2 / 6 = 0.116 follows from D = step^2 / 12, but costs 5% more bytes (LOG.md)
 PRICED_PASSES = 1
 SETTLING = 4  # attempts at most to meet the tolerance
 COARSEST = 64.0  # the coarsest step tried for a budget, over the finest
