@@ -155,10 +155,10 @@ def clipped(state: dict[str, np.ndarray], hessians: dict[str, torch.Tensor], dev
 
 def _one_column_scale(original: Any) -> Any:
     def scales(weight, item, step, limit, **options):
-        rows, columns = original(weight, item, step, limit, **options)
+        rows, columns, ascending = original(weight, item, step, limit, **options)
         middle = float(np.exp(np.log(columns.astype(np.float64)).mean()))
         rows = np.maximum(rows.astype(np.float64) * middle, np.abs(weight).max(axis=1) / (0.8 * limit))
-        return quantize.snap(rows, 8), np.ones_like(columns)
+        return quantize.snap(rows, 8), np.ones_like(columns), ascending
 
     return scales
 
@@ -170,18 +170,10 @@ def _plain_rounding(weight, hessian, rows, columns=None, *, limit, **_):
     return quantize.Grid(codes.astype(np.int16), rows, columns)
 
 
-def _by_position(original: Any) -> Any:
-    def gptq(*words, **options):
-        with mock.patch.object(torch, "argsort", lambda diagonal, **_: torch.arange(len(diagonal))):
-            return original(*words, **options)
-
-    return gptq
-
-
 @contextlib.contextmanager
 def without(ingredient: str, packer: artifact._Rate, hessians: dict[str, torch.Tensor]) -> Iterator[None]:
     """Mezzotint's packing with one ingredient taken away, or with another setting."""
-    fit = entropy.fit
+    fit, order = entropy.fit, quantize.rounding_order
     curvature = packer.curvature
 
     def one_table(planes, **_):
@@ -200,8 +192,7 @@ def without(ingredient: str, packer: artifact._Rate, hessians: dict[str, torch.T
     settings: dict[str, list[tuple[Any, str, Any]]] = {
         "price of bits": [(artifact, "PRICED_PASSES", 0)],
         "GPTQ's feedback": [(quantize, "gptq", _plain_rounding), (artifact, "PRICED_PASSES", 0)],
-        "order by curvature": [(quantize, "gptq", _by_position(quantize.gptq)),
-                               (quantize, "curved_scales", _by_position(quantize.curved_scales))],
+        "ascending order": [(quantize, "rounding_order", lambda hessian, _=False: order(hessian))],
         "column steps": [(quantize, "curved_scales", _one_column_scale(quantize.curved_scales))],
         "row importance": [(packer, "curvature", flat)],
         "gradients in the curvature": [(packer, "curvature", activations())],
@@ -216,7 +207,7 @@ def without(ingredient: str, packer: artifact._Rate, hessians: dict[str, torch.T
 
 
 INGREDIENTS = (
-    "price of bits", "a light price (0.12, the high-rate one)", "GPTQ's feedback", "order by curvature", "column steps",
+    "price of bits", "a light price (0.12, the high-rate one)", "GPTQ's feedback", "ascending order", "column steps",
     "row importance", "gradients in the curvature", "column classes", "row and column classes",
 )  # fmt: skip
 CODER = "range coder (best general-purpose compressor on the same codes)"

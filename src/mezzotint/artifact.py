@@ -607,7 +607,7 @@ class _Rate:
 
     def attempt(self, step: float) -> _Attempt:
         """Pack at one step: plain GPTQ, then GPTQ under the code lengths that the codes before it gave."""
-        scales: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        scales: dict[str, tuple[np.ndarray, np.ndarray, bool]] = {}
         tensors: dict[str, Grid | np.ndarray] = {}
         for name, value in self.state.items():
             module = name.removesuffix(".weight")
@@ -616,7 +616,7 @@ class _Rate:
             tensors[name] = _floats(value)
         models: dict[str, tuple[np.ndarray, entropy.Classes]] = {}
         for _ in range(1 + PRICED_PASSES):
-            for name, (rows, columns) in scales.items():
+            for name, (rows, columns, ascending) in scales.items():
                 curvature = self.curvature[name.removesuffix(".weight")]
                 price = None
                 if models:
@@ -624,7 +624,7 @@ class _Rate:
                     price = quantize.Price(lengths, classes.tables(len(lengths)), curvature.rows, BIT_PRICE * step**2)
                 tensors[name] = quantize.gptq(
                     torch.from_numpy(self.state[name]), curvature.inputs, rows, columns,
-                    limit=entropy.MAX_MAGNITUDE, price=price,
+                    limit=entropy.MAX_MAGNITUDE, price=price, ascending=ascending,
                 )  # fmt: skip
             models = {}
             for names in _banks(tensors):
