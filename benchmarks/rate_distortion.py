@@ -1,14 +1,19 @@
 """Bytes against likelihood: Mezzotint's packing, its ingredients one by one, the seed's codec, and the field's recipe.
 
-    python benchmarks/rate_distortion.py RUN DATA [--windows 96] [--out FOLDER]
+    python benchmarks/rate_distortion.py RUN DATA --out FOLDER [--windows 96] [--only mezzotint]
+    python benchmarks/rate_distortion.py RUN DATA --out FOLDER --time-reference
 
 Every way of packing is swept over its own knob and scored on the same validation windows under the same masks, so that
-differences pair up and have small standard errors. The table gives, at the likelihood cost of each baseline's points,
-the bytes Mezzotint needs (interpolated on its curve: log bytes over log cost). All sizes are whole files: tokenizer
-and header included on all sides. Writes rate_distortion.json and rate_distortion.png to --out.
+differences pair up and have small standard errors. Two costs are given: the rise of the NELBO, which is what counts,
+and the divergence from the unpacked model's predictions under the NELBO's weights, its expectation if the text were
+drawn from these predictions, which has a far smaller error. "Bytes at equal ..." are interpolated on Mezzotint's curve
+(log bytes over log divergence). All sizes are whole files: tokenizer and header included on all sides. Standard errors
+are over windows. Each point is kept in points.jsonl, so a run that was stopped goes on where it was; table.md and
+rate_distortion.png are written anew each time.
 
 The field's recipe: int6 GPTQ, rows clipped at a multiple of their standard deviation, int8 embeddings, codes and
-scales compressed by the best of brotli (quality 11), zstd (level 22) and LZMA (preset 9 extreme).
+scales compressed by the best of LZMA (preset 9 extreme) and, where installed, brotli (quality 11) and zstd (level 22).
+Knows nothing of training; `--time-reference` packs and opens a network of the reference preset with random weights.
 """
 
 from __future__ import annotations
@@ -16,74 +21,115 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import lzma
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import brotli
-import matplotlib
 import numpy as np
 import torch
-import zstandard
 
-from mezzotint import artifact, quantize
+from mezzotint import artifact, entropy, quantize
+from mezzotint.config import ModelConfig, preset, to_dict
 from mezzotint.data import Dataset
-from mezzotint.model import Model
+from mezzotint.model import Denoiser, Model
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
 from mezzotint.train import load_run
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+try:
+    import brotli
+except ImportError:
+    brotli = None
+try:
+    import zstandard
+except ImportError:
+    zstandard = None
+
+FULL = "mezzotint"
+RECIPE = "std-clip int6 + general purpose"
+STEPS = (0.3, 0.5, 0.8, 1.25, 2.0, 3.2, 5.0, 8.0)  # over the step that costs the default tolerance by prediction
+VARIANT_STEPS = (0.8, 2.0)
+DEVIATIONS = (6, 9, 12, 24, 48)
+Point = dict[str, Any]
 
 
 class Score:
-    """Bits per byte of each of a fixed set of full windows under fixed masks."""
+    """Costs of packed models against the unpacked one, in bits per byte, window by window, under fixed masks."""
 
-    def __init__(self, data: Dataset, length: int, count: int, mask_id: int, repeats: int, seed: int = 0) -> None:
+    def __init__(self, model: Model, data: Dataset, count: int, repeats: int, seed: int = 0) -> None:
+        length = model.config.sequence_length
         windows = data.split("val").windows(length)
         full = [i for i in range(len(windows)) if len(windows[i]) == length]
         chosen = [full[int(i)] for i in np.linspace(0, len(full) - 1, min(count, len(full)))]
         self.ids = torch.from_numpy(np.stack([windows[i] for i in chosen]))
-        self.bytes = torch.tensor([windows.byte_count(i) for i in chosen], dtype=torch.float64)
+        # Over the mean bytes of a window, so that the mean over windows is bits per byte of all of them.
+        self.unit = math.log(2) * float(np.mean([windows.byte_count(i) for i in chosen]))
         generator = torch.Generator().manual_seed(seed)
         self.masks = []
         for _ in range(repeats):
             counts = stratified_counts(len(chosen), length, generator)
-            self.masks.append((counts, *mask_by_count(self.ids, counts, mask_id, generator)))
+            self.masks.append((counts, *mask_by_count(self.ids, counts, model.config.mask_id, generator)))
+        self.before = list(self._logits(model))
 
-    def __call__(self, model: Model) -> np.ndarray:
-        rows = []
+    def _logits(self, model: Model) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         for counts, corrupted, masked in self.masks:
             for start in range(0, len(self.ids), 8):
                 part = slice(start, start + 8)
-                logits = model.logits(corrupted[part], positions=masked[part])
-                nll = masked_nll(logits, self.ids[part], masked[part])
-                bits = nelbo_per_window(nll.double(), counts[part]) / math.log(2)
-                # Over the mean bytes of a window, so that the mean over windows is bits per byte of all of them.
-                rows.append(bits / self.bytes.mean())
-        return torch.stack(rows_to_windows(rows, len(self.ids))).mean(0).numpy()
+                yield model.logits(corrupted[part], positions=masked[part]), self.ids[part], masked[part], counts[part]
+
+    def _nelbo(self, logits: torch.Tensor, ids: torch.Tensor, masked: torch.Tensor, counts: torch.Tensor) -> np.ndarray:
+        return nelbo_per_window(masked_nll(logits, ids, masked).double(), counts).numpy() / self.unit
+
+    def _by_window(self, rows: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(rows).reshape(len(self.masks), len(self.ids)).mean(axis=0)
+
+    def unpacked(self) -> np.ndarray:
+        """The unpacked model's NELBO, window by window."""
+        return self._by_window([self._nelbo(*part) for part in self.before])
+
+    def __call__(self, model: Model) -> tuple[np.ndarray, np.ndarray]:
+        """Rise of the NELBO, and divergence, window by window."""
+        rises, divergences = [], []
+        for after, before in zip(self._logits(model), self.before, strict=True):
+            rises.append(self._nelbo(*after) - self._nelbo(*before))
+            old, new = before[0].log_softmax(-1), after[0].log_softmax(-1)
+            _, ids, masked, counts = before
+            weight = (ids.shape[1] / counts.double())[:, None].expand(masked.shape)[masked]
+            row = torch.arange(len(ids))[:, None].expand(masked.shape)[masked]
+            moved = (old.exp() * (old - new)).sum(-1).double() * weight
+            divergences.append(torch.zeros(len(ids), dtype=torch.float64).index_add(0, row, moved).numpy() / self.unit)
+        return self._by_window(rises), self._by_window(divergences)
 
 
-def rows_to_windows(rows: list[torch.Tensor], windows: int) -> list[torch.Tensor]:
-    """One tensor of all windows per repeat."""
-    flat = torch.cat(rows)
-    return list(flat.reshape(-1, windows))
+def compressors() -> dict[str, Callable[[bytes], bytes]]:
+    """The general-purpose compressors at hand, at their strongest."""
+    found: dict[str, Callable[[bytes], bytes]] = {"lzma": lambda d: lzma.compress(d, preset=9 | lzma.PRESET_EXTREME)}
+    if brotli is not None:
+        found["brotli"] = lambda d: brotli.compress(d, quality=11, lgwin=24)
+    if zstandard is not None:
+        found["zstd-22"] = lambda d: zstandard.ZstdCompressor(level=22).compress(d)
+    return found
 
 
-def general_purpose(data: bytes) -> tuple[int, str]:
-    """Size under the best of three general-purpose compressors, and its name."""
-    sizes = {
-        "brotli": len(brotli.compress(data, quality=11, lgwin=24)),
-        "zstd-22": len(zstandard.ZstdCompressor(level=22).compress(data)),
-        "lzma": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
-    }
+def general_purpose(tensors: dict[str, Any]) -> tuple[int, str]:
+    """Size of the raw codes and scales under the best general-purpose compressor, and its name."""
+    parts = []
+    for tensor in tensors.values():
+        codes = tensor.codes if isinstance(tensor, quantize.Grid) else np.zeros(0, dtype=np.int16)
+        # Codes beyond int8 go as their low bytes and then their high bytes, which compress to little.
+        wide = np.abs(codes).max(initial=0) > 127
+        parts += artifact._raw_parts(tensor)
+        if wide:
+            parts.append((codes >> 8).astype(np.int8).tobytes())
+    data = b"".join(parts)
+    sizes = {name: len(compress(data)) for name, compress in compressors().items()}
     best = min(sizes, key=lambda name: sizes[name])
     return sizes[best], best
 
@@ -104,135 +150,439 @@ def clipped(state: dict[str, np.ndarray], hessians: dict[str, torch.Tensor], dev
     return tensors
 
 
+# ------------------------------------------------------------------------------------------------- ingredients
+
+
+def _one_column_scale(original: Any) -> Any:
+    def scales(weight, item, step, limit, **options):
+        rows, columns, ascending = original(weight, item, step, limit, **options)
+        middle = float(np.exp(np.log(columns.astype(np.float64)).mean()))
+        rows = np.maximum(rows.astype(np.float64) * middle, np.abs(weight).max(axis=1) / (0.8 * limit))
+        return quantize.snap(rows, 8), np.ones_like(columns), ascending
+
+    return scales
+
+
+def _plain_rounding(weight, hessian, rows, columns=None, *, limit, **_):
+    across = columns.astype(np.float32) if columns is not None else np.float32(1)
+    step = rows.astype(np.float32)[:, None] * across
+    codes = np.clip(np.rint(weight.numpy() / np.where(step > 0, step, 1)), -limit, limit)
+    return quantize.Grid(codes.astype(np.int16), rows, columns)
+
+
 @contextlib.contextmanager
-def without(ingredient: str, packer: artifact._Rate) -> Iterator[None]:
-    """Mezzotint's packing with one ingredient taken away."""
-    original_scales, original_fit = quantize.curved_scales, artifact.entropy.fit
+def without(ingredient: str, packer: artifact._Rate, hessians: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Mezzotint's packing with one ingredient taken away, or with another setting."""
+    fit, order = entropy.fit, quantize.rounding_order
     curvature = packer.curvature
 
-    def one_column_scale(weight, item, step, limit, **options):
-        rows, columns = original_scales(weight, item, step, limit, **options)
-        middle = float(np.exp(np.log(columns.astype(np.float64)).mean()))
-        rows = rows.astype(np.float64) * middle
-        rows = np.maximum(rows, np.abs(weight).max(axis=1) / (0.8 * limit))
-        return quantize.snap(rows, 8), np.ones_like(columns)
+    def one_table(planes, **_):
+        zeros = [entropy.Classes(np.zeros(p.shape[0], np.int64), np.zeros(p.shape[1], np.int64)) for p in planes]
+        return fit(planes, rounds=0, start=zeros)
 
-    patches: dict[str, Any] = {
-        "nothing": contextlib.nullcontext(),
-        "price of bits": mock.patch.object(artifact, "BIT_PRICE", 0.0),
-        "column steps": mock.patch.object(quantize, "curved_scales", one_column_scale),
-        "row importance": mock.patch.object(
-            packer,
-            "curvature",
-            {n: dataclasses.replace(c, rows=np.ones_like(c.rows)) for n, c in curvature.items()},
-        ),
-        "column classes": mock.patch.object(
-            artifact.entropy, "fit", lambda planes, **o: original_fit(planes, **{**o, "columns": False})
-        ),
-    }
-    with patches[ingredient]:
+    def activations() -> dict[str, quantize.Curvature]:
+        """Second moments of a layer's inputs in place of the curvature, scaled to its trace; embeddings keep theirs."""
+        replaced = {}
+        for name, item in curvature.items():
+            inputs = hessians.get(name, item.inputs)
+            replaced[name] = quantize.Curvature(inputs * (item.inputs.trace() / inputs.trace()), item.rows)
+        return replaced
+
+    flat = {n: dataclasses.replace(c, rows=np.ones_like(c.rows)) for n, c in curvature.items()}
+    settings: dict[str, list[tuple[Any, str, Any]]] = {
+        "price of bits": [(artifact, "PRICED_PASSES", 0)],
+        "GPTQ's feedback": [(quantize, "gptq", _plain_rounding), (artifact, "PRICED_PASSES", 0)],
+        "ascending order": [(quantize, "rounding_order", lambda hessian, _=False: order(hessian))],
+        "column steps": [(quantize, "curved_scales", _one_column_scale(quantize.curved_scales))],
+        "row importance": [(packer, "curvature", flat)],
+        "gradients in the curvature": [(packer, "curvature", activations())],
+        "column classes": [(entropy, "fit", lambda planes, **o: fit(planes, **{**o, "columns": False}))],
+        "row and column classes": [(entropy, "fit", one_table)],
+        "a light price (0.12, the high-rate one)": [(artifact, "BIT_PRICE", 0.12)],
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for target, name, value in settings[ingredient]:
+            stack.enter_context(mock.patch.object(target, name, value))
         yield
 
 
-INGREDIENTS = ("nothing", "price of bits", "column steps", "row importance", "column classes")
+INGREDIENTS = (
+    "price of bits", "a light price (0.12, the high-rate one)", "GPTQ's feedback", "ascending order", "column steps",
+    "row importance", "gradients in the curvature", "column classes", "row and column classes",
+)  # fmt: skip
+CODER = "range coder (best general-purpose compressor on the same codes)"
 
 
-def interpolate(curve: list[dict[str, float]], cost: float) -> float | None:
-    """Bytes at a likelihood cost, log-log linear between points of a curve; None outside."""
-    points = sorted((p["cost_bpb"], p["bytes"]) for p in curve if p["cost_bpb"] > 0)
-    for (a, x), (b, y) in itertools.pairwise(points):
-        if a <= cost <= b:
-            share = (math.log(cost) - math.log(a)) / max(1e-12, math.log(b) - math.log(a))
-            return math.exp(math.log(x) + share * (math.log(y) - math.log(x)))
+# ------------------------------------------------------------------------------------- what was not built, measured
+
+
+def code_lengths(attempt: artifact._Attempt, classes: dict[str, entropy.Classes]) -> tuple[float, int]:
+    """Bytes of all codes: ideal under the tables, and as coded (without scales, classes and tables)."""
+    coded, ideal = 0, 0.0
+    for names in artifact._banks(attempt.tensors):
+        planes = [attempt.tensors[name].codes for name in names]
+        bank, found = entropy.fit(planes, rounds=1, start=[classes[name] for name in names])
+        for plane, item in zip(planes, found, strict=True):
+            whole, side = entropy.Encoder(), entropy.Encoder()
+            entropy.write_plane(whole, plane, item, bank)
+            side.sequence(item.rows)
+            side.sequence(item.columns)
+            coded += len(whole.finish()) - len(side.finish())
+            ideal += entropy.plane_bits(plane, item, bank) / 8
+    return ideal, coded
+
+
+def _entropy(*columns: np.ndarray) -> float:
+    """Joint empirical entropy of integer columns, in bits in all."""
+    _, counts = np.unique(np.stack(columns), axis=1, return_counts=True)
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+def context_gain(attempt: artifact._Attempt, classes: dict[str, entropy.Classes]) -> dict[str, float]:
+    """Bytes that splitting each table by the magnitude of neighbouring codes would save, table costs not counted.
+
+    Magnitudes are over their table's mean; six contexts by quantiles. A split always fits the codes at hand better:
+    the gain of the same contexts shuffled is subtracted.
+    """
+    gains: dict[str, float] = {"above": 0.0, "left": 0.0, "above and left": 0.0}
+    generator = np.random.default_rng(0)
+    for names in artifact._banks(attempt.tensors):
+        planes = [attempt.tensors[name].codes for name in names]
+        bank, found = entropy.fit(planes, rounds=1, start=[classes[name] for name in names])
+        probability = np.exp2(-bank.lengths())
+        mean = (probability * np.abs(np.arange(-bank.limit, bank.limit + 1))).sum(axis=1)
+        tables = [item.tables(len(mean)).astype(np.int64) for item in found]
+        sizes = [
+            np.pad(np.abs(p) / np.maximum(mean[t], 1e-3), ((1, 0), (1, 0)), constant_values=1)
+            for p, t in zip(planes, tables, strict=True)
+        ]
+        table = np.concatenate([t.ravel() for t in tables])
+        magnitude = np.concatenate([np.abs(p).ravel() for p in planes]).astype(np.int64)
+        above = np.concatenate([s[:-1, 1:].ravel() for s in sizes])
+        left = np.concatenate([s[1:, :-1].ravel() for s in sizes])
+
+        def bits(context: np.ndarray, table=table, magnitude=magnitude) -> float:
+            span = int(magnitude.max()) + 1
+            counts = np.bincount((table * 6 + context) * span + magnitude).astype(np.float64)
+            counts = np.pad(counts, (0, -len(counts) % span)).reshape(-1, span)
+            share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+            return float(-(counts[counts > 0] * np.log2(share[counts > 0])).sum())
+
+        for name, value in (("above", above), ("left", left), ("above and left", above + left)):
+            context = np.searchsorted(np.quantile(value, [0.15, 0.35, 0.65, 0.85, 0.95]), value)
+            gains[name] += (bits(generator.permutation(context)) - bits(context)) / 8
+    return gains
+
+
+def ordering_gain(attempt: artifact._Attempt, classes: dict[str, entropy.Classes]) -> tuple[float, str]:
+    """Bytes that sorting MLP units would save at most, and by what: sorted values cost only their differences.
+
+    A unit is a row of `up` and a column of `down`, with a scale and a class in each; permuting units changes nothing
+    else. Needs a format that codes differences, which version 1 does not.
+    """
+    saved: dict[str, float] = {}
+    for name, up in attempt.tensors.items():
+        if not (name.endswith("mlp.up.weight") and isinstance(up, quantize.Grid)):
+            continue
+        other = name.replace("mlp.up", "mlp.down")
+        down = attempt.tensors[other]
+        assert isinstance(down, quantize.Grid) and down.columns is not None
+        features = {
+            "scale of up": np.unique(up.rows, return_inverse=True)[1],
+            "scale of down": np.unique(down.columns, return_inverse=True)[1],
+            "class of up": classes[name].rows,
+            "class of down": classes[other].columns,
+        }
+        for label, value in features.items():
+            gain = _entropy(value) - _entropy(np.diff(np.sort(value)))
+            saved[label] = saved.get(label, 0.0) + gain / 8
+    best = max(saved, key=lambda label: saved[label], default="")
+    return saved.get(best, 0.0), best
+
+
+# ------------------------------------------------------------------------------------------------------ the tables
+
+
+def _curve(points: list[Point]) -> list[Point]:
+    return sorted(points, key=lambda p: p["bytes"])
+
+
+def _mean(point: Point, key: str, picked: np.ndarray) -> float:
+    return float(np.asarray(point[key])[picked].mean())
+
+
+def bytes_at(curve: list[Point], divergence: float, picked: np.ndarray) -> float:
+    """Bytes of a curve at a mean divergence over the picked windows; log-log linear, end segments extended."""
+    points = sorted((math.log(_mean(p, "divergence", picked)), math.log(p["bytes"])) for p in curve)
+    want = math.log(divergence)
+    at = min(max(1, sum(x < want for x, _ in points)), len(points) - 1)
+    (a, low), (b, high) = points[at - 1], points[at]
+    return math.exp(low + (want - a) / (b - a) * (high - low))
+
+
+def rises_at(curve: list[Point], size: float) -> np.ndarray | None:
+    """The rise of the NELBO of each window at a size, linear in log bytes between points; None outside the curve."""
+    points = _curve(curve)
+    for low, high in itertools.pairwise(points):
+        if low["bytes"] <= size <= high["bytes"]:
+            share = math.log(size / low["bytes"]) / math.log(high["bytes"] / low["bytes"])
+            return (1 - share) * np.asarray(low["rise"]) + share * np.asarray(high["rise"])
     return None
+
+
+def resampled(windows: int, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    """A statistic of windows, and its standard error by 200 resamplings of them."""
+    generator = np.random.default_rng(0)
+    values = [statistic(generator.integers(0, windows, windows)) for _ in range(200)]
+    return statistic(np.arange(windows)), float(np.std(values, ddof=1))
+
+
+def _pair(values: np.ndarray) -> str:
+    return f"{values.mean():+.5f} ± {values.std(ddof=1) / math.sqrt(len(values)):.5f}"
+
+
+def tables(points: list[Point], facts: dict[str, Any], parameters: int) -> list[str]:
+    """The report, in Markdown."""
+    curve = _curve([p for p in points if p["packing"] == FULL])
+    windows = len(curve[0]["rise"])
+    within = curve[0]["bytes"], curve[-1]["bytes"]
+    lines = [
+        f"Unpacked NELBO {facts['nelbo']:.4f} bits per byte on {windows} windows, {facts['tokens']:,} tokens; "
+        f"{parameters:,} parameters. Costs in bits per byte. General-purpose compressors: {', '.join(compressors())}.",
+        "", "| packing | knob | bytes | bits/param | NELBO cost | divergence | Mezzotint's bytes at equal divergence "
+        "| saved | NELBO less baseline's at 20% fewer bytes | at 8% fewer |", "|" + " --- |" * 10,
+    ]  # fmt: skip
+    for point in points:
+        if point["packing"].startswith("without"):
+            continue
+        line = (f"| {point['packing']} | {point['knob']:g} | {point['bytes']:,} | {8 * point['bytes'] / parameters:.3f} "
+                f"| {_pair(np.asarray(point['rise']))} | {_pair(np.asarray(point['divergence']))} |")  # fmt: skip
+        if point["packing"] == FULL:
+            lines.append(line + " | | | |")
+            continue
+
+        def saving(picked: np.ndarray, point: Point = point) -> float:
+            return 1 - bytes_at(curve, _mean(point, "divergence", picked), picked) / point["bytes"]
+
+        share, error = resampled(windows, saving)
+        size = (1 - share) * point["bytes"]
+        beyond = "" if within[0] <= size <= within[1] else ", extrapolated"
+        line += f" {size:,.0f} | {share:.1%} ± {error:.1%}{beyond} |"
+        for part in (0.8, 0.92):
+            ours = rises_at(curve, part * point["bytes"])
+            line += f" {_pair(ours - np.asarray(point['rise']))} |" if ours is not None else " beyond the curve |"
+        lines.append(line)
+    lines += ["", "| taken away | bytes at equal divergence, % |" + " |" * (len(VARIANT_STEPS) - 1),
+              "|" + " --- |" * (1 + len(VARIANT_STEPS))]  # fmt: skip
+    by_name: dict[str, list[Point]] = {}
+    for point in points:
+        if point["packing"].startswith("without"):
+            by_name.setdefault(point["packing"].removeprefix("without "), []).append(point)
+    for name, variant in by_name.items():
+        cells = []
+        for point in _curve(variant)[::-1]:
+
+            def more(picked: np.ndarray, point: Point = point) -> float:
+                return point["bytes"] / bytes_at(curve, _mean(point, "divergence", picked), picked) - 1
+
+            value, error = resampled(windows, more)
+            cells.append(f"{value:+.2%} ± {error:.2%}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", *facts["notes"]]
+    return lines
+
+
+def plot(points: list[Point], out: Path) -> None:
+    """Bytes against NELBO cost of every packing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(p["packing"] for p in points if not p["packing"].startswith("without")):
+        own = _curve([p for p in points if p["packing"] == name])
+        sizes = [p["bytes"] / 1e6 for p in own]
+        error = [np.std(p["rise"], ddof=1) / math.sqrt(len(p["rise"])) for p in own]
+        axes.errorbar(sizes, [np.mean(p["rise"]) for p in own], yerr=error, marker="o", markersize=4, capsize=2,
+                      label=name, linewidth=2 if name == FULL else 1)  # fmt: skip
+    axes.set(xlabel="artifact, millions of bytes", ylabel="NELBO cost, bits per byte")
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=150)
+
+
+def time_reference(model: Model, data: Dataset, out: Path) -> None:
+    """Seconds to pack and to open a network of the reference preset with random weights, on real calibration text."""
+    config = ModelConfig(**(to_dict(preset("reference").model) | {"vocab_size": model.config.vocab_size}))
+    torch.manual_seed(0)
+    network = Denoiser(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    whole = Model(config, model.tokenizer, network)
+    threads = torch.get_num_threads()
+    for codec in (
+        "mezzotint",
+        "int6",
+    ):  # random weights matter little, so that the first drops most; int6 keeps them all
+        path = out / f"reference_{codec}.mzt"
+        begin = time.perf_counter()
+        packed = artifact.pack(whole, data.split("train"), path, codec=codec, progress=_say)
+        seconds = time.perf_counter() - begin
+        torch.set_num_threads(1)
+        begin = time.process_time()
+        artifact.open_artifact(path)
+        opened = time.process_time() - begin
+        torch.set_num_threads(threads)
+        print(
+            f"reference preset, {packed['parameters']:,} random parameters, --codec {codec}: "
+            f"{packed['artifact_bytes']:,} bytes, packed in {seconds:.0f} s with {threads} threads, opened in "
+            f"{opened:.2f} s of processor time",
+            flush=True,
+        )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--windows", type=int, default=96, help="validation windows scored")
-    parser.add_argument("--repeats", type=int, default=1, help="masks per window")
-    parser.add_argument("--calibration-tokens", type=int, default=32_768)
-    parser.add_argument("--out", type=Path, default=Path())
-    parser.add_argument("--quick", action="store_true", help="fewer points and no ablations")
+    parser.add_argument("--out", type=Path, required=True, help="folder for points.jsonl, table.md and the plot")
+    parser.add_argument("--windows", type=int, default=96, help="validation windows scored [96]")
+    parser.add_argument("--repeats", type=int, default=1, help="masks per window [1]")
+    parser.add_argument("--only", help="measure only packings whose name holds this text")
+    parser.add_argument("--time-reference", action="store_true", help="time the reference preset instead")
     options = parser.parse_args()
 
     model, data = load_run(options.run), Dataset.open(options.data)
-    score = Score(data, model.config.sequence_length, options.windows, model.config.mask_id, options.repeats)
-    before = score(model)
-    print(f"unpacked: {before.mean():.5f} bits per byte on {len(before)} windows", file=sys.stderr)
-    windows = artifact.calibration_windows(model, data.split("train"), options.calibration_tokens)
-    state = artifact._state(model)
-
-    def measure(name: str, knob: float, size: int, tensors: dict[str, Any], **more: Any) -> dict[str, Any]:
-        values = {n: artifact._values(t) for n, t in tensors.items()}
-        packed = dataclasses.replace(model, network=artifact.network_of(model.config, values))
-        cost = score(packed) - before
-        point = {
-            "packing": name, "knob": knob, "bytes": size, "cost_bpb": float(cost.mean()),
-            "stderr_bpb": float(cost.std(ddof=1) / math.sqrt(len(cost))), **more,
-        }  # fmt: skip
-        print(
-            f"{name:28s} {knob:10.4g} {size:11,d} bytes  {point['cost_bpb']:+.5f} +- {point['stderr_bpb']:.5f}",
-            file=sys.stderr,
-        )
-        return point
-
-    points: list[dict[str, Any]] = []
-    quiet = lambda _: None  # noqa: E731
-    packer = artifact._Rate(model, windows, 0, artifact.TOLERANCE, quiet)
-    knobs = [2.0**k for k in (range(-4, 3, 2) if options.quick else range(-4, 7))]
-    for ingredient in INGREDIENTS[:1] if options.quick else INGREDIENTS:
-        label = "mezzotint" if ingredient == "nothing" else f"without {ingredient}"
-        for knob in knobs if ingredient == "nothing" else knobs[1::2]:
-            begin = time.perf_counter()
-            with without(ingredient, packer):
-                tried = packer.attempt(packer.finest * knob)
-            seconds = time.perf_counter() - begin
-            points.append(measure(label, knob, len(tried.data), tried.tensors, seconds=seconds))
-
-    for codec in ("int6", "reference"):
-        pruner = artifact._Pruned(model, windows, 0, codec, quiet)
-        for share in (0.0, 1.0) if options.quick else (0.0, 0.25, 0.5, 1.0):
-            tried = pruner.attempt(int(share * len(pruner.costs)))
-            points.append(measure(f"--codec {codec}", share, len(tried.data), tried.tensors))
-
-    hessians = quantize.calibration_hessians(model, windows)
-    tokenizer = len(artifact._Writer(model, artifact.LZMA).tokenizer)
-    for deviations in (12, 48) if options.quick else (6, 12, 24, 48, 96):
-        tensors = clipped(state, hessians, deviations)
-        size, best = general_purpose(b"".join(b"".join(artifact._raw_parts(t)) for t in tensors.values()))
-        # The same tokenizer and 600 bytes of header as an artifact has.
-        name = "std-clip + general purpose"
-        points.append(measure(name, deviations, size + tokenizer + 600, tensors, compressor=best))
-        coded = artifact._Writer(model, artifact.RANGE).write(tensors)
-        points.append(measure("std-clip + range coder", deviations, len(coded), tensors))
-
-    curve = [p for p in points if p["packing"] == "mezzotint"]
-    print("| packing | knob | bytes | bits/param | cost, bits per byte | Mezzotint's bytes at that cost | saved |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    parameters = sum(v.size for v in state.values())
-    for point in points:
-        same = None if point["packing"] == "mezzotint" else interpolate(curve, point["cost_bpb"])
-        point["mezzotint_bytes"] = same
-        print(
-            f"| {point['packing']} | {point['knob']:g} | {point['bytes']:,} | {8 * point['bytes'] / parameters:.3f} "
-            f"| {point['cost_bpb']:+.5f} ± {point['stderr_bpb']:.5f} "
-            + (f"| {same:,.0f} | {1 - same / point['bytes']:.1%} |" if same else "| | |")
-        )
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "rate_distortion.json").write_text(json.dumps(points, indent=1))
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for name in dict.fromkeys(p["packing"] for p in points):
-        own = sorted((p["bytes"] / 1e6, p["cost_bpb"]) for p in points if p["packing"] == name)
-        axes.plot(*zip(*own, strict=True), marker="o", label=name, linewidth=2 if name == "mezzotint" else 1)
-    axes.set(xlabel="artifact, millions of bytes", ylabel="NELBO cost, bits per byte")
-    axes.set_yscale("symlog", linthresh=1e-4)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(options.out / "rate_distortion.png", dpi=150)
+    if options.time_reference:
+        return time_reference(model, data, options.out)
+    state = artifact._state(model)
+    parameters = sum(v.size for v in state.values())
+    weights = hashlib.sha256(b"".join(v.tobytes() for v in state.values())).hexdigest()[:16]
+    setting = {"weights": weights, "windows": options.windows, "repeats": options.repeats,
+               "price": artifact.BIT_PRICE, "calibration": artifact.CALIBRATION_TOKENS}  # fmt: skip
+    kept = options.out / "points.jsonl"
+    points: list[Point] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    if any({k: p.get(k) for k in setting} != setting for p in points):
+        sys.exit(
+            f"{kept} holds points of other weights, windows, masks or settings of packing: name another folder with --out"
+        )
+
+    started = time.perf_counter()
+    score = Score(model, data, options.windows, options.repeats)
+    windows, check = artifact._calibration(model, data.split("train"), artifact.CALIBRATION_TOKENS)
+    made: dict[str, Any] = {}
+
+    def hessians() -> dict[str, torch.Tensor]:
+        if "hessians" not in made:
+            made["hessians"] = quantize.calibration_hessians(model, windows)
+        return made["hessians"]
+
+    def packer() -> artifact._Rate:
+        if "packer" not in made:
+            cost = artifact._Cost(model, check, 0)
+            made["packer"] = artifact._Rate(model, windows, 0, artifact.TOLERANCE, cost, lambda _: None)
+        made["packer"].writer.classes = None  # no point depends on those before it
+        return made["packer"]
+
+    def pruner(codec: str) -> artifact._Pruned:
+        if codec not in made:
+            made[codec] = artifact._Pruned(model, windows, 0, codec, lambda _: None)
+        return made[codec]
+
+    def point(name: str, knob: float, pack: Callable[[], tuple[int, dict[str, Any], dict[str, Any]]]) -> None:
+        if any((p["packing"], p["knob"]) == (name, knob) for p in points) or (options.only or "") not in name:
+            return
+        begin = time.perf_counter()
+        size, tensors, more = pack()
+        seconds = time.perf_counter() - begin
+        rise, divergence = score(artifact._replaced(model, artifact._Attempt(b"", tensors, 0.0, 0)))
+        row = {"packing": name, "knob": knob, "bytes": size, "seconds": seconds, **setting,
+               "rise": rise.tolist(), "divergence": divergence.tolist(), **more}  # fmt: skip
+        points.append(row)
+        with kept.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        _say(
+            f"{time.perf_counter() - started:5.0f} s  {name} {knob:g}: {size:,} bytes  {_pair(rise)}  {_pair(divergence)}"
+        )
+
+    overhead = len(artifact._Writer(model, artifact.LZMA).tokenizer) + 600  # the header an artifact would have
+
+    def mezzotint(knob: float) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        made_by = packer()
+        tried = made_by.attempt(made_by.predicted * knob)
+        more: dict[str, Any] = {}
+        if knob in VARIANT_STEPS:
+            classes = made_by.writer.classes or {}
+            ideal, coded = code_lengths(tried, classes)
+            saved, by = ordering_gain(tried, classes)
+            more = {"ideal": ideal, "coded": coded, "contexts": context_gain(tried, classes),
+                    "ordering": saved, "ordered_by": by, "general": general_purpose(tried.tensors)[0]}  # fmt: skip
+        return len(tried.data), tried.tensors, more
+
+    for knob in STEPS:
+        point(FULL, knob, lambda knob=knob: mezzotint(knob))
+
+    def recipe(deviations: float, ranged: bool) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        tensors = clipped(state, hessians(), deviations)
+        if ranged:
+            return len(artifact._Writer(model, artifact.RANGE).write(tensors)), tensors, {}
+        size, best = general_purpose(tensors)
+        return size + overhead, tensors, {"compressor": best}
+
+    for codec in ("reference", "int6"):
+        for share in (0.0, 1.0):
+
+            def pruned(codec: str = codec, share: float = share) -> tuple[int, dict[str, Any], dict[str, Any]]:
+                made_by = pruner(codec)
+                tried = made_by.attempt(int(share * len(made_by.costs)))
+                return len(tried.data), tried.tensors, {}
+
+            point(f"--codec {codec}", share, pruned)
+    for deviations in DEVIATIONS:
+        point(RECIPE, deviations, lambda d=deviations: recipe(d, False))
+    point("std-clip int6 + range coder", 12, lambda: recipe(12, True))
+
+    for ingredient in INGREDIENTS:
+        for knob in VARIANT_STEPS:
+
+            def variant(ingredient: str = ingredient, knob: float = knob) -> tuple[int, dict[str, Any], dict[str, Any]]:
+                with without(ingredient, packer(), hessians()):
+                    tried = packer().attempt(packer().predicted * knob)
+                return len(tried.data), tried.tensors, {}
+
+            point(f"without {ingredient}", knob, variant)
+
+    own = [p for p in points if p["packing"] == FULL]
+    if len(own) < 2:
+        return
+    notes = []
+    for p in own:
+        if "ideal" not in p:
+            continue
+        bits = 8 * p["bytes"] / parameters
+        best = max(p["contexts"], key=lambda name: p["contexts"][name])
+        notes += [
+            f"At {p['bytes']:,} bytes ({bits:.2f} bits a parameter):",
+            f"- codes take {p['coded']:,} bytes, {p['coded'] / p['ideal'] - 1:+.3%} over their cross-entropy under the "
+            "tables;",
+            f"- without the {CODER}: {(p['general'] + overhead) / p['bytes'] - 1:+.1%};",
+            f"- contexts of neighbouring magnitudes would save {p['contexts'][best] / p['bytes']:.3%} ({best}), tables "
+            "not counted;",
+            f"- sorting MLP units by the {p['ordered_by']} would save at most {p['ordering'] / p['bytes']:.2%}.",
+        ]
+    facts = {"nelbo": float(score.unpacked().mean()), "tokens": score.ids.numel() * options.repeats, "notes": notes}
+    text = "\n".join(tables(points, facts, parameters))
+    (options.out / "table.md").write_text(text + "\n")
+    plot(points, options.out / "rate_distortion.png")
+    print(text)
+    _say(f"{sum(p['seconds'] for p in points):.0f} s of packing in all, {time.perf_counter() - started:.0f} s now")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def packed(model: Model, text: Stream, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("codec", artifact.PACK_CODECS)
 def test_pack_and_open(model: Model, text: Stream, tmp_path: Path, codec: str) -> None:
     out = tmp_path / "model.mzt"
-    result = artifact.pack(model, text, out, codec=codec)
+    result = artifact.pack(model, text, out, codec=codec, tolerance=1e-4)
     assert result["verified"] is True
     assert result["artifact_bytes"] == out.stat().st_size == result["total_bytes"]
     opened = artifact.open_artifact(out)
@@ -97,6 +97,32 @@ def test_pack_and_open(model: Model, text: Stream, tmp_path: Path, codec: str) -
     error = (opened.logits(ids) - model.logits(ids)).square().mean() / model.logits(ids).var()
     assert error < 0.05
     assert torch.equal(opened.logits(ids), artifact.open_artifact(out).logits(ids))
+
+
+@pytest.mark.parametrize("tolerance", [3e-4, 1e-2])
+def test_packing_costs_what_was_tolerated(model: Model, text: Stream, tmp_path: Path, tolerance: float) -> None:
+    """The divergence on text that neither quantized nor measured is near the tolerance, and so is the reported cost."""
+    out = tmp_path / "model.mzt"
+    result = artifact.pack(model, Stream(list(text.ids[: len(text) // 2])), out, tolerance=tolerance)
+    assert 0.7 * tolerance < result["cost_nats_per_token"] < 1.2 * tolerance
+    fresh = quantize.Divergence(model, Stream(list(text.ids[len(text) // 2 :])).windows(64), seed=9)
+    assert 0.4 * tolerance < fresh(artifact.open_artifact(out)) < 2 * tolerance
+
+
+def test_divergence_is_the_expected_rise_of_the_nelbo(model: Model, text: Stream, packed: Path) -> None:
+    """Against a plain sum over every mask count's windows with labels drawn from the model."""
+    opened = artifact.open_artifact(packed)
+    windows = text.windows(64)[:12]
+    divergence = quantize.Divergence(model, windows, seed=3)
+    assert divergence(model) == 0
+    plain = 0.0
+    for (corrupted, masked, weight), before in zip(divergence.masked, divergence.before, strict=True):
+        hidden = masked[0].nonzero().ravel().tolist()
+        assert weight == 64 / len(hidden)
+        assert (corrupted[0, hidden] == model.config.mask_id).all()
+        old, new = before.double().softmax(-1), opened.logits(corrupted)[0, hidden].double().softmax(-1)
+        plain += weight * float((old * (old / new).log()).sum()) / (64 * len(windows))
+    assert divergence(opened) == pytest.approx(plain, rel=1e-3)
 
 
 def test_packing_twice_gives_the_same_bytes(model: Model, text: Stream, packed: Path, tmp_path: Path) -> None:

@@ -211,6 +211,28 @@ def test_data_that_has_moved_is_asked_for(trained, tmp_path, capsys):
     assert not (tmp_path / "m.mzt").exists()
 
 
+def test_sweep_writes_a_table_and_a_plot(trained, tmp_path, capsys):
+    words = ["pack", str(trained.run), "--sweep", "--out", str(tmp_path), "--tokens", "256", "--json"]
+    assert cli.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    points = result["points"]
+    sizes, costs = [p["bytes"] for p in points], [p["cost_nats_per_token"] for p in points]
+    assert len(points) >= 4 and sizes == sorted(sizes, reverse=True) and 0 < costs[0] < costs[-1]
+    lines = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert result["table"] == str(tmp_path / "sweep.csv") and len(lines) == 1 + len(points)
+    first = dict(zip(lines[0].split(","), lines[1].split(","), strict=True))
+    assert int(first["bytes"]) == sizes[0] and float(first["cost_stderr_bpb"]) > 0
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
+
+
+def test_sweep_refuses_what_it_would_ignore(trained, tmp_path, capsys):
+    for words in (["--budget", "1000"], ["--codec", "int6"], ["--tolerance", "0.1"], ["--code", trained.artifact]):
+        one_line(capsys, ["pack", trained.run, "--sweep", "--out", tmp_path / "s", *words], "--sweep")
+    one_line(capsys, ["pack", trained.run, "--out", tmp_path / "m.mzt", "--tokens", "64"], "--sweep")
+    one_line(capsys, ["pack", trained.run, "--sweep", "--out", tmp_path / "no" / "s"], "no such folder")
+    assert not list(tmp_path.iterdir())
+
+
 def test_demo_does_not_touch_other_files(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     one_line(capsys, ["demo", "--out", tmp_path], "other files")

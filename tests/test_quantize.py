@@ -23,14 +23,16 @@ def output_error(weight: torch.Tensor, grid: quantize.Grid, hessian: torch.Tenso
     return float(torch.trace(delta @ hessian @ delta.T))
 
 
-def naive_gptq(weight: torch.Tensor, hessian: torch.Tensor, rows: np.ndarray, limit: int) -> np.ndarray:
+def naive_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, rows: np.ndarray, limit: int, descending: bool = True
+) -> np.ndarray:
     """Round one column at a time; after each, re-solve the least-squares problem over all columns still free.
 
     With F the free columns and the error e on the column just fixed, minimising the quadratic form over the free
     weights gives w_F -= e * H_FF^-1 H_Fj. No Cholesky factor, no inverse of the whole, no lazy updates.
     """
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
-    order = torch.argsort(hessian.diagonal(), descending=True).tolist()
+    order = torch.argsort(hessian.diagonal(), descending=descending).tolist()
     target, codes = weight.double().clone(), np.zeros(weight.shape, dtype=np.int16)
     scale = torch.from_numpy(rows.astype(np.float64))
     work = target.clone()
@@ -44,12 +46,29 @@ def naive_gptq(weight: torch.Tensor, hessian: torch.Tensor, rows: np.ndarray, li
     return codes
 
 
+@pytest.mark.parametrize("ascending", [False, True])
 @pytest.mark.parametrize("block", [4, 7, 128])
-def test_gptq_equals_naive_re_solve(block: int) -> None:
+def test_gptq_equals_naive_re_solve(block: int, ascending: bool) -> None:
     weight, hessian = problem()
     rows = quantize.row_scales(weight.numpy(), hessian.diagonal().numpy(), 7)
-    grid = quantize.gptq(weight, hessian, rows, limit=7, block=block)
-    np.testing.assert_array_equal(grid.codes, naive_gptq(weight, hessian, rows, 7))
+    grid = quantize.gptq(weight, hessian, rows, limit=7, block=block, ascending=ascending)
+    np.testing.assert_array_equal(grid.codes, naive_gptq(weight, hessian, rows, 7, descending=not ascending))
+
+
+def test_curved_scales_cost_as_said_in_either_order() -> None:
+    """Rounding on them costs about step^2 / 24 per weight; where codes grow near the limit the order changes."""
+    weight, hessian = problem(rows=60, columns=40)
+    rows = np.linspace(0.5, 1.5, 60)
+    step = 0.02
+    for limit, expected in ((20_000, True), (200, False)):
+        *scales, ascending = quantize.curved_scales(weight.numpy(), quantize.Curvature(hessian, rows), step, limit)
+        assert ascending is expected
+        if not expected:
+            continue
+        grid = quantize.gptq(weight, hessian, *scales, limit=limit, ascending=ascending)
+        delta = weight.double() - torch.from_numpy(grid.values()).double()
+        cost = 0.5 * float((torch.from_numpy(rows) * ((delta @ quantize.damped(hessian, 0.01)) * delta).sum(1)).sum())
+        assert cost == pytest.approx(weight.numel() * step**2 / 24, rel=0.1)
 
 
 def test_gptq_beats_plain_rounding_in_output_error() -> None:

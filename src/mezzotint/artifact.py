@@ -53,9 +53,12 @@ CODECS = (GRID, GRID_COLUMNS, FLOAT16, FLOAT32)
 RANGE, LZMA = "range", "lzma"
 
 PACK_CODECS = ("mezzotint", "int6", "reference")
-TOLERANCE = 0.0001  # nats per token of predicted cost; the true cost has measured 12 times the prediction
-BIT_PRICE = 0.12  # lambda over step^2; ln 2 / 6 = 0.116 at high rate, where D = step^2 / 12 and dR = -dln(step) / ln 2
+TOLERANCE = 0.001  # nats per token of measured cost: 0.0005 bits per byte at 2.7 bytes a token
+CALIBRATION_TOKENS = 65_536
+CHECK_TOKENS = 8_192  # calibration text on which the cost is measured
+BIT_PRICE = 0.03  # lambda over step^2. ln 2 / 6 = 0.116 follows from D = step^2 / 12, but costs 5% more bytes (LOG.md)
 PRICED_PASSES = 1
+SETTLING = 4  # attempts at most to meet the tolerance
 COARSEST = 64.0  # the coarsest step tried for a budget, over the finest
 
 Progress = Callable[[str], None]
@@ -548,6 +551,17 @@ def calibration_windows(model: Model, calibration: TokenStream | None, tokens: i
     return [np.asarray(windows[int(i)]) for i in np.linspace(0, len(windows) - 1, count)]
 
 
+def _calibration(
+    model: Model, calibration: TokenStream | None, tokens: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Windows to quantize by, and windows between them to measure on (the same ones if there is a single window)."""
+    windows = calibration_windows(model, calibration, tokens + CHECK_TOKENS)
+    every = max(2, (tokens + CHECK_TOKENS) // CHECK_TOKENS)
+    check = windows[every // 2 :: every] or windows
+    rest = [w for i, w in enumerate(windows) if i % every != every // 2]
+    return rest or windows, check
+
+
 @dataclass(frozen=True)
 class _Attempt:
     """One way to pack a model: the file's bytes, what its tensors stand for, and what it took."""
@@ -556,24 +570,46 @@ class _Attempt:
     tensors: dict[str, Grid | np.ndarray]
     code_bits: float
     pruned: int
+    step: float = 0.0
+
+
+class _Cost:
+    """What an attempt costs in likelihood, measured on masked text: nats per token."""
+
+    def __init__(self, model: Model, windows: list[np.ndarray], seed: int) -> None:
+        self.model = model
+        self.divergence = quantize.Divergence(model, windows, seed + 1)
+
+    def __call__(self, attempt: _Attempt) -> float:
+        return self.divergence(_replaced(self.model, attempt))
+
+
+def _replaced(model: Model, attempt: _Attempt) -> Model:
+    """`model` with the weights that the attempt's bytes stand for."""
+    network = network_of(model.config, {name: _values(tensor) for name, tensor in attempt.tensors.items()})
+    return dataclasses.replace(model, network=network.to(model.device))
 
 
 class _Rate:
     """Rate-distortion quantization: GPTQ on curvature grids whose roundings pay for their bits. One knob, the step."""
 
-    def __init__(self, model: Model, windows: list[np.ndarray], seed: int, tolerance: float, say: Progress) -> None:
+    def __init__(
+        self, model: Model, windows: list[np.ndarray], seed: int, tolerance: float, cost: _Cost, say: Progress
+    ) -> None:
         say(f"curvature from {sum(map(len, windows)):,} tokens")
         self.curvature = quantize.curvature(model, windows, seed)
         self.state = _state(model)
         self.writer = _Writer(model, RANGE)
+        self.tolerance = tolerance
+        self.cost = cost
         self.say = say
-        self.best: _Attempt | None = None
         weights = sum(v.size for n, v in self.state.items() if n.removesuffix(".weight") in self.curvature)
-        self.finest = math.sqrt(24 * tolerance / weights)
+        # By the curvature. The cost measured has been 1.5 to 12 times as much.
+        self.predicted = math.sqrt(24 * tolerance / weights)
 
     def attempt(self, step: float) -> _Attempt:
         """Pack at one step: plain GPTQ, then GPTQ under the code lengths that the codes before it gave."""
-        scales: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        scales: dict[str, tuple[np.ndarray, np.ndarray, bool]] = {}
         tensors: dict[str, Grid | np.ndarray] = {}
         for name, value in self.state.items():
             module = name.removesuffix(".weight")
@@ -582,7 +618,7 @@ class _Rate:
             tensors[name] = _floats(value)
         models: dict[str, tuple[np.ndarray, entropy.Classes]] = {}
         for _ in range(1 + PRICED_PASSES):
-            for name, (rows, columns) in scales.items():
+            for name, (rows, columns, ascending) in scales.items():
                 curvature = self.curvature[name.removesuffix(".weight")]
                 price = None
                 if models:
@@ -590,7 +626,7 @@ class _Rate:
                     price = quantize.Price(lengths, classes.tables(len(lengths)), curvature.rows, BIT_PRICE * step**2)
                 tensors[name] = quantize.gptq(
                     torch.from_numpy(self.state[name]), curvature.inputs, rows, columns,
-                    limit=entropy.MAX_MAGNITUDE, price=price,
+                    limit=entropy.MAX_MAGNITUDE, price=price, ascending=ascending,
                 )  # fmt: skip
             models = {}
             for names in _banks(tensors):
@@ -601,7 +637,25 @@ class _Rate:
         self.writer.classes = {name: classes for name, (_, classes) in models.items()}
         data = self.writer.write(tensors)
         self.say(f"{len(data):,} bytes at step {step:.3g}")
-        return _Attempt(data, tensors, self.writer.code_bits, 0)
+        return _Attempt(data, tensors, self.writer.code_bits, 0, step)
+
+    def settle(self, limit: int | None = None) -> _Attempt:
+        """An attempt that costs about the tolerance by measurement; the first larger than `limit` bytes ends the search.
+
+        The cost goes with the square of the step or a little more, so that few attempts do.
+        """
+        step, attempt = self.predicted, None
+        for _ in range(SETTLING):
+            attempt = self.attempt(step)
+            if limit is not None and len(attempt.data) > limit:
+                break
+            ratio = self.cost(attempt) / self.tolerance
+            self.say(f"measured cost: {ratio * self.tolerance:.2g} nats per token")
+            if 0.8 <= ratio <= 1.1:
+                break
+            step *= min(8.0, max(0.125, max(ratio, 1e-9) ** -0.5))
+        assert attempt is not None
+        return attempt
 
     def fit(self, limit: int) -> tuple[_Attempt | None, int]:
         """The finest attempt found of at most `limit` bytes, if any, and the smallest size seen.
@@ -609,11 +663,11 @@ class _Rate:
         Size falls smoothly with the logarithm of the step, so false position with a bisection every third time gets
         within 0.3% of the limit in few attempts.
         """
-        fine, coarse = 0.0, math.log(COARSEST)
-        first = self.attempt(self.finest)
+        first = self.settle(limit)
         if len(first.data) <= limit:
             return first, len(first.data)
-        last = self.attempt(self.finest * COARSEST)
+        fine, coarse = 0.0, math.log(COARSEST)
+        last = self.attempt(first.step * COARSEST)
         if len(last.data) > limit:
             return None, len(last.data)
         fine_size, best = len(first.data), last
@@ -625,7 +679,7 @@ class _Rate:
             share = (top - math.log(limit * 0.9985)) / max(1e-9, top - bottom)
             share = 0.5 if number % 3 == 2 else min(0.97, max(0.03, share))
             middle = fine + (coarse - fine) * share
-            tried = self.attempt(self.finest * math.exp(middle))
+            tried = self.attempt(first.step * math.exp(middle))
             if len(tried.data) <= limit:
                 coarse, best = middle, tried
             else:
@@ -735,7 +789,7 @@ def pack(
     code: Sequence[Path | str] = (),
     codec: str = "mezzotint",
     tolerance: float = TOLERANCE,
-    calibration_tokens: int = 32_768,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -743,13 +797,13 @@ def pack(
 
     calibration: the training split's tokens; masked text from it gives curvature and Hessians. codec: `mezzotint`
     (rate-distortion GPTQ), `int6` (GPTQ to int6 on a row grid, range-coded, +-1 dropping) or `reference` (the seed's
-    quantization and LZMA). tolerance (`mezzotint` only): the predicted cost in nats per token below which bytes are
-    not worth spending, so that an artifact need not fill its budget. The written file is reopened and every weight
-    compared before this returns.
+    quantization and LZMA). tolerance (`mezzotint` only): the cost in nats per token below which bytes are not worth
+    spending, so that an artifact need not fill its budget; measured (`quantize.Divergence`) on text between the
+    calibration's. The written file is reopened and every weight compared before this returns.
 
     Returns `artifact_bytes`, `code_bytes`, `total_bytes`, `budget_bytes`, `parameters`, `bits_per_parameter` (of the
     artifact), `pruned_codes`, `entropy_bits_per_code` (ideal code length per quantized weight; for `reference` the
-    LZMA stream's), `verified`. Raises ArtifactError if there is no calibration text, if the budget cannot be met
+    LZMA stream's), `cost_nats_per_token` (measured as above), `verified`. Raises ArtifactError if there is no calibration text, if the budget cannot be met
     (naming the smallest reachable size) or if the file cannot be written; `out` is then untouched.
     """
     say = progress or (lambda _: None)
@@ -765,9 +819,10 @@ def pack(
         code_bytes += Path(item).stat().st_size
     if not out.parent.is_dir():
         raise ArtifactError(f"{out.parent}: no such folder to write {out.name} to")
-    windows = calibration_windows(model, calibration, calibration_tokens)
+    windows, check = _calibration(model, calibration, calibration_tokens)
+    cost = _Cost(model, check, seed)
     packer = (
-        _Rate(model, windows, seed, tolerance, say)
+        _Rate(model, windows, seed, tolerance, cost, say)
         if codec == "mezzotint"
         else _Pruned(model, windows, seed, codec, say)
     )
@@ -776,7 +831,7 @@ def pack(
         raise ArtifactError(f"a budget of {budget:,} bytes cannot be met: the smallest reachable size is "
                             f"{smallest + code_bytes:,} bytes ({code_bytes:,} of them code)")  # fmt: skip
     _write_verified(out, attempt.data, attempt.tensors)
-    return _report(model, attempt, code_bytes, budget)
+    return _report(model, attempt, code_bytes, budget, cost(attempt))
 
 
 def store(model: Model, out: Path | str) -> dict[str, Any]:
@@ -794,10 +849,10 @@ def store(model: Model, out: Path | str) -> dict[str, Any]:
         tensors[name] = half if half.astype(np.float32).tobytes() == value.tobytes() else value
     data = _Writer(model, RANGE).write(tensors)
     _write_verified(out, data, tensors)
-    return _report(model, _Attempt(data, tensors, 0.0, 0), 0, BUDGET)
+    return _report(model, _Attempt(data, tensors, 0.0, 0), 0, BUDGET, 0.0)
 
 
-def _report(model: Model, attempt: _Attempt, code_bytes: int, budget: int) -> dict[str, Any]:
+def _report(model: Model, attempt: _Attempt, code_bytes: int, budget: int, cost: float) -> dict[str, Any]:
     parameters = count_parameters(model.network)
     codes = sum(tensor.codes.size for tensor in attempt.tensors.values() if isinstance(tensor, Grid))
     return {
@@ -809,6 +864,7 @@ def _report(model: Model, attempt: _Attempt, code_bytes: int, budget: int) -> di
         "bits_per_parameter": 8 * len(attempt.data) / parameters,
         "pruned_codes": attempt.pruned,
         "entropy_bits_per_code": attempt.code_bits / max(1, codes),
+        "cost_nats_per_token": cost,
         "verified": True,
     }
 
@@ -819,29 +875,35 @@ def sweep(
     score: Callable[[Model], np.ndarray],
     *,
     tolerances: Sequence[float] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
-    calibration_tokens: int = 32_768,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
     """Bytes against likelihood: pack at each tolerance and score what the file's bytes stand for.
 
     score: bits per byte of each of a fixed set of windows under fixed masks, so that differences to the unpacked model
-    pair up. Returns one dict per tolerance: `tolerance`, `bytes`, `bits_per_parameter`, `nelbo_bpb`, `cost_bpb` (over
-    the unpacked model) and `cost_stderr_bpb`.
+    pair up. The first point costs about the first of `tolerances` (increasing; nats per token) by measurement, the
+    others' steps follow from its. Returns one dict per tolerance: `tolerance`, `bytes`, `bits_per_parameter`,
+    `cost_nats_per_token` (measured as by `pack`, on calibration text), `nelbo_bpb`, `cost_bpb` (over the unpacked
+    model) and `cost_stderr_bpb`.
     """
     say = progress or (lambda _: None)
-    windows = calibration_windows(model, calibration, calibration_tokens)
+    windows, check = _calibration(model, calibration, calibration_tokens)
     before = np.asarray(score(model), dtype=np.float64)
-    packer = _Rate(model, windows, seed, tolerances[0], say)
+    measured = _Cost(model, check, seed)
+    packer = _Rate(model, windows, seed, tolerances[0], measured, say)
     points = []
+    first = packer.settle()
     for tolerance in tolerances:
-        attempt = packer.attempt(packer.finest * math.sqrt(tolerance / tolerances[0]))
-        network = network_of(model.config, {name: _values(tensor) for name, tensor in attempt.tensors.items()})
-        after = np.asarray(score(dataclasses.replace(model, network=network)), dtype=np.float64)
+        attempt = first
+        if tolerance != tolerances[0]:
+            attempt = packer.attempt(first.step * math.sqrt(tolerance / tolerances[0]))
+        after = np.asarray(score(_replaced(model, attempt)), dtype=np.float64)
         cost = after - before
         points.append({
             "tolerance": tolerance, "bytes": len(attempt.data),
             "bits_per_parameter": 8 * len(attempt.data) / count_parameters(model.network),
+            "cost_nats_per_token": measured(attempt),
             "nelbo_bpb": float(after.mean()), "cost_bpb": float(cost.mean()),
             "cost_stderr_bpb": float(cost.std(ddof=1) / math.sqrt(len(cost))),
         })  # fmt: skip

@@ -181,9 +181,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--codec", default="mezzotint", choices=("mezzotint", "int6", "reference"), help="[mezzotint]")
     sub.add_argument("--data", type=Path, metavar="DATA", help="calibration text [the data the run was trained on]")
     sub.add_argument(
-        "--tolerance", type=float, metavar="NATS", help="predicted cost not worth more bytes, nats a token"
+        "--tolerance", type=float, metavar="NATS", help="measured cost not worth more bytes, nats a token [0.001]"
     )
     sub.add_argument("--seed", type=int, default=0, help="seed of the calibration masks [0]")
+    sub.add_argument(
+        "--sweep",
+        action="store_true",
+        help="write no artifact but a table and a plot of bytes against NELBO: OUT.csv, OUT.png",
+    )
+    sub.add_argument(
+        "--tokens", type=_positive, metavar="N", help="with --sweep: score about N validation tokens [24576]"
+    )
 
     sub = command(
         "score",
@@ -551,6 +559,13 @@ def _run_pack(arguments: argparse.Namespace, progress: _Progress) -> None:
     dataset = _run_data(arguments.run_folder, arguments.data, "calibration")
     assert dataset is not None
     more = {k: getattr(arguments, k) for k in ("budget", "tolerance") if getattr(arguments, k) is not None}
+    if arguments.sweep:
+        if more or arguments.code or arguments.codec != "mezzotint":
+            raise ConfigError("--sweep tries many tolerances of the codec mezzotint: leave out --budget, --tolerance, "
+                              "--code and --codec")  # fmt: skip
+        return _run_sweep(arguments, model, dataset, progress)
+    if arguments.tokens is not None:
+        raise ConfigError("--tokens says how much text --sweep scores: give both or neither")
     result = pack(
         model,
         dataset.split("train"),
@@ -564,6 +579,49 @@ def _run_pack(arguments: argparse.Namespace, progress: _Progress) -> None:
     _print_pack(arguments, arguments.out, result)
 
 
+def _run_sweep(arguments: argparse.Namespace, model: Model, dataset: Dataset, progress: _Progress) -> None:
+    from mezzotint.artifact import sweep
+    from mezzotint.evaluate import nelbo_by_window
+    from mezzotint.report import sweep_chart
+
+    out: Path = arguments.out
+    if out.is_dir():
+        out = out / "sweep"
+    elif not out.parent.is_dir():
+        raise ConfigError(f"{out.parent}: no such folder to write {out.name}.csv to")
+    windows = dataset.split("val").windows(model.config.sequence_length)
+    tokens = arguments.tokens or 24_576
+    points = sweep(
+        model,
+        dataset.split("train"),
+        lambda candidate: nelbo_by_window(candidate, windows, tokens=tokens, seed=arguments.seed),
+        seed=arguments.seed,
+        progress=progress.say,
+    )
+    progress.close()
+    table = out.with_name(out.name + ".csv")
+    chart = out.with_name(out.name + ".png")
+    text = [",".join(points[0]), *(",".join(f"{value:.10g}" for value in point.values()) for point in points)]
+    atomic_write(table, "\n".join(text) + "\n")
+    atomic_write(chart, sweep_chart(points))
+    if not arguments.json:
+        names = ("tolerance", "bytes", "bits/param", "NELBO, bits/byte", "cost", "± s.e.")
+        rows = [
+            (
+                f"{p['tolerance']:g}",
+                f"{p['bytes']:,}",
+                f"{p['bits_per_parameter']:.3f}",
+                f"{p['nelbo_bpb']:.5f}",
+                f"{p['cost_bpb']:+.5f}",
+                f"{p['cost_stderr_bpb']:.5f}",
+            )
+            for p in points
+        ]
+        _table("", [(n, "right") for n in names], rows)
+    result = {"points": points, "table": str(table), "chart": str(chart)}
+    _emit(arguments, result, [("table", table), ("chart", chart)])
+
+
 def _print_pack(arguments: argparse.Namespace, path: Path, result: dict[str, Any]) -> None:
     left = result["budget_bytes"] - result["total_bytes"]
     lines = [
@@ -572,6 +630,7 @@ def _print_pack(arguments: argparse.Namespace, path: Path, result: dict[str, Any
         ("total", f"{result['total_bytes']:,} of {result['budget_bytes']:,} bytes ({left:,} left)"),
         ("parameters", f"{result['parameters']:,} at {result['bits_per_parameter']:.3f} bits"),
         ("codes", f"{result['entropy_bits_per_code']:.3f} bits each, {result['pruned_codes']:,} dropped"),
+        ("cost", f"{result['cost_nats_per_token']:.2g} nats a token, by divergence on calibration text"),
         ("verified", "reopened, every weight equal" if result["verified"] else "NO"),
     ]
     _emit(arguments, result, lines)

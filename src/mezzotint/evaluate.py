@@ -501,6 +501,23 @@ def nelbo(
     return _estimate("nelbo", UPPER_BOUND, windows, chosen, nats, started, nats.size, seed)
 
 
+def nelbo_by_window(
+    model: Model, windows: Windows, *, tokens: int | None = None, repeats: int = 2, seed: int = 0
+) -> np.ndarray:
+    """Each window's share of `nelbo`, float64 [windows]: their mean is the figure, in bits per byte.
+
+    For differences between models of one tokenizer: the same arguments give the same windows and masks. Raises as
+    `nelbo` does.
+    """
+    chosen = choose_windows(windows, tokens)
+    book = _nelbo_book(model, windows, chosen, tokens, repeats, seed, None)
+    nats = _nelbo_matrix(model, windows, chosen, repeats, seed, None, book, _silent)
+    size = float(np.mean([windows.byte_count(i) for i in chosen]))
+    if size == 0:
+        raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
+    return nats.mean(axis=0) / math.log(2) / size
+
+
 def _silent(done: int, total: int) -> None:
     pass
 

@@ -144,6 +144,40 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
     return result
 
 
+class Divergence:
+    """What replacing a model's weights costs: how far its predictions on masked text move, in nats per token.
+
+    The mean over windows of sum over masks of T / k * KL(before || after): the expected rise of the NELBO if the text
+    were drawn from the model's own predictions. Unlike the rise on real text it has no noise of first order in the
+    change, so that a few windows do.
+    """
+
+    def __init__(self, model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> None:
+        windows = list(windows)
+        generator = torch.Generator().manual_seed(seed)
+        length = max(len(window) for window in windows)
+        counts = stratified_counts(len(windows), length, generator)
+        self.tokens = sum(map(len, windows))
+        self.masked: list[tuple[Tensor, Tensor, float]] = []
+        self.before: list[Tensor] = []
+        for window, count in zip(windows, counts, strict=True):
+            ids = torch.as_tensor(window, dtype=torch.int64)[None]
+            # A last, shorter window keeps its mask rate.
+            scaled = (count[None] * len(window) / length).ceil().long().clamp(1, len(window))
+            corrupted, masked = mask_by_count(ids, scaled, model.config.mask_id, generator)
+            self.masked.append((corrupted, masked, len(window) / float(scaled)))
+            self.before.append(model.logits(corrupted, positions=masked).cpu())
+
+    def __call__(self, model: Model) -> float:
+        """Nats per token that `model` costs over the one this was made with."""
+        total = 0.0
+        for (corrupted, masked, weight), before in zip(self.masked, self.before, strict=True):
+            old = before.log_softmax(-1)
+            new = model.logits(corrupted, positions=masked).cpu().log_softmax(-1)
+            total += weight * float((old.exp() * (old - new)).sum(dtype=torch.float64))
+        return total / self.tokens
+
+
 def snap(scales: np.ndarray, per_octave: int = 16) -> np.ndarray:
     """Scales rounded to float16 numbers nearest a geometric grid of `per_octave` steps; 0 stays 0.
 
@@ -211,16 +245,17 @@ def gptq(
     damping: float = 0.01,
     block: int = 128,
     price: Price | None = None,
+    ascending: bool = False,
 ) -> Grid:
     """Codes that make the layer's output error small: tr((W - Q) H (W - Q)^T), H = E[x x^T] or a curvature.
 
-    GPTQ (Frantar et al. 2022, algorithm 1): columns are rounded one after the other, by descending diagonal of H, and
-    each column's error is spread over the columns still to come by the Cholesky factor of H^-1. With a `price`, each
+    GPTQ (Frantar et al. 2022, algorithm 1): columns are rounded one after the other, in `rounding_order`, and each
+    column's error is spread over the columns still to come by the Cholesky factor of H^-1. With a `price`, each
     rounding takes the cheapest of the two neighbouring codes and zero, by its error's final cost plus per_bit times
     its code length, so the whole trades error against bits.
     weight [R, C]; hessian [C, C]; rows, columns: float16 scales [R], [C].
     """
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    order = rounding_order(hessian, ascending)
     factor = inverse_factor(hessian, order, damping).float()
     work = weight.detach().float().cpu().T[order].contiguous()  # [C, R]: one column of W per row
     scale = torch.from_numpy(rows.astype(np.float32))
@@ -266,6 +301,15 @@ def gptq(
     return Grid(result.T.contiguous().numpy().astype(np.int16), rows, columns)
 
 
+def rounding_order(hessian: Tensor, ascending: bool = False) -> Tensor:
+    """Columns by descending diagonal of the Hessian, or ascending; the reader of the codes need not know.
+
+    On one step for all, the columns that matter most go first, while others are left to make good their errors. On
+    `curved_scales` every column's error costs alike; at low rates the other way round then costs less (LOG.md).
+    """
+    return torch.argsort(hessian.diagonal(), descending=not ascending, stable=True)
+
+
 def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped `hessian` with rows and columns in `order`, float64."""
     h = damped(hessian, damping)[order][:, order]
@@ -274,7 +318,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
 
 def curved_scales(
     weight: np.ndarray, curvature: Curvature, step: float, limit: int, damping: float = 0.01
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, bool]:
     """Float16 scales (rows [R], columns [C]) whose rounding errors all cost alike: about step^2 / 24 nats per weight.
 
     In GPTQ the error on column j ends up costing rows[r] * L_j^2 times its square, L_j being what of the input's column
@@ -282,19 +326,25 @@ def curved_scales(
     total need every error to cost the same, hence a grid of step / (sqrt(rows[r]) L_j): reverse water-filling with
     the quantizer's spacing instead of its rate (Lifar et al. 2026, "WaterSIC"). Rows are widened where codes would
     pass 80% of `limit`. A matrix without curvature gets 8 steps per standard deviation of a row.
+
+    The scales hold for one order of rounding, the third result: ascending, unless that would widen a row (it makes
+    larger codes), or else descending.
     """
     if not curvature.inputs.diagonal().mean() > 0:
         rows = np.maximum(np.sqrt(np.square(weight).mean(axis=1)) / 8, np.abs(weight).max(axis=1) / (0.8 * limit))
-        return snap(rows, 8), np.ones(weight.shape[1], dtype=np.float16)
-    order = torch.argsort(curvature.inputs.diagonal(), descending=True, stable=True)
-    own = torch.empty(len(order), dtype=torch.float64)
-    own[order] = 1 / inverse_factor(curvature.inputs, order, damping).diagonal()
-    columns = step / own.numpy()
-    middle = float(np.exp(np.log(columns).mean()))  # keeps both vectors well inside float16
-    across = snap(columns / middle, 8)
-    rows = middle / np.sqrt(curvature.rows)
-    rows = np.maximum(rows, (np.abs(weight) / across.astype(np.float64)).max(axis=1) / (0.8 * limit))
-    return snap(rows, 8), across
+        return snap(rows, 8), np.ones(weight.shape[1], dtype=np.float16), False
+    for ascending in (True, False):
+        order = rounding_order(curvature.inputs, ascending)
+        own = torch.empty(len(order), dtype=torch.float64)
+        own[order] = 1 / inverse_factor(curvature.inputs, order, damping).diagonal()
+        columns = step / own.numpy()
+        middle = float(np.exp(np.log(columns).mean()))  # keeps both vectors well inside float16
+        across = snap(columns / middle, 8)
+        rows = middle / np.sqrt(curvature.rows)
+        least = (np.abs(weight) / across.astype(np.float64)).max(axis=1) / (0.8 * limit)
+        if not (least > rows).any():
+            break
+    return snap(np.maximum(rows, least), 8), across, ascending
 
 
 def percentile_scales(weight: np.ndarray, limit: int) -> np.ndarray:

@@ -191,6 +191,25 @@ def loss_chart(rows: Sequence[dict[str, Any]], validation: Estimate | None = Non
     return _svg(figure, "loss")
 
 
+def sweep_chart(points: Sequence[dict[str, float]]) -> bytes:
+    """Artifact bytes against NELBO of a sweep, with the standard errors of the differences to the unpacked model. PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    sizes = [p["bytes"] / 1e6 for p in points]
+    error = [p["cost_stderr_bpb"] for p in points]
+    axes.errorbar(sizes, [p["nelbo_bpb"] for p in points], yerr=error, marker="o", capsize=3, label="packed")
+    unpacked = points[0]["nelbo_bpb"] - points[0]["cost_bpb"]
+    axes.axhline(unpacked, color="grey", linestyle="--", label=f"unpacked, {unpacked:.4f}")
+    axes.set(xlabel="artifact, millions of bytes", ylabel="validation NELBO, bits per byte")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150, metadata={"Software": None})
+    return out.getvalue()
+
+
 def rate_chart(curve: Sequence[RateBin]) -> str:
     """Cross-entropy against mask rate, in bits per byte; the shaded area's mean height is the NELBO. SVG."""
     figure, axes = _figure(8.6, 3.0)
