@@ -50,7 +50,9 @@ def losses(data: Path, out: Path, processes: int, **settings) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("settings", [{"weighting": "reference", "causal_share": 0.5, "micro_batch": 1}, {"block_size": 5}])
+@pytest.mark.parametrize(
+    "settings", [{"weighting": "reference", "causal_share": 0.5, "micro_batch": 1}, {"block_size": 5}]
+)
 def test_number_of_processes_changes_nothing(data, tmp_path, settings):
     alone = losses(data, tmp_path / "p1", 1, steps=15, batch=4, **settings)
     assert len(alone) == 15 and alone[-1] < alone[0]
