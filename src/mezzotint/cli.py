@@ -638,13 +638,14 @@ def _run_compare(arguments: argparse.Namespace, progress: _Progress) -> None:
     from mezzotint.data import Dataset
     from mezzotint.evaluate import compare
 
-    models = [_load(arguments.a), _load(arguments.b)]
+    a, b = _load(arguments.a), _load(arguments.b)
     dataset = Dataset.open(arguments.data)
-    for model in models:
+    for model in (a, b):
         _same_tokenizer(model, dataset, arguments.data)
-    windows = dataset.split(arguments.split).windows(models[0].config.sequence_length)
+    windows = dataset.split(arguments.split).windows(a.config.sequence_length)
     found = compare(
-        *models,
+        a,
+        b,
         windows,
         method=arguments.method,
         tokens=arguments.tokens,
