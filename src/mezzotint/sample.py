@@ -652,10 +652,13 @@ def sample(
 
     Text i depends on (seed, i) only. Each begins after a BOS, with `prompt` if given. A length beyond the window is
     drawn window after window, each seeing the last half window of text before it; `steps` is then per window.
-    on_step sees the whole canvas [n, tokens]. visibility: see `denoise`. settings: the fields of `Sampling`. Raises MezzotintError for a bad
+    on_step sees the whole canvas [n, tokens]. visibility: see `denoise`. settings: the fields of `Sampling`; a model
+    that was trained in blocks is sampled by `blocks` unless told otherwise. Raises MezzotintError for a bad
     number, length or prompt.
     """
     started = time.perf_counter()
+    if trained_block_size(model.info):
+        settings.setdefault("sampler", "blocks")
     _check_text(prompt)
     if n < 1:
         raise ConfigError(f"cannot draw {n} texts: ask for at least 1")
