@@ -66,16 +66,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 
 def attend_doubled(q: Tensor, k: Tensor, v: Tensor, size: int, clean: Tensor, noisy: Tensor) -> Tensor:
-    """Attention over a doubled window [noisy | clean]. q: [B, H, 2T, D]; k, v: [B, H_kv, 2T, D]; returns as q.
+    """Attention over a doubled window [noisy | clean]. q: [B, H, 2T, D], or the noisy half of it; k, v: [B, H_kv, 2T,
+    D]; returns as q.
 
     clean: bool [T, T], the clean half's mask. noisy: bool [T, 2T], the noisy half's: its own noisy block, and the clean
     ones before. Written out, a noisy query meets the T clean keys and the `size` noisy ones of its own block only.
     """
-    length = q.shape[2] // 2
-    tidy = attend(q[:, :, length:], k[:, :, length:], v[:, :, length:], clean)
-    q = q[:, :, :length]
+    length = k.shape[2] // 2
+    if q.shape[2] > length:
+        tidy = attend(q[:, :, length:], k[:, :, length:], v[:, :, length:], clean)
+        return torch.cat((attend_doubled(q[:, :, :length], k, v, size, clean, noisy), tidy), dim=2)
     if not _by_products(q, length):
-        return torch.cat((attend(q, k, v, noisy), tidy), dim=2)
+        return attend(q, k, v, noisy)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     q = q * q.shape[-1] ** -0.5
@@ -92,7 +94,7 @@ def attend_doubled(q: Tensor, k: Tensor, v: Tensor, size: int, clean: Tensor, no
         near = near.masked_fill(~there, -torch.inf)
     weights = torch.cat((far, near.flatten(2, 3)[:, :, :length]), dim=-1).softmax(-1).to(v.dtype)
     own = (cut(weights[..., length:]) @ cut(v[:, :, :length])).flatten(2, 3)[:, :, :length]
-    return torch.cat((weights[..., :length] @ v[:, :, length:] + own, tidy), dim=2)
+    return weights[..., :length] @ v[:, :, length:] + own
 
 
 def mix_neighbours(x: Tensor, taps: Tensor, size: int, start: int = 0, earlier: Tensor | None = None) -> Tensor:
@@ -150,10 +152,11 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=False)
         self.query_gain = nn.Parameter(torch.full((config.heads,), config.query_gain))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, see: See, value_bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, see: See, value_bias: Tensor | None, asking: int) -> Tensor:
+        """x: [B, T, W]; the first `asking` positions ask, all answer. Returns [B, asking, W]."""
         c = self.config
         b, t, _ = x.shape
-        q = self.query(x).view(b, t, c.heads, c.head_width)
+        q = self.query(x[:, :asking]).view(b, asking, c.heads, c.head_width)
         k = self.key(x).view(b, t, c.kv_heads, c.head_width)
         v = self.value(x)
         if value_bias is not None:
@@ -161,15 +164,15 @@ class Attention(nn.Module):
         v = v.view(b, t, c.kv_heads, c.head_width)
         q = F.rms_norm(q, (c.head_width,))
         k = F.rms_norm(k, (c.head_width,))
-        q = rotate(q, cos, sin) * self.query_gain.to(q.dtype)[:, None]
+        q = rotate(q, cos[:asking], sin[:asking]) * self.query_gain.to(q.dtype)[:, None]
         k = rotate(k, cos, sin)
         y = see(q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         if c.exclusive_attention:
             # A head's output minus its component along its own position's value: what others say, not oneself.
-            grouped = y.reshape(b, t, c.kv_heads, c.heads // c.kv_heads, c.head_width)
-            own = F.normalize(v, dim=-1).unsqueeze(3).to(y.dtype)
+            grouped = y.reshape(b, asking, c.kv_heads, c.heads // c.kv_heads, c.head_width)
+            own = F.normalize(v[:, :asking], dim=-1).unsqueeze(3).to(y.dtype)
             y = grouped - (grouped * own).sum(-1, keepdim=True) * own
-        return self.output(y.reshape(b, t, c.width))
+        return self.output(y.reshape(b, asking, c.width))
 
 
 class MLP(nn.Module):
@@ -205,12 +208,13 @@ class Block(nn.Module):
         normed = F.rms_norm(x, (x.shape[-1],))
         return normed * self.norm_scale if self.norm_scale != 1.0 else normed
 
-    def forward(self, x: Tensor, embedded: Tensor, *attention: Any) -> Tensor:
+    def forward(self, x: Tensor, embedded: Tensor, *attention: Any, asking: int) -> Tensor:
+        """x, embedded: [B, T, W]. Returns the first `asking` positions, [B, asking, W]."""
         if self.embedding_mix is not None:
             mix = self.embedding_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * embedded
-        a = self.attention(self.norm(x), *attention)
-        x = x + (a * self.attention_scale.to(a.dtype) if self.attention_scale is not None else a)
+        a = self.attention(self.norm(x), *attention, asking)
+        x = x[:, :asking] + (a * self.attention_scale.to(a.dtype) if self.attention_scale is not None else a)
         m = self.mlp(self.norm(x))
         return x + (m * self.mlp_scale.to(m.dtype) if self.mlp_scale is not None else m)
 
@@ -330,7 +334,7 @@ class Denoiser(nn.Module):
             x = x + torch.cat(mixed, dim=1)
         x = F.rms_norm(x, (self.config.width,))
         cos, sin = (torch.cat((t, t)) for t in self.rotary(length, ids.device, x.dtype))
-        return self._layers(x, ids, cos, sin, lambda layer: see)[:, :length]
+        return self._layers(x, ids, cos, sin, lambda layer: see, length)
 
     def embed(self, ids: Tensor, size: int, start: int = 0) -> Tensor:
         """What enters the first layer, [B, T, W], of ids at positions `start` on of a window in blocks of `size`."""
@@ -341,8 +345,10 @@ class Denoiser(nn.Module):
             x = x + mix_neighbours(x, self.neighbour_taps, size, start)
         return F.rms_norm(x, (self.config.width,))
 
-    def _layers(self, x: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, see: Callable[[int], See]) -> Tensor:
-        """All layers and the last norm; see(i) is layer i's attention."""
+    def _layers(
+        self, x: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, see: Callable[[int], See], wanted: int | None = None
+    ) -> Tensor:
+        """All layers and the last norm; see(i) is layer i's attention. Returns the first `wanted` positions (all)."""
         c = self.config
         embedded = x
         values = self.value_embedding(ids) if self.value_embedding is not None else None
@@ -354,7 +360,8 @@ class Denoiser(nn.Module):
             late = i - (c.layers - c.value_embedding_layers)
             if self.value_embedding is not None and values is not None and late >= 0:
                 bias = values * self.value_embedding.layer_scales[late].to(values.dtype)
-            x = block(x, embedded, cos, sin, see(i), bias)
+            asking = wanted if wanted is not None and i == c.layers - 1 else ids.shape[1]
+            x = block(x, embedded, cos, sin, see(i), bias, asking=asking)
             if self.skip_scales is not None and i < c.layers // 2:
                 skips.append(x)
         return F.rms_norm(x, (c.width,))
