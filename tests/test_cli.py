@@ -252,6 +252,28 @@ def test_score_table_says_what_may_be_compared(trained, capsys):
     assert rows["reconstruction"].rstrip().endswith("no") and "not a bound" in rows["reconstruction"]
 
 
+def test_blocks_are_scored_as_asked(trained, capsys):
+    words = ["score", trained.artifact, trained.data, "--tokens", "64", "--json"]
+
+    def scored(*more: str) -> dict:
+        assert cli.main([str(w) for w in (*words, *more)]) == 0
+        (result,) = json.loads(capsys.readouterr().out)["results"]
+        return result
+
+    bound = scored("--block-size", "4", "--repeats", "2")
+    assert bound["method"] == "nelbo block(4)" and bound["kind"] == "upper bound"
+    assert scored("--block-size", "1")["bpb"] == scored("--method", "causal")["bpb"]
+    chain = scored("--method", "chain", "--visibility", "block(4)")
+    assert chain["kind"] == "exact" and chain["forward_passes"] == 2 * 4
+    at_once = scored("--method", "chain", "--visibility", "block(4)", "--order", "block(4)")
+    assert at_once["forward_passes"] == 2 and at_once["bpb"] != chain["bpb"]
+    one_line(capsys, [*words, "--visibility", "block(4)"], "--method chain")
+    one_line(capsys, [*words, "--method", "chain", "--visibility", "causal"], "--method causal")
+    one_line(capsys, [*words, "--method", "chain", "--visibility", "sideways"], "visibility")
+    one_line(capsys, [*words, "--method", "chain", "--block-size", "4"], "--block-size")
+    one_line(capsys, [*words, "--block-size", "-4"], "blocks")
+
+
 def test_json_is_all_of_standard_output_and_has_no_nan(trained, capsys):
     # One window: the standard error is unknown, which JSON must say as null.
     words = ["score", str(trained.artifact), str(trained.data), "--method", "all", "--tokens", "1", "--json"]

@@ -17,7 +17,7 @@ from mezzotint.compress import compress, compress_file, decompress, decompress_f
 from mezzotint.config import ModelConfig
 from mezzotint.errors import DataError
 from mezzotint.evaluate import causal, chain_rule
-from mezzotint.model import Denoiser, Model
+from mezzotint.model import Cache, Denoiser, Model
 
 mzz = importlib.import_module("mezzotint.compress")  # the module, whatever the package calls by its name
 MODEL = NeighbourModel(ToyText(), 16)
@@ -176,9 +176,8 @@ class TestNextToken:
         model = everything(**options)
         ids = torch.randint(0, model.config.vocab_size + 1, (3, 24), generator=torch.Generator().manual_seed(1))
         whole = model.logits(ids, visibility="causal")
-        network = mzz.NextToken(model, 3, 24)
-        with torch.inference_mode():
-            steps = torch.stack([network.step(column) for column in ids.T], dim=1)
+        cache = Cache(model.network, 3, 24)
+        steps = torch.stack([mzz.next_logits(cache, column) for column in ids.T], dim=1)
         assert torch.allclose(steps, whole, atol=2e-4)
         assert whole.std() > 0.1
 

@@ -57,3 +57,10 @@ def test_number_of_processes_changes_nothing(data, tmp_path, settings):
     for processes in (2, 4):
         together = losses(data, tmp_path / f"p{processes}", processes, steps=15, batch=4, **settings)
         np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+def test_blocks_are_drawn_for_all_processes_together(data, tmp_path):
+    """A few steps, before rounding in the optimizer grows: counts are stratified over the blocks of all processes."""
+    settings = {"steps": 3, "batch": 4, "block_size": 5, "causal_share": 0.5}
+    alone, together = (losses(data, tmp_path / f"p{n}", n, **settings) for n in (1, 2))
+    np.testing.assert_allclose(together, alone, atol=1e-5)

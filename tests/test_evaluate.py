@@ -16,7 +16,9 @@ from toy import (
     ToyTokenizer,
     ToyWindows,
     UniformModel,
+    block_nll,
     conditional_nll,
+    enumerated_block_nelbo,
     enumerated_nelbo,
     enumerated_orders,
     order_nll,
@@ -108,6 +110,91 @@ class TestAnchor:
                 estimate = causal(model, ToyWindows(np.array(x), T, model.tokenizer))
                 assert estimate.nats_per_token * T == pytest.approx(nll, abs=1e-9)
         assert total == pytest.approx(1, abs=1e-9)
+
+
+class TestBlocks:
+    """Block diffusion between the autoregressive code length and the NELBO of whole windows."""
+
+    @pytest.mark.parametrize("length", [3, 4])
+    def test_ends_of_the_enumeration(self, length):
+        model = TableModel(2, length, seed=1)
+        for x in itertools.product(range(2), repeat=length):
+            left = sum(block_nll(model, x, {i}, i, 1) for i in range(length))
+            assert enumerated_block_nelbo(model, x, 1) == pytest.approx(left, abs=1e-9)
+            assert enumerated_block_nelbo(model, x, length) == pytest.approx(enumerated_nelbo(model, x), abs=1e-9)
+
+    @pytest.mark.parametrize(("length", "size"), [(3, 1), (3, 2), (3, 3), (4, 2), (4, 3)])
+    def test_the_estimators_mean_over_all_counts_and_sets(self, length, size):
+        """The formula that trains and evaluates, over every count and set of every block, is the enumerated figure."""
+        model = TableModel(2, length)
+        blocks = [range(i, min(i + size, length)) for i in range(0, length, size)]
+        choices = [[(len(b), n, s) for n in range(1, len(b) + 1) for s in itertools.combinations(b, n)] for b in blocks]
+        for x in itertools.product(range(2), repeat=length):
+            ids = torch.tensor([x])
+            mean = 0.0
+            for draw in itertools.product(*choices):
+                masked = torch.zeros_like(ids, dtype=torch.bool)
+                masked[0, [i for _, _, hidden in draw for i in hidden]] = True
+                logits = model.block_logits(ids.masked_fill(masked, 2), ids, size, positions=masked)
+                counts = torch.tensor([[float(n) for _, n, _ in draw]], dtype=torch.float64)
+                chance = math.prod(1 / tokens / math.comb(tokens, n) for tokens, n, _ in draw)
+                mean += chance * nelbo_per_window(masked_nll(logits, ids, masked), counts, size).item()
+            assert mean == pytest.approx(enumerated_block_nelbo(model, x, size), abs=1e-9)
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 4])
+    @pytest.mark.parametrize("order", ["left", "block"])
+    def test_block_chains_are_normalised(self, size, order):
+        """And below the bound, on average: the left order is one of those that the block NELBO averages over."""
+        model = TableModel(2, 4, seed=2)
+        order = f"block({size})" if order == "block" else order
+        total = bound = 0.0
+        for x in itertools.product(range(2), repeat=4):
+            if sum(x) == 0:
+                hidden, nats = set(range(4)), 0.0
+                for group in reveal_order(order, 4):
+                    nats += sum(block_nll(model, x, hidden, i, size) for i in group.tolist())
+                    hidden -= set(group.tolist())
+            else:
+                windows = ToyWindows(np.array(x), 4, model.tokenizer)
+                nats = 4 * chain_rule(model, windows, order=order, visibility=f"block({size})").nats_per_token
+            total += math.exp(-nats)
+            bound += math.exp(-enumerated_block_nelbo(model, x, size))
+        assert total == pytest.approx(1, abs=1e-9)
+        assert bound <= 1 + 1e-9
+
+    def test_estimate_is_unbiased_and_paired_with_the_seed(self):
+        model = TableModel(3, 5, seed=1)
+        windows = toy_windows(model, 5 * 6 + 3, seed=1)
+        texts = [tuple(int(t) for t in windows[i]) for i in range(len(windows))]
+        nats = sum(enumerated_block_nelbo(model, x, 2) for x in texts)
+        exact = nats / sum(windows.byte_count(i) for i in range(len(windows))) / math.log(2)
+        estimates = [nelbo(model, windows, repeats=12, seed=s, block_size=2) for s in range(60)]
+        mean = np.mean([e.bpb for e in estimates])
+        error = np.std([e.bpb for e in estimates], ddof=1) / math.sqrt(len(estimates))
+        assert abs(mean - exact) < 3.5 * error and error < 0.01 * exact
+        assert sum(low <= exact <= high for low, high in (e.interval() for e in estimates)) >= 50
+        assert {e.kind for e in estimates} == {"upper bound"} and estimates[0].method == "nelbo block(2)"
+        again = nelbo(model, windows, repeats=12, seed=0, block_size=2, batch=3)
+        assert again.bpb == pytest.approx(estimates[0].bpb, rel=1e-12)
+        whole = nelbo(model, windows, repeats=2)
+        assert nelbo(model, windows, repeats=2, block_size=5).bpb == whole.bpb != estimates[0].bpb
+
+    def test_block_size_is_what_the_model_was_trained_on(self, tmp_path):
+        model = TableModel(3, 5)
+        windows = toy_windows(model, 30)
+        model.info = {"train": {"block_size": 2}}
+        assert nelbo(model, windows).method == "nelbo block(2)"
+        assert nelbo(model, windows, block_size=0).method == "nelbo"
+        assert compare(model, model, windows).a.method == "nelbo block(2)"
+        model.info = {"train": {"block_size": 1}}
+        one, exact = nelbo(model, windows), causal(model, windows)
+        assert one.bpb == exact.bpb and (one.kind, one.method) == ("exact", "nelbo block(1)")
+        same = compare(model, model, windows)
+        assert same.a.bpb == exact.bpb and same.a.kind == "exact" and same.difference_bpb == 0
+        with pytest.raises(DataError, match="journal"):
+            nelbo(model, windows, journal=tmp_path / "j")
+        with pytest.raises(DataError, match="blocks"):
+            nelbo(model, windows, block_size=-1)
 
 
 class TestUniform:
@@ -371,7 +458,17 @@ class TestOrders:
             network.forward = watched
             short = chain_rule(model, windows, order=order, visibility=visibility)
             network.forward = forward
-            assert min(lengths) < 16 or order == "spread(4)"
+            # Orders that finish each block before the next take all blocks at once, and no canvas at all.
+            at_once = {
+                ("left", "causal"): 3,
+                ("left", "block(3)"): 9,
+                ("left", "block(4)"): 12,
+                ("block(4)", "block(4)"): 3,
+            }
+            if (order, visibility) in at_once:
+                assert not lengths and short.forward_passes == at_once[order, visibility]
+            else:
+                assert min(lengths) < 16 or order == "spread(4)"
             nats = 0.0
             for w in range(3):
                 x = torch.from_numpy(windows[w])[None]

@@ -10,7 +10,7 @@ import torch
 
 from mezzotint.config import PRESETS, ModelConfig
 from mezzotint.errors import ConfigError
-from mezzotint.model import Denoiser, count_parameters, mix_neighbours
+from mezzotint.model import Cache, Denoiser, count_parameters, mix_neighbours, trained_block_size
 
 PLAIN = ModelConfig(vocab_size=11, sequence_length=12, layers=3, width=16, heads=4, kv_heads=2, mlp_ratio=2.0)
 RICH = dataclasses.replace(
@@ -191,6 +191,58 @@ def test_compiled_attention_equals_the_library_kernel(monkeypatch):
             eager = net(ids, visibility=visibility)
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
             torch.testing.assert_close(net(ids, visibility=visibility), eager, atol=1e-5, rtol=1e-4)
+
+
+def block_by_block(net: Denoiser, noisy: torch.Tensor, clean: torch.Tensor, size: int) -> torch.Tensor:
+    """`hidden_blocks` by the ordinary forward, one canvas [clean blocks before, noisy block] for each block."""
+    parts = []
+    for start in range(0, noisy.shape[1], size):
+        canvas = torch.cat((clean[:, :start], noisy[:, start : start + size]), dim=1)
+        parts.append(net.hidden(canvas, f"block({size})")[:, start:])
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("config", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 11, 12])
+def test_all_blocks_at_once_equal_one_block_after_another(config, size, compiling, monkeypatch):
+    net = build(config)
+    random = torch.Generator().manual_seed(5)
+    clean = torch.randint(0, 11, (2, 12), generator=random)
+    noisy = clean.masked_fill(torch.rand(2, 12, generator=random) < 0.6, 11)
+    with torch.no_grad():
+        expected = block_by_block(net, noisy, clean, size)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        torch.testing.assert_close(net.hidden_blocks(noisy, clean, size), expected, atol=2e-5, rtol=1e-4)
+        if size < 12:  # what stands in the noisy blocks before does not matter, what stands in the clean ones does
+            assert not torch.allclose(net.hidden(noisy, f"block({size})")[:, -1], expected[:, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5])
+def test_kept_keys_and_values_change_nothing(size):
+    """Several blocks kept at once, a block seen twice before it is, rows that go on at different times."""
+    net = build(RICH)
+    ids = torch.randint(0, 12, (3, 12), generator=torch.Generator().manual_seed(6))
+    cache = Cache(net, 3, 12)
+    with torch.no_grad():
+        whole = net.hidden(ids, f"block({size})")
+        first = min(2 * size, 12)
+        other = (ids[:, :first] + 1) % 12
+        cache.hidden(other, size, keep=0)
+        same = {"atol": 2e-5, "rtol": 1e-4}
+        torch.testing.assert_close(cache.hidden(ids[:, :first], size, keep=size), whole[:, :first], **same)
+        for start in range(size, 12, size):
+            for rows in ([2, 0], [1]):
+                here = ids[rows, start : start + size]
+                got = cache.hidden(here, size, keep=here.shape[1], rows=rows)
+                torch.testing.assert_close(got, whole[rows, start : start + size], **same)
+
+
+def test_what_a_model_was_trained_on():
+    assert trained_block_size({}) == 0 == trained_block_size({"train": {"causal_share": 0.5}})
+    assert trained_block_size({"train": {"causal_share": 1.0, "block_size": 0}}) == 1
+    assert trained_block_size({"train": {"causal_share": 0.5, "block_size": 4}}) == 4
+    assert trained_block_size({"train": [4]}) == 0 == trained_block_size({"train": {"block_size": "4"}})
 
 
 def test_neighbours_of_one_position_window():

@@ -8,7 +8,15 @@ import math
 import pytest
 import torch
 
-from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts, training_loss
+from mezzotint.objective import (
+    block_counts,
+    block_lengths,
+    mask_by_count,
+    masked_nll,
+    nelbo_per_window,
+    stratified_counts,
+    training_loss,
+)
 
 MASK = 3
 
@@ -46,6 +54,40 @@ def test_masks_have_their_counts_and_are_uniform_sets():
         seen[key] = seen.get(key, 0) + 1
     assert set(seen) == set(itertools.combinations(range(4), 2))
     assert sum((n - 1000) ** 2 / 1000 for n in seen.values()) < 20.6  # 5 degrees of freedom, 0.1% level
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "lengths"), [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (3, 5, [3]), (2, 1, [1, 1])]
+)
+def test_blocks_have_their_counts(length, size, lengths):
+    assert block_lengths(length, size).tolist() == lengths
+    ids = torch.arange(length).repeat(50, 1)
+    counts = block_counts(50, length, size, generator())
+    corrupted, masked = mask_by_count(ids, counts, 99, generator(1), size)
+    assert torch.equal(corrupted, ids.masked_fill(masked, 99))
+    assert torch.equal(torch.stack([part.sum(1) for part in masked.split(size, dim=1)], dim=1), counts)
+    for tokens in set(lengths):  # stratified over all blocks of a length: no count is more than one draw ahead
+        seen = torch.bincount(counts[:, torch.tensor(lengths) == tokens].flatten(), minlength=tokens + 1)[1:]
+        assert len(seen) == tokens and int(seen.max() - seen.min()) <= 2
+
+
+def test_sets_of_a_block_are_uniform_and_independent_of_the_next():
+    seen: dict[tuple[int, ...], int] = {}
+    _, masked = mask_by_count(torch.zeros(6000, 5, dtype=torch.int64), torch.tensor([[2, 1]] * 6000), 9, generator(), 3)
+    for row in masked:
+        key = tuple(row.nonzero()[:, 0].tolist())
+        seen[key] = seen.get(key, 0) + 1
+    assert set(seen) == {(*a, b) for a in itertools.combinations(range(3), 2) for b in (3, 4)}
+    assert sum((n - 1000) ** 2 / 1000 for n in seen.values()) < 20.6  # 5 degrees of freedom, 0.1% level
+
+
+def test_blocks_weigh_by_their_own_rates():
+    nll = torch.tensor([[1.0, 0.0, 2.0, 3.0, 4.0]])
+    counts = torch.tensor([[1, 2, 1]])
+    assert float(nelbo_per_window(nll, counts, 2)) == 1.0 * 2 / 1 + 5.0 * 2 / 2 + 4.0
+    assert float(nelbo_per_window(nll, torch.tensor([[4]]), 5)) == float(nelbo_per_window(nll, torch.tensor([4])))
+    assert float(training_loss(nll, counts, "nelbo", 3, 7, 2)) == pytest.approx(11 / 15)
+    assert float(training_loss(nll, counts, "reference", 3, 7, 2)) == pytest.approx(10 / 7)
 
 
 def test_masked_nll_puts_each_figure_at_its_place():

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mezzotint import sample as sampling
 from mezzotint.config import ModelConfig
 from mezzotint.data import Tokenizer, train_tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
@@ -47,6 +48,7 @@ class JointModel:
         weights = np.random.default_rng(seed).gamma(1.5, size=(vocab,) * length)
         self.joint = (weights + 0.1) / (weights + 0.1).sum()  # no cell too rare to count
         self.asked: list[torch.Tensor] = []
+        self.info: dict = {}
 
     def marginal(self, row: tuple[int, ...], position: int) -> np.ndarray:
         """p(x_position | the row's tokens that are not MASK)."""
@@ -74,6 +76,7 @@ class Recall:
 
     def __init__(self, tokenizer: Tokenizer, texts: list[str], window: int = 48, noise: float = 1e-3) -> None:
         self.tokenizer = tokenizer
+        self.info: dict = {}
         self.config = SimpleNamespace(
             vocab_size=tokenizer.vocab_size, mask_id=tokenizer.vocab_size, sequence_length=window
         )
@@ -301,6 +304,112 @@ def test_a_row_does_not_depend_on_its_batch_and_seeds_reproduce():
         assert torch.equal(whole.ids, denoise(model, canvas, sampler=sampler, steps=8, seed=5).ids)
         assert not torch.equal(whole.ids, denoise(model, canvas, sampler=sampler, steps=8, seed=6).ids)
     assert sample(model, 4, 12, seed=9).texts[:2] == sample(model, 2, 12, seed=9).texts
+
+
+class Uncached:
+    """`Cache` by the ordinary forward of everything that was seen: nothing kept but ids."""
+
+    def __init__(self, network: Denoiser, rows: int, length: int) -> None:
+        self.network, self.kept, self.ids = network, [0] * rows, torch.zeros(rows, length, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def hidden(self, ids, size, keep, rows=None):
+        rows = list(range(len(self.kept))) if rows is None else rows
+        at = self.kept[rows[0]]
+        self.ids[rows, at : at + ids.shape[1]] = ids
+        for r in rows:
+            self.kept[r] += keep
+        return self.network.hidden(self.ids[rows, : at + ids.shape[1]], f"block({size})")[:, at:]
+
+
+def block_model(size: int, **options) -> Model:
+    """A random network with every part that looks at neighbours, said to be trained in blocks."""
+    tokenizer = own_tokenizer()
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, sequence_length=32, layers=2, width=16, heads=2, kv_heads=1, mlp_ratio=2.0,
+        neighbour_reach=1, bigram_buckets=9, bigram_width=4, value_embedding_width=4, unet_skips=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = Denoiser(config).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn_like(p) * 0.5)
+    return Model(config, tokenizer, network, {"train": {"block_size": size, **options}})
+
+
+@pytest.mark.parametrize(("size", "options"), [(1, {}), (4, {}), (5, {"steps": 12}), (6, {"block": 2}), (31, {})])
+def test_kept_keys_and_values_change_no_token(size, options, monkeypatch):
+    """Prompts, rows that end early, given tokens between: the same tokens, and logits, as by whole canvases."""
+    model = block_model(size)
+    canvas = torch.full((5, 30), model.config.mask_id)
+    canvas[:, :3] = torch.tensor([model.tokenizer.bos_id, 20, 21])
+    canvas[2, 3:14], canvas[3, 20] = 22, 23
+    allowed = text_tokens(model.tokenizer).clone()
+    allowed[[model.tokenizer.bos_id]] = True
+    words = {"sampler": "blocks", "seed": 4, "allowed": allowed, "stop_id": model.tokenizer.bos_id, **options}
+    answers: list[list[torch.Tensor]] = [[], []]
+    results = []
+    for n, kind in enumerate((sampling.Cache, Uncached)):
+        monkeypatch.setattr(sampling, "Cache", kind)
+        original = sampling._Row.answer
+
+        def noted(self, positions, logits, n=n, original=original):
+            answers[n].append(logits.clone())
+            original(self, positions, logits)
+
+        monkeypatch.setattr(sampling._Row, "answer", noted)
+        results.append(denoise(model, canvas, **words))
+        monkeypatch.setattr(sampling._Row, "answer", original)
+    kept, plain = results
+    assert torch.equal(kept.ids, plain.ids) and kept.forward_passes == plain.forward_passes
+    assert len(answers[0]) == len(answers[1]) > 20
+    for a, b in zip(*answers, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    if size > 1:  # and the same as without any notion of keeping, which the other samplers' way goes
+        monkeypatch.setattr(sampling, "Cache", None)
+        row_by_row = sampling._Network(model, 5, 30, f"block({size})", keep=False)
+        monkeypatch.setattr(sampling, "_Network", lambda *_: row_by_row)
+        assert torch.equal(denoise(model, canvas, **words).ids, kept.ids)
+
+
+def test_blocks_do_not_depend_on_the_batch(monkeypatch):
+    for size in (1, 4):
+        model = block_model(size)
+        canvas = torch.full((5, 24), model.config.mask_id)
+        whole = denoise(model, canvas, sampler="blocks", seed=1)
+        monkeypatch.setattr(sampling, "TOKENS_PER_FORWARD", 48)  # two rows at a time
+        assert torch.equal(denoise(model, canvas, sampler="blocks", seed=1).ids, whole.ids)
+        watched = denoise(model, canvas, sampler="blocks", seed=1, on_step=lambda *_: None)
+        assert torch.equal(watched.ids, whole.ids) and watched.forward_passes == whole.forward_passes
+        monkeypatch.undo()
+        alone = denoise(model, canvas[3:4], sampler="blocks", seed=1, first_row=3)
+        assert torch.equal(alone.ids[0], whole.ids[3])
+
+
+def test_next_tokens_are_drawn_as_they_are_scored():
+    """A model of next tokens, greedily: each token is the best one by `causal`'s own arithmetic."""
+    for info in ({"block_size": 1}, {"causal_share": 1.0}):
+        model = block_model(**{"size": 0, **{k: v for k, v in info.items() if k != "block_size"}})
+        model.info["train"].update(info)
+        canvas = torch.full((2, 20), model.config.mask_id)
+        canvas[1, 0] = 30
+        ids = denoise(model, canvas, sampler="blocks", temperature=0.0).ids
+        shifted = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=model.config.mask_id)
+        logits = model.logits(shifted, visibility="causal").masked_fill(~text_tokens(model.tokenizer), -torch.inf)
+        assert torch.equal(logits.argmax(-1)[:, 1:], ids[:, 1:])
+
+
+def test_blocks_see_nothing_to_the_right_and_other_samplers_do():
+    model = block_model(4)
+    canvas = torch.full((1, 16), model.config.mask_id)
+    other = canvas.clone()
+    other[0, 12:] = 40
+    same = {"temperature": 0.0, "sampler": "blocks"}
+    assert torch.equal(denoise(model, canvas, **same).ids[0, :12], denoise(model, other, **same).ids[0, :12])
+    full = {**same, "visibility": "full"}
+    assert not torch.equal(denoise(model, canvas, **full).ids[0, :12], denoise(model, other, **full).ids[0, :12])
+    asked, plain = (sample(model, 2, 50, **more).tokens for more in ({"sampler": "blocks"}, {}))
+    assert asked == plain != sample(model, 2, 50, sampler="confidence").tokens
 
 
 @pytest.mark.parametrize("steps", [None, 3])

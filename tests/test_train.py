@@ -106,6 +106,68 @@ def test_draw_of_a_step():
         assert torch.equal(again.corrupted, draw_step(config, 7, ids, 99).corrupted)
 
 
+def test_draw_of_a_step_in_blocks():
+    ids = torch.arange(6 * 8).reshape(6, 8)
+    config = dataclasses.replace(QUICK, batch=6, causal_share=0.5, block_size=3)
+    draw = draw_step(config, 2, ids, 99)
+    assert draw.size == 3 and draw.counts.shape == (6, 3) and int(draw.causal.sum()) == 3
+    for row in range(6):
+        if draw.causal[row]:
+            assert draw.masked[row].all() and draw.corrupted[row].tolist() == [99, *ids[row, :-1].tolist()]
+            assert draw.counts[row].tolist() == [3, 3, 2]
+        else:
+            assert [int(part.sum()) for part in draw.masked[row].split(3)] == draw.counts[row].tolist()
+            assert torch.equal(draw.corrupted[row], ids[row].masked_fill(draw.masked[row], 99))
+    assert torch.equal(draw.corrupted, draw_step(config, 2, ids, 99).corrupted)
+    alone = draw_step(dataclasses.replace(config, block_size=1), 2, ids, 99)
+    assert alone.causal.all() and alone.size is None  # blocks of one token are next tokens
+    whole = draw_step(dataclasses.replace(config, block_size=0), 2, ids, 99)
+    for size in (8, 100):
+        assert torch.equal(
+            whole.corrupted, draw_step(dataclasses.replace(config, block_size=size), 2, ids, 99).corrupted
+        )
+    with pytest.raises(ConfigError, match="block_size"):
+        dataclasses.replace(config, block_size=-1)
+
+
+@pytest.mark.parametrize("weighting", ["nelbo", "reference"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_gradient_of_blocks_is_that_of_the_stated_loss(data, model, share, weighting):
+    """The step's gradient against the loss written out block by block, each on a canvas of its own."""
+    torch.manual_seed(0)
+    net = Denoiser(dataclasses.replace(model, neighbour_reach=2))
+    with torch.no_grad():
+        net.neighbour_taps.normal_(0, 0.3)
+    config = dataclasses.replace(QUICK, causal_share=share, block_size=6, weighting=weighting, micro_batch=1)
+    loader = Loader(Dataset.open(data).split("train"), 16, 4, 0)
+    trainer = Trainer(net, config, loader, torch.device("cpu"))
+    loss, nelbo = trainer.gradients(loader.batch(3), 3)
+    got = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    net.zero_grad()
+    ids = torch.from_numpy(loader.batch(3))
+    draw = draw_step(config, 3, ids, model.mask_id)
+    masked_tokens = int(draw.masked[~draw.causal].sum())
+    expected, bounds = torch.zeros(()), []
+    for row in range(4):
+        if draw.causal[row]:
+            logp = net(draw.corrupted[row : row + 1], visibility="causal")[0].log_softmax(-1)
+            expected = expected - logp[range(16), ids[row]].sum() / 64
+            continue
+        bounds.append(0.0)
+        for start in range(0, 16, 6):
+            canvas = torch.cat((ids[row, :start], draw.corrupted[row, start : start + 6]))
+            logp = net(canvas[None], visibility="block(6)")[0].log_softmax(-1)
+            hidden = [i for i in range(start, len(canvas)) if draw.masked[row, i]]
+            nll = -sum(logp[i, ids[row, i]] for i in hidden)
+            bounds[-1] += float(nll.detach()) * (len(canvas) - start) / len(hidden)
+            weight = (len(canvas) - start) / len(hidden) / 64 if weighting == "nelbo" else (1 - share) / masked_tokens
+            expected = expected + weight * nll
+    expected.backward()
+    torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in net.parameters()]), atol=1e-6, rtol=1e-4)
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert nelbo == pytest.approx(sum(bounds) / len(bounds) / 16, rel=1e-5)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_gradient_is_that_of_the_stated_loss(data, model, share):
     """The step's gradient against the loss written out window by window."""

@@ -40,7 +40,24 @@ class ToyTokenizer:
         return np.where(ids == 0, 0, 1 + ids % 3)
 
 
-class TableModel:
+class Blocks:
+    """`Model.block_logits` by `logits`, a canvas [clean blocks before, noisy block] at a time."""
+
+    def block_logits(
+        self, noisy: torch.Tensor, clean: torch.Tensor, size: int, *, positions: torch.Tensor
+    ) -> torch.Tensor:
+        rows, calls = self.rows + noisy.shape[0], self.calls + 1
+        out = []
+        for start in range(0, noisy.shape[1], size):
+            canvas = clean.clone()
+            canvas[:, start:] = self.config.mask_id
+            canvas[:, start : start + size] = noisy[:, start : start + size]
+            out.append(self.logits(canvas, visibility=f"block({size})")[:, start : start + size])
+        self.rows, self.calls = rows, calls
+        return torch.cat(out, dim=1)[positions]
+
+
+class TableModel(Blocks):
     """Independent random logits for every canvas: a denoiser whose conditionals agree with nothing.
 
     Whatever is proved on it holds without any help from the model. float64, so that 1e-9 means something.
@@ -55,6 +72,7 @@ class TableModel:
         self.tables: dict[int, torch.Tensor] = {}
         self.calls = 0
         self.rows = 0
+        self.info: dict = {}
 
     def table(self, length: int) -> torch.Tensor:
         if length not in self.tables:
@@ -71,15 +89,15 @@ class TableModel:
         self.rows += ids.shape[0]
         base = self.config.vocab_size + 1
         length = ids.shape[1]
-        if visibility == "causal":
-            # What is right of a position must not matter: look up with everything after it set to MASK.
+        if visibility != "full":
+            # What is right of a position's block must not matter: look up with everything after it set to MASK.
+            size = 1 if visibility == "causal" else int(visibility[6:-1])
             out = torch.empty(*ids.shape, self.config.vocab_size, dtype=torch.float64)
             for i in range(length):
                 seen = ids.clone()
-                seen[:, i + 1 :] = self.config.mask_id
+                seen[:, (i // size + 1) * size :] = self.config.mask_id
                 out[:, i] = self._lookup(seen, base, length)[:, i]
         else:
-            assert visibility == "full"
             out = self._lookup(ids, base, length)
         return out if positions is None else out[positions]
 
@@ -146,6 +164,25 @@ def enumerated_nelbo(model: TableModel, x: tuple[int, ...]) -> float:
     return total
 
 
+def block_nll(model: TableModel, x: tuple[int, ...], hidden: set[int], i: int, size: int) -> float:
+    """-log p(x_i | the blocks before i's, the tokens of its own outside `hidden`), in nats."""
+    stop = min((i // size + 1) * size, len(x))
+    return conditional_nll(model, x, (hidden & set(range(i // size * size, stop))) | set(range(stop, len(x))), i)
+
+
+def enumerated_block_nelbo(model: TableModel, x: tuple[int, ...], size: int) -> float:
+    """The NELBO of x in blocks, in nats: for each block the mean over every count and every set of its positions."""
+    total = 0.0
+    for start in range(0, len(x), size):
+        block = range(start, min(start + size, len(x)))
+        for n in range(1, len(block) + 1):
+            sets = list(itertools.combinations(block, n))
+            for hidden in sets:
+                nll = sum(block_nll(model, x, set(hidden), i, size) for i in hidden)
+                total += len(block) / n * nll / len(sets) / len(block)
+    return total
+
+
 def order_nll(model: TableModel, x: tuple[int, ...], order: tuple[int, ...]) -> float:
     """Chain-rule NLL of x in nats when its tokens are revealed in `order`."""
     hidden = set(range(len(x)))
@@ -199,7 +236,7 @@ class FoldingText(ToyText):
         return super().encode(" ".join(text.split()))
 
 
-class NeighbourModel:
+class NeighbourModel(Blocks):
     """Logits from a position's two neighbours by fixed random tables: quick at any length, float32, position-free."""
 
     def __init__(self, tokenizer: ToyTokenizer, length: int, seed: int = 0, scale: float = 1.0) -> None:
@@ -212,7 +249,7 @@ class NeighbourModel:
         random = np.random.default_rng(seed)
         self.left = torch.from_numpy(random.normal(0, scale, (v + 1, v)).astype(np.float32))
         self.right = torch.from_numpy(random.normal(0, scale, (v + 1, v)).astype(np.float32))
-        self.rows = 0
+        self.rows = self.calls = 0
 
     def logits(
         self, ids: torch.Tensor, *, visibility: str = "full", positions: torch.Tensor | None = None

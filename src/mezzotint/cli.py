@@ -196,8 +196,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "score",
         "measure likelihood, with its kind and standard error",
-        "nelbo: unbiased estimate of an upper bound. chain: exact, left to right, a forward pass per token. causal: "
-        "exact, one pass, for models with a causal share. reconstruction: the challenge entry's score, no bound.",
+        "nelbo: unbiased estimate of an upper bound. chain: exact, left to right, a forward pass per token (in blocks: "
+        "per token of a block). causal: exact, one pass, for models with a causal share. reconstruction: the challenge entry's score, no bound.",
     )
     model_argument(sub)
     sub.add_argument("data", type=Path, metavar="DATA", help="prepared folder with the model's tokenizer")
@@ -208,6 +208,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
     sub.add_argument(
         "--order", metavar="ORDER", help="order of chain: left, random(SEED), block(SIZE), spread(PASSES) [left]"
+    )
+    sub.add_argument(
+        "--visibility",
+        metavar="WORD",
+        help="what chain sees: full, or block(SIZE), for models trained in blocks [full]",
+    )
+    sub.add_argument(
+        "--block-size",
+        type=int,
+        metavar="K",
+        help="nelbo of blocks of K tokens from left to right, 0 of whole windows [what the model was trained on]",
     )
     sub.add_argument("--journal", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
 
@@ -646,18 +657,17 @@ def _score(
     progress: _Progress,
     order: str | None = None,
     journal: Path | None = None,
+    visibility: str | None = None,
+    block_size: int | None = None,
 ) -> Estimate:
     from mezzotint import evaluate
 
     watch = progress.passes(method)
+    words: dict[str, Any] = {"tokens": tokens, "seed": seed, "journal": journal, "progress": watch}
     if method == "nelbo":
-        return evaluate.nelbo(
-            model, windows, tokens=tokens, repeats=repeats, seed=seed, journal=journal, progress=watch
-        )
+        return evaluate.nelbo(model, windows, repeats=repeats, block_size=block_size, **words)
     if method == "chain":
-        return evaluate.chain_rule(
-            model, windows, tokens=tokens, seed=seed, order=order or "left", journal=journal, progress=watch
-        )
+        return evaluate.chain_rule(model, windows, order=order or "left", visibility=visibility or "full", **words)
     function = {"causal": evaluate.causal, "reconstruction": evaluate.reconstruction_score}[method]
     return function(model, windows, tokens=tokens, seed=seed, progress=watch)
 
@@ -671,10 +681,16 @@ def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
     windows = dataset.split(arguments.split).windows(model.config.sequence_length)
     methods = [arguments.method]
     if arguments.method == "all":
-        causal = (model.info.get("train") or {}).get("causal_share", 0) > 0
+        causal = (model.info.get("train") or {}).get("causal_share", 0) > 0 or model.trained_block_size == 1
         methods = [m for m in METHODS if m != "causal" or causal]
     if arguments.order and "chain" not in methods:
         raise ConfigError("--order is the order of the chain rule: add --method chain")
+    if arguments.visibility and "chain" not in methods:
+        raise ConfigError("--visibility is that of the chain rule: add --method chain")
+    if arguments.visibility in ("causal", "block(1)"):
+        raise ConfigError("next tokens, in one pass, are --method causal")
+    if arguments.block_size is not None and "nelbo" not in methods:
+        raise ConfigError("--block-size is that of the NELBO: add --method nelbo, or --visibility to the chain rule")
     if arguments.journal and arguments.method not in ("nelbo", "chain"):
         raise ConfigError("--journal keeps one figure: add --method nelbo or --method chain")
     estimates = [
@@ -688,6 +704,8 @@ def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
             progress,
             arguments.order,
             arguments.journal,
+            arguments.visibility,
+            arguments.block_size,
         )
         for method in methods
     ]
@@ -702,13 +720,14 @@ def _run_compare(arguments: argparse.Namespace, progress: _Progress) -> None:
     from mezzotint.data import Dataset
     from mezzotint.evaluate import compare
 
-    models = [_load(arguments.a), _load(arguments.b)]
+    a, b = _load(arguments.a), _load(arguments.b)
     dataset = Dataset.open(arguments.data)
-    for model in models:
+    for model in (a, b):
         _same_tokenizer(model, dataset, arguments.data)
-    windows = dataset.split(arguments.split).windows(models[0].config.sequence_length)
+    windows = dataset.split(arguments.split).windows(a.config.sequence_length)
     found = compare(
-        *models,
+        a,
+        b,
         windows,
         method=arguments.method,
         tokens=arguments.tokens,

@@ -44,18 +44,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import constriction
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.evaluate import TOKENS_PER_FORWARD, canvas_length, model_digest, reveal_order
 from mezzotint.files import sync_folder
-from mezzotint.model import Block, Model, block_size, mix_neighbours, rotate
+from mezzotint.model import Cache, Model, block_size, trained_block_size
 
 MAGIC = b"MZZ1"
 FRAME_BYTES = 1 << 20
@@ -113,79 +112,10 @@ def _parts(logits: Tensor, symbols: np.ndarray) -> Iterator[tuple[Tensor, np.nda
         yield logits[start : start + step], symbols[start : start + step]
 
 
-class NextToken:
-    """A network under causal visibility, one position of many windows at a time, keys and values kept.
-
-    Gives `Denoiser.forward(..., visibility="causal")` at the newest position, up to rounding, for the cost of that
-    position. Feed it MASK first, then each token as it becomes known: the answer to input i predicts token i.
-    """
-
-    def __init__(self, model: Model, rows: int, length: int) -> None:
-        self.network, c = model.network, model.config
-        device = model.device
-        self.cos, self.sin = self.network.rotary(length, device, torch.float32)
-        shape = (c.layers, rows, c.kv_heads, length, c.head_width)
-        self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-        self.at = 0
-        self.before: Tensor | None = None
-        self.near: list[Tensor] = []
-
-    def step(self, ids: Tensor) -> Tensor:
-        """Logits [rows, V], float32, at the position of the new input `ids`, int64 [rows]."""
-        net, c = self.network, self.network.config
-        column = ids[:, None]
-        x = net.embedding(column)
-        if net.bigram is not None:
-            pair = column if self.before is None else torch.stack((self.before, ids), dim=1)
-            x = x + net.bigram(pair)[:, -1:]
-        self.before = ids
-        if net.neighbour_taps is not None:
-            self.near = [*self.near, x][-(c.neighbour_reach + 1) :]
-            x = x + mix_neighbours(torch.cat(self.near, dim=1), net.neighbour_taps, 1)[:, -1:]
-        x = embedded = F.rms_norm(x, (c.width,))
-        values = net.value_embedding(column) if net.value_embedding is not None else None
-        skips: list[Tensor] = []
-        for i, layer in enumerate(net.blocks):
-            block = cast(Block, layer)
-            if net.skip_scales is not None and i >= c.layers // 2 and skips:
-                x = x + net.skip_scales[i - c.layers // 2] * skips.pop()
-            bias = None
-            late = i - (c.layers - c.value_embedding_layers)
-            if net.value_embedding is not None and values is not None and late >= 0:
-                bias = values * net.value_embedding.layer_scales[late]
-            if block.embedding_mix is not None:
-                x = block.embedding_mix[0] * x + block.embedding_mix[1] * embedded
-            a = self._attention(i, block, block.norm(x), bias)
-            x = x + (a * block.attention_scale if block.attention_scale is not None else a)
-            m = block.mlp(block.norm(x))
-            x = x + (m * block.mlp_scale if block.mlp_scale is not None else m)
-            if net.skip_scales is not None and i < c.layers // 2:
-                skips.append(x)
-        self.at += 1
-        return net.logits(F.rms_norm(x, (c.width,))[:, 0])
-
-    def _attention(self, i: int, block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
-        attention, c, t = block.attention, self.network.config, self.at
-        cos, sin = self.cos[t : t + 1], self.sin[t : t + 1]
-        rows = x.shape[0]
-        q = attention.query(x).view(rows, 1, c.heads, c.head_width)
-        k = attention.key(x).view(rows, 1, c.kv_heads, c.head_width)
-        v = attention.value(x) if bias is None else attention.value(x) + bias
-        v = v.view(rows, 1, c.kv_heads, c.head_width)
-        q = rotate(F.rms_norm(q, (c.head_width,)), cos, sin) * attention.query_gain[:, None]
-        self.keys[i, :, :, t] = rotate(F.rms_norm(k, (c.head_width,)), cos, sin)[:, 0]
-        self.values[i, :, :, t] = v[:, 0]
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            self.keys[i, :, :, : t + 1],
-            self.values[i, :, :, : t + 1],
-            enable_gqa=c.heads != c.kv_heads,
-        ).transpose(1, 2)
-        if c.exclusive_attention:
-            grouped = y.reshape(rows, 1, c.kv_heads, c.heads // c.kv_heads, c.head_width)
-            own = F.normalize(v, dim=-1).unsqueeze(3)
-            y = grouped - (grouped * own).sum(-1, keepdim=True) * own
-        return attention.output(y.reshape(rows, 1, c.width))
+@torch.inference_mode()
+def next_logits(cache: Cache, ids: Tensor) -> Tensor:
+    """Logits [rows, V], float32, of the token after the new input `ids`, int64 [rows]: first MASK, then each token."""
+    return cache.network.logits(cache.hidden(ids[:, None], size=1, keep=1)[:, 0])
 
 
 @dataclass(frozen=True)
@@ -242,13 +172,11 @@ class _Coder:
         rows, length = block.shape
         model, code, mask_id = self.model, self.code, self.model.config.mask_id
         if code.order == NEXT:
-            network = NextToken(model, rows, length)
-            given = torch.full((rows,), mask_id, device=model.device)
+            cache = Cache(model.network, rows, length)
+            given = torch.full((rows,), mask_id)
             for i in range(length):
-                with torch.inference_mode():
-                    logits = network.step(given)
-                yield np.array([i]), logits
-                given = torch.from_numpy(block[:, i].copy()).to(model.device)
+                yield np.array([i]), next_logits(cache, given)
+                given = torch.from_numpy(block[:, i].copy())
             return
         canvas = torch.full((rows, length), mask_id, dtype=torch.long)
         for group in reveal_order(code.order, length):
@@ -289,8 +217,8 @@ def numerics(model: Model, code: _Code) -> bytes:
         ids = draw.integers(0, model.config.vocab_size + 1, size=(batch, length))
         with torch.inference_mode():
             if code.order == NEXT:
-                network = NextToken(model, batch, min(length, 16))
-                logits = torch.cat([network.step(torch.from_numpy(i).to(model.device)) for i in ids.T[:16]])
+                cache = Cache(model.network, batch, min(length, 16))
+                logits = torch.cat([next_logits(cache, torch.from_numpy(i)) for i in ids.T[:16]])
             else:
                 scored = torch.zeros(batch, length, dtype=torch.bool)
                 scored[:, :: max(1, length // 16)] = True
@@ -622,7 +550,8 @@ def compress_stream(
     """
     length = model.config.sequence_length
     if order is None:
-        order = NEXT if (model.info.get("train") or {}).get("causal_share", 0) > 0 else "left"
+        causal = (model.info.get("train") or {}).get("causal_share", 0) > 0 or trained_block_size(model.info) == 1
+        order = NEXT if causal else "left"
     code = _Code(order, visibility, rows or max(1, TOKENS_PER_FORWARD // length))
     _check(code, length)
     name = f"{order} {visibility}".encode("ascii")

@@ -106,6 +106,9 @@ class TrainConfig:
         ("nelbo", "reference"),
     )
     causal_share: float = _option(0.0, "share of the windows learnt left to right, as next tokens, by the same weights")
+    block_size: int = _option(
+        0, "tokens of the blocks denoised one after another, given those before (0: whole windows; 1: next tokens only)"
+    )
     matrix_lr: float = _option(0.02, "Muon learning rate of the weight matrices")
     embedding_lr: float = _option(0.01, "AdamW learning rate of the embeddings")
     scalar_lr: float = _option(0.01, "AdamW learning rate of gains, scales and mixes")
@@ -133,6 +136,8 @@ class TrainConfig:
             raise ConfigError("set a positive number of minutes or steps")
         if self.batch < 1 or self.micro_batch < 0 or self.keep_checkpoints < 1:
             raise ConfigError("batch and keep_checkpoints must be at least 1, micro_batch at least 0")
+        if self.block_size < 0:
+            raise ConfigError(f"block_size must be 0 (whole windows) or at least 1 token, not {self.block_size}")
         for name in ("causal_share", "warmup", "warmdown", "momentum_warmup", "ema_horizon"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share: between 0 and 1")

@@ -11,6 +11,7 @@ window. `Estimate` reports both errors apart and together.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -19,7 +20,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from torch import Tensor
 from mezzotint.data import Windows
 from mezzotint.errors import DataError
 from mezzotint.files import atomic_write
-from mezzotint.model import Model, block_size
-from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
+from mezzotint.model import Model, block_size, trained_block_size
+from mezzotint.objective import block_lengths, mask_by_count, masked_nll, nelbo_per_window, stratified_counts
 
 EXACT = "exact"
 UPPER_BOUND = "upper bound"
@@ -168,14 +169,16 @@ class Pass:
 
 
 def run_passes(
-    model: Model, passes: Iterable[Pass], *, visibility: str = "full", batch: int | None = None
+    model: Model, passes: Iterable[Pass], *, visibility: str = "full", batch: int | None = None, size: int | None = None
 ) -> Iterator[np.ndarray]:
     """Run canvases through the network, many at a time, and yield the NLL of each pass in order.
 
     Yields float64 [T]: nats at the scored positions, 0 elsewhere. `batch` is rows at a time (default: what holds
-    16,384 tokens); it changes speed and memory, not the figures.
+    16,384 tokens); it changes speed and memory, not the figures. size: predict in blocks of so many tokens, each from
+    what a pass shows of it and from the true tokens of the blocks before it.
     """
     pending: list[Pass] = []
+    tokens_per_forward = TOKENS_PER_FORWARD // 2 if size else TOKENS_PER_FORWARD  # windows are doubled for blocks
 
     def flush() -> Iterator[np.ndarray]:
         if not pending:
@@ -184,16 +187,18 @@ def run_passes(
         hidden = torch.stack([p.hidden for p in pending]).to(model.device)
         scored = torch.stack([p.scored for p in pending]).to(model.device)
         with torch.inference_mode():
-            logits = model.logits(
-                ids.masked_fill(hidden, model.config.mask_id), visibility=visibility, positions=scored
-            )
+            canvas = ids.masked_fill(hidden, model.config.mask_id)
+            if size:
+                logits = model.block_logits(canvas, ids, size, positions=scored)
+            else:
+                logits = model.logits(canvas, visibility=visibility, positions=scored)
             nll = masked_nll(logits, ids, scored).double().cpu().numpy()
         pending.clear()
         yield from nll
 
     for item in passes:
         if pending and (
-            len(pending) >= (batch or max(1, TOKENS_PER_FORWARD // len(item.ids)))
+            len(pending) >= (batch or max(1, tokens_per_forward // len(item.ids)))
             or len(item.ids) != len(pending[0].ids)
         ):
             yield from flush()
@@ -383,9 +388,24 @@ def nelbo_counts(lengths: Sequence[int], seed: int, repeat: int) -> Tensor:
     return counts
 
 
-def nelbo_pass(ids: Tensor, window: int, count: int, mask_id: int, seed: int, repeat: int) -> Pass:
-    """The mask of a window in a repeat: `count` positions that depend on seed, repeat and window alone."""
-    _, masked = mask_by_count(ids[None], torch.tensor([count]), mask_id, _generator(seed, repeat, 1 + window))
+def nelbo_block_counts(lengths: Sequence[int], seed: int, repeat: int, size: int | None) -> Sequence[Tensor]:
+    """Mask counts of one repeat, int64 [blocks] for each window: stratified over all blocks of each length.
+
+    size: tokens of a block (None: the window is one).
+    """
+    blocks = [block_lengths(length, size or length) for length in lengths]
+    return nelbo_counts(torch.cat(blocks).tolist(), seed, repeat).split([len(b) for b in blocks])
+
+
+def nelbo_pass(
+    ids: Tensor, window: int, count: int | Tensor, mask_id: int, seed: int, repeat: int, size: int | None = None
+) -> Pass:
+    """The mask of a window in a repeat: `count` positions that depend on seed, repeat and window alone.
+
+    With `size`, `count` of each of its blocks, int64 [blocks].
+    """
+    counts = torch.as_tensor(count).view(1, -1)
+    _, masked = mask_by_count(ids[None], counts, mask_id, _generator(seed, repeat, 1 + window), size)
     return Pass(ids, masked[0], masked[0])
 
 
@@ -412,8 +432,8 @@ def apply_control(
     """One repeat's NELBO estimates with the luck of the draw taken out; all arrays float64 [windows].
 
     A mask that happens to hide rare tokens costs more. With a_i any guess at the difficulty of token i that does not
-    look at the mask, `control` = (T/k) sum_{i in S} a_i - sum_i a_i has mean 0 over S for every k, so subtracting
-    beta * control changes the variance and not the mean, provided that beta does not depend on S. beta is a quadratic
+    look at the mask, `control` = (T/k) sum_{i in S} a_i - sum_i a_i has mean 0 over S for every k (for blocks: the sum
+    of that over blocks), so subtracting beta * control changes the variance and not the mean, provided that beta does not depend on S. beta is a quadratic
     in the mask rate k/T, fitted to the tokens of the other half of the windows (even or odd), whose masks are
     independent: `spread` is sum_{i in S} (a_i - mean)^2 and `covariance` the like with the tokens' NLL.
     (Control variates with cross-fitting; Owen 2013, "Monte Carlo theory, methods and examples", sections 8.9, 8.10.)
@@ -443,11 +463,12 @@ def _nelbo_matrix(
     batch: int | None,
     book: Journal,
     tick: Progress,
+    size: int | None,
 ) -> np.ndarray:
-    """NELBO estimates in nats, float64 [repeats, windows]."""
+    """NELBO estimates in nats, float64 [repeats, windows]. size: tokens of a block, None for whole windows."""
     n = len(chosen)
     lengths = [len(windows[i]) for i in chosen]
-    counts = np.stack([nelbo_counts(lengths, seed, r).numpy() for r in range(repeats)])
+    counts = [nelbo_block_counts(lengths, seed, r, size) for r in range(repeats)]
     surprisal = token_surprisal(windows, chosen, model.config.vocab_size)
     todo = book.mine()
     made: deque[Pass] = deque()
@@ -455,22 +476,27 @@ def _nelbo_matrix(
     def passes() -> Iterator[Pass]:
         for unit in todo:
             r, w = divmod(unit, n)
-            item = nelbo_pass(_tensor(windows, chosen[w]), chosen[w], counts[r, w], model.config.mask_id, seed, r)
+            ids, mask_id = _tensor(windows, chosen[w]), model.config.mask_id
+            item = nelbo_pass(ids, chosen[w], counts[r][w], mask_id, seed, r, size)
             made.append(item)
             yield item
 
-    for done, (unit, nll) in enumerate(zip(todo, run_passes(model, passes(), batch=batch), strict=True)):
+    for done, (unit, nll) in enumerate(zip(todo, run_passes(model, passes(), batch=batch, size=size), strict=True)):
         r, w = divmod(unit, n)
-        k = torch.tensor([counts[r, w]], dtype=torch.float64)
+        k = counts[r][w].double()
         item = made.popleft()
         guess, hidden = surprisal[item.ids.numpy()], item.hidden.numpy()
+
+        def weighted(values: np.ndarray, k: Tensor = k) -> float:
+            return nelbo_per_window(torch.from_numpy(values)[None], k[None] if size else k, size).item()
+
+        control = weighted(guess * hidden) - guess.sum()
         a, y = guess[hidden], nll[hidden]
-        control = lengths[w] / counts[r, w] * a.sum() - guess.sum()
         a = a - a.mean()
-        book.record(unit, nelbo_per_window(torch.from_numpy(nll)[None], k).item(), control, a @ a, a @ y)
+        book.record(unit, weighted(nll), control, a @ a, a @ y)
         tick(done + 1, len(todo))
     nats, control, spread, covariance = book.result().T.reshape(4, repeats, n)
-    rates = counts / np.array(lengths)
+    rates = np.array([[int(k.sum()) for k in row] for row in counts]) / np.array(lengths)
     return np.stack([apply_control(*row) for row in zip(nats, control, spread, covariance, rates, strict=True)])
 
 
@@ -484,21 +510,41 @@ def nelbo(
     batch: int | None = None,
     journal: Path | None = None,
     progress: Progress | None = None,
+    block_size: int | None = None,
 ) -> Estimate:
     """The NELBO of the windows: an upper bound on -log p, estimated without bias.
+
+    block_size: tokens of the blocks that are denoised from left to right, each given the true blocks before it; 0:
+    whole windows; default: what the model was trained on. 1 is `causal`, which is exact.
 
     Each repeat is one mask per window with the counts k stratified over the windows, less a control variate for how
     difficult the hidden tokens are (`apply_control`). Repeats are independent, and the mask error is that of their
     mean, with repeats - 1 degrees of freedom (`Estimate.interval` uses Student's t). Over all windows that is the
     whole error; over a subset the error from the choice of windows is added.
-    Deterministic in `seed`, up to rounding for any `batch`. Costs repeats * windows forward passes.
-    `journal` and torchrun: see `Journal`. Raises DataError if there is nothing to score or fewer than 2 repeats.
+    Deterministic in `seed`, up to rounding for any `batch`. Costs repeats * windows forward passes, of twice the length
+    for blocks. `journal` and torchrun: see `Journal`; neither is for block size 1.
+    Raises DataError if there is nothing to score, fewer than 2 repeats, or a block size below 0.
     """
     started = time.perf_counter()
+    size = _nelbo_size(model, block_size)
+    if size == 1:
+        if journal is not None:
+            raise DataError("blocks of 1 token take a single pass, which needs no journal: leave it out")
+        exact = causal(model, windows, tokens=tokens, seed=seed, batch=batch, progress=progress)
+        return dataclasses.replace(exact, method="nelbo block(1)")
     chosen = choose_windows(windows, tokens)
-    book = _nelbo_book(model, windows, chosen, tokens, repeats, seed, journal)
-    nats = _nelbo_matrix(model, windows, chosen, repeats, seed, batch, book, progress or _silent)
-    return _estimate("nelbo", UPPER_BOUND, windows, chosen, nats, started, nats.size, seed)
+    book = _nelbo_book(model, windows, chosen, tokens, repeats, seed, journal, size)
+    nats = _nelbo_matrix(model, windows, chosen, repeats, seed, batch, book, progress or _silent, size)
+    method = f"nelbo block({size})" if size else "nelbo"
+    return _estimate(method, UPPER_BOUND, windows, chosen, nats, started, nats.size, seed)
+
+
+def _nelbo_size(model: Model, asked: int | None) -> int | None:
+    """Tokens of a block, None for whole windows."""
+    size = trained_block_size(model.info) if asked is None else asked
+    if size < 0:
+        raise DataError(f"blocks have at least 1 token, or 0 for whole windows, not {size}")
+    return size if 0 < size < model.config.sequence_length else None
 
 
 def nelbo_by_window(
@@ -510,12 +556,30 @@ def nelbo_by_window(
     `nelbo` does.
     """
     chosen = choose_windows(windows, tokens)
-    book = _nelbo_book(model, windows, chosen, tokens, repeats, seed, None)
-    nats = _nelbo_matrix(model, windows, chosen, repeats, seed, None, book, _silent)
-    size = float(np.mean([windows.byte_count(i) for i in chosen]))
-    if size == 0:
+    nats, _, _ = _own_nelbo(model, windows, chosen, tokens, repeats, seed, None, _silent)
+    mean_bytes = float(np.mean([windows.byte_count(i) for i in chosen]))
+    if mean_bytes == 0:
         raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
-    return nats.mean(axis=0) / math.log(2) / size
+    return nats.mean(axis=0) / math.log(2) / mean_bytes
+
+
+def _own_nelbo(
+    model: Model,
+    windows: Windows,
+    chosen: Sequence[int],
+    tokens: int | None,
+    repeats: int,
+    seed: int,
+    batch: int | None,
+    progress: Callable[[int, int], None],
+) -> tuple[np.ndarray, str, str]:
+    """Nats [repeats or 1, windows], kind and name of the NELBO of the blocks that `model` was trained on."""
+    size = _nelbo_size(model, None)
+    if size == 1:
+        return _causal_matrix(model, windows, chosen, batch, progress), EXACT, "nelbo block(1)"
+    book = _nelbo_book(model, windows, chosen, tokens, repeats, seed, None, size)
+    nats = _nelbo_matrix(model, windows, chosen, repeats, seed, batch, book, progress, size)
+    return nats, UPPER_BOUND, f"nelbo block({size})" if size else "nelbo"
 
 
 def _silent(done: int, total: int) -> None:
@@ -530,10 +594,13 @@ def _nelbo_book(
     repeats: int,
     seed: int,
     journal: Path | None,
+    size: int | None,
 ) -> Journal:
     if repeats < 2:
         raise DataError("a standard error needs at least 2 repeats")
     settings = {"method": "nelbo", "tokens": tokens, "repeats": repeats, "seed": seed}
+    if size:
+        settings["block_size"] = size
     return Journal(journal, model, windows, settings, repeats * len(chosen), columns=4)
 
 
@@ -584,7 +651,8 @@ def compare(
     What a mask or window costs both models alike drops out of the difference, so its error is far below that of the
     two figures. method: `nelbo` or `chain` (left to right; exact on the windows scored). Over all windows the error
     is that of the masks; over a subset (`tokens`) that from the choice of windows is added, and the answer is about
-    all of them. Raises DataError when the models' tokenizers differ, for an unknown method, or as `nelbo` does.
+    all of them. The NELBO is that of the blocks each model was trained on; masks are the same where the blocks are.
+    Raises DataError when the models' tokenizers differ, for an unknown method, or as `nelbo` does.
     """
     if a.tokenizer.sha256 != b.tokenizer.sha256 or a.config.vocab_size != b.config.vocab_size:
         raise DataError("the models have different tokenizers: their masks cannot be paired")
@@ -599,17 +667,16 @@ def compare(
                 progress(turn * total + done, 2 * total)
 
         if method == "nelbo":
-            book = _nelbo_book(model, windows, chosen, tokens, repeats, seed, None)
-            nats = _nelbo_matrix(model, windows, chosen, repeats, seed, batch, book, tick)
-            passes, kind = nats.size, UPPER_BOUND
+            nats, kind, name = _own_nelbo(model, windows, chosen, tokens, repeats, seed, batch, tick)
+            passes = nats.size
         elif method == "chain":
             book = Journal(None, model, windows, {}, len(chosen))
             nats, passes = _chain_matrix(model, windows, chosen, "left", "full", batch, book, tick)
-            kind = EXACT
+            kind, name = EXACT, method
         else:
             raise DataError(f"unknown method {method!r}: models are compared by nelbo or chain")
         matrices.append(nats)
-        estimates.append(_estimate(method, kind, windows, chosen, nats, started, passes, seed))
+        estimates.append(_estimate(name, kind, windows, chosen, nats, started, passes, seed))
         started = time.perf_counter()
     difference = _estimate(method, NOT_A_BOUND, windows, chosen, matrices[1] - matrices[0], started, 0, seed)
     if difference.stderr_bpb:
@@ -681,8 +748,10 @@ def chain_rule(
 
     chain(x, order) = sum_i -log p(x_i | the groups before i's, the rest masked): a normalised distribution over
     windows, which `compress` turns into a file of this size. One forward pass per group, so T for a window of T
-    tokens from left to right. Under `causal` or `block(k)` visibility only the part of the canvas that can be seen is
-    computed. No masks are drawn, so over all windows the error is 0; `seed` is only recorded.
+    tokens from left to right. Under `block(k)` visibility, an order that finishes each block before the next (`left`,
+    or `block(k)`, a block in a single pass) takes all blocks at once: k passes from left to right, over the doubled
+    window of `Denoiser.hidden_blocks`. For other orders only the part of the canvas that can be seen is computed.
+    `causal` is `block(1)`, where a token is predicted at a MASK of its own, unlike in the function `causal`. No masks are drawn, so over all windows the error is 0; `seed` is only recorded.
     `journal` and torchrun: see `Journal`. Raises DataError if there is nothing to score.
     """
     started = time.perf_counter()
@@ -706,7 +775,13 @@ def _chain_matrix(
 ) -> tuple[np.ndarray, int]:
     """(nats, float64 [1, windows], forward passes in all)."""
     orders = {length: reveal_order(order, length) for length in {len(windows[i]) for i in chosen}}
-    rows = batch or max(1, TOKENS_PER_FORWARD // max(orders))
+    size: int | None = block_size(visibility, max(orders))
+    merged = {length: merge_blocks(groups, size) for length, groups in orders.items()} if size < max(orders) else {}
+    if merged and all(merged.values()):
+        orders, visibility = merged, "full"
+    else:
+        size = None
+    rows = batch or max(1, TOKENS_PER_FORWARD // max(orders) // (2 if size else 1))
     todo = book.mine()
     share = sum(len(orders[len(windows[chosen[n]])]) for n in todo)
     done = 0
@@ -716,7 +791,7 @@ def _chain_matrix(
         nats = dict.fromkeys(group, 0.0)
         owners: deque[int] = deque()
         passes = _chain_passes(windows, chosen, group, orders, visibility, owners)
-        for nll in run_passes(model, passes, visibility=visibility, batch=batch):
+        for nll in run_passes(model, passes, visibility=visibility, batch=batch, size=size):
             nats[owners.popleft()] += float(nll.sum())
             done += 1
             tick(done, share)
@@ -725,11 +800,26 @@ def _chain_matrix(
     return book.result().T, sum(len(orders[len(windows[i])]) for i in chosen)
 
 
+def merge_blocks(groups: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
+    """The n-th groups of all blocks of `size` positions together, for every n: what can be predicted at once when each
+    block is predicted from the true ones before it. Empty for an order that does not finish each block before the next.
+    """
+    owners = [int(group.min()) // size for group in groups]
+    if owners != sorted(owners) or any(int(g.max()) // size != owner for g, owner in zip(groups, owners, strict=True)):
+        return []
+    together: list[list[np.ndarray]] = []
+    for n, (group, owner) in enumerate(zip(groups, owners, strict=True)):
+        place = n - owners.index(owner)
+        together += [[]] * (place == len(together))
+        together[place] = [*together[place], group]
+    return [np.concatenate(parts) for parts in together]
+
+
 def _chain_passes(
     windows: Windows,
     chosen: Sequence[int],
     group: Sequence[int],
-    orders: dict[int, list[np.ndarray]],
+    orders: Mapping[int, Sequence[np.ndarray]],
     visibility: str,
     owners: deque[int],
 ) -> Iterator[Pass]:
@@ -766,6 +856,14 @@ def causal(
     """
     started = time.perf_counter()
     chosen = choose_windows(windows, tokens)
+    nats = _causal_matrix(model, windows, chosen, batch, progress or _silent)
+    return _estimate("causal", EXACT, windows, chosen, nats, started, len(chosen), seed)
+
+
+def _causal_matrix(
+    model: Model, windows: Windows, chosen: Sequence[int], batch: int | None, tick: Progress
+) -> np.ndarray:
+    """Next-token code lengths in nats, float64 [1, windows]."""
     nats = np.zeros((1, len(chosen)))
     rows = batch or max(1, TOKENS_PER_FORWARD // max(len(windows[i]) for i in chosen))
     groups: list[list[int]] = []
@@ -782,9 +880,8 @@ def causal(
             logits = model.logits(shifted, visibility="causal", positions=everything)
             nats[0, group] = masked_nll(logits, ids, everything).double().sum(dim=1).cpu().numpy()
         done += len(group)
-        if progress:
-            progress(done, len(chosen))
-    return _estimate("causal", EXACT, windows, chosen, nats, started, len(chosen), seed)
+        tick(done, len(chosen))
+    return nats
 
 
 def reconstruction_score(

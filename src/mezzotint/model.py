@@ -6,7 +6,9 @@ Time-independent: the number of masks is visible, so no timestep is fed. Knows n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,47 +36,96 @@ def block_size(visibility: str, length: int) -> int:
     raise ConfigError(f"visibility must be full, causal or block(k) with k >= 1, not {visibility!r}")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
-    """Softmax attention with grouped heads under block visibility. q: [B, H, T, D]; k, v: [B, H_kv, T, D]."""
-    length = q.shape[2]
-    mask = None
-    if 1 < size < length:
-        block = torch.arange(length, device=q.device) // size
-        mask = block[:, None] >= block[None, :]
-    if q.device.type == "cpu" and torch.compiler.is_compiling() and length <= 1024:
-        # The CPU's fused kernel has a slow backward pass; compiled matrix products take under half its time.
+def block_mask(queries: Tensor, keys: Tensor, size: int) -> Tensor:
+    """What positions `queries` [Q] see of positions `keys` [K] in blocks of `size`: bool [Q, K]."""
+    return (queries // size)[:, None] >= (keys // size)[None, :]
+
+
+def _by_products(q: Tensor, length: int) -> bool:
+    """Whether attention is better written out: the CPU's fused kernel has a slow backward pass, compiled matrix
+    products take under half its time."""
+    return q.device.type == "cpu" and torch.compiler.is_compiling() and length <= 1024
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Softmax attention with grouped heads. q: [B, H, T, D]; k, v: [B, H_kv, S, D]; mask: bool [T, S], what is seen.
+
+    `causal` stands for the mask of blocks of one position, T = S.
+    """
+    if _by_products(q, k.shape[2]):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
-        if size == 1 and length > 1:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(-1).to(v.dtype) @ v
     grouped = q.shape[1] != k.shape[1]
-    causal = size == 1 and length > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-def mix_neighbours(x: Tensor, taps: Tensor, size: int) -> Tensor:
+def attend_doubled(q: Tensor, k: Tensor, v: Tensor, size: int, clean: Tensor, noisy: Tensor) -> Tensor:
+    """Attention over a doubled window [noisy | clean]. q: [B, H, 2T, D], or the noisy half of it; k, v: [B, H_kv, 2T,
+    D]; returns as q.
+
+    clean: bool [T, T], the clean half's mask. noisy: bool [T, 2T], the noisy half's: its own noisy block, and the clean
+    ones before. Written out, a noisy query meets the T clean keys and the `size` noisy ones of its own block only.
+    """
+    length = k.shape[2] // 2
+    if q.shape[2] > length:
+        tidy = attend(q[:, :, length:], k[:, :, length:], v[:, :, length:], clean)
+        return torch.cat((attend_doubled(q[:, :, :length], k, v, size, clean, noisy), tidy), dim=2)
+    if not _by_products(q, length):
+        return attend(q, k, v, noisy)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    q = q * q.shape[-1] ** -0.5
+    blocks = -(-length // size)
+
+    def cut(x: Tensor) -> Tensor:
+        """[B, H, T, ...] -> [B, H, blocks, size, ...], the last block filled up with zeros."""
+        return F.pad(x, (0, 0, 0, blocks * size - length)).unflatten(2, (blocks, size))
+
+    far = (q @ k[:, :, length:].transpose(-1, -2)).float().masked_fill(~noisy[:, length:], -torch.inf)
+    near = (cut(q) @ cut(k[:, :, :length]).transpose(-1, -2)).float()
+    if length % size:  # keys that fill up the last block are nobody's
+        there = torch.arange(blocks * size, device=q.device).view(blocks, 1, size) < length
+        near = near.masked_fill(~there, -torch.inf)
+    weights = torch.cat((far, near.flatten(2, 3)[:, :, :length]), dim=-1).softmax(-1).to(v.dtype)
+    own = (cut(weights[..., length:]) @ cut(v[:, :, :length])).flatten(2, 3)[:, :, :length]
+    return weights[..., :length] @ v[:, :, length:] + own
+
+
+def mix_neighbours(x: Tensor, taps: Tensor, size: int, start: int = 0, earlier: Tensor | None = None) -> Tensor:
     """Depthwise convolution over positions that respects block visibility. x: [B, T, W]; taps: [2r + 1, W].
 
-    Tap r + d reads the neighbour d to the right. Beyond the window there is nothing; beyond the own block, nothing to
-    the right.
+    Tap r + d reads the neighbour d to the right. Beyond x there is nothing; beyond the own block, nothing to the
+    right. start: position of x's first column in its window. earlier: [B, T, W], stands in for x in the blocks before
+    a position's own.
     """
     length, reach = x.shape[1], taps.shape[0] // 2
     padded = F.pad(x, (0, 0, reach, reach))
-    within = torch.arange(length, device=x.device) % size
+    before = padded if earlier is None else F.pad(earlier, (0, 0, reach, reach))
+    within = (torch.arange(length, device=x.device) + start) % size
     mixed = torch.zeros_like(x)
     for offset in range(-reach, reach + 1):
         if offset > 0 and size == 1:
             break
         tap = taps[reach + offset].to(x.dtype)
-        neighbour = padded[:, reach + offset : reach + offset + length]
-        if offset > 0 and size < length:
+        here = slice(reach + offset, reach + offset + length)
+        neighbour = padded[:, here]
+        if offset > 0 and size < start + length:
             neighbour = neighbour * (within + offset < size)[:, None].to(x.dtype)
+        elif offset < 0 and earlier is not None:
+            neighbour = torch.where((within + offset >= 0)[:, None], neighbour, before[:, here])
         mixed = mixed + neighbour * tap
     return mixed
+
+
+def previous_ids(ids: Tensor) -> Tensor:
+    """The id before each, -1 before the first. [B, T] -> [B, T]."""
+    return F.pad(ids[:, :-1], (1, 0), value=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,6 +133,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+See = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Who attends to whom: (q [B, H, T, D], k [B, H_kv, T, D], v like k) -> [B, H, T, D]."""
 
 
 class Attention(nn.Module):
@@ -97,10 +152,11 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=False)
         self.query_gain = nn.Parameter(torch.full((config.heads,), config.query_gain))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, size: int, value_bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, see: See, value_bias: Tensor | None, asking: int) -> Tensor:
+        """x: [B, T, W]; the first `asking` positions ask, all answer. Returns [B, asking, W]."""
         c = self.config
         b, t, _ = x.shape
-        q = self.query(x).view(b, t, c.heads, c.head_width)
+        q = self.query(x[:, :asking]).view(b, asking, c.heads, c.head_width)
         k = self.key(x).view(b, t, c.kv_heads, c.head_width)
         v = self.value(x)
         if value_bias is not None:
@@ -108,17 +164,15 @@ class Attention(nn.Module):
         v = v.view(b, t, c.kv_heads, c.head_width)
         q = F.rms_norm(q, (c.head_width,))
         k = F.rms_norm(k, (c.head_width,))
-        q = rotate(q, cos, sin) * self.query_gain.to(q.dtype)[:, None]
+        q = rotate(q, cos[:asking], sin[:asking]) * self.query_gain.to(q.dtype)[:, None]
         k = rotate(k, cos, sin)
-        y = attend(q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2), size).transpose(
-            1, 2
-        )
+        y = see(q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         if c.exclusive_attention:
             # A head's output minus its component along its own position's value: what others say, not oneself.
-            grouped = y.reshape(b, t, c.kv_heads, c.heads // c.kv_heads, c.head_width)
-            own = F.normalize(v, dim=-1).unsqueeze(3).to(y.dtype)
+            grouped = y.reshape(b, asking, c.kv_heads, c.heads // c.kv_heads, c.head_width)
+            own = F.normalize(v[:, :asking], dim=-1).unsqueeze(3).to(y.dtype)
             y = grouped - (grouped * own).sum(-1, keepdim=True) * own
-        return self.output(y.reshape(b, t, c.width))
+        return self.output(y.reshape(b, asking, c.width))
 
 
 class MLP(nn.Module):
@@ -154,12 +208,13 @@ class Block(nn.Module):
         normed = F.rms_norm(x, (x.shape[-1],))
         return normed * self.norm_scale if self.norm_scale != 1.0 else normed
 
-    def forward(self, x: Tensor, embedded: Tensor, *attention: Any) -> Tensor:
+    def forward(self, x: Tensor, embedded: Tensor, *attention: Any, asking: int) -> Tensor:
+        """x, embedded: [B, T, W]. Returns the first `asking` positions, [B, asking, W]."""
         if self.embedding_mix is not None:
             mix = self.embedding_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * embedded
-        a = self.attention(self.norm(x), *attention)
-        x = x + (a * self.attention_scale.to(a.dtype) if self.attention_scale is not None else a)
+        a = self.attention(self.norm(x), *attention, asking)
+        x = x[:, :asking] + (a * self.attention_scale.to(a.dtype) if self.attention_scale is not None else a)
         m = self.mlp(self.norm(x))
         return x + (m * self.mlp_scale.to(m.dtype) if self.mlp_scale is not None else m)
 
@@ -174,11 +229,10 @@ class BigramEmbedding(nn.Module):
         self.project = nn.Linear(config.bigram_width, config.width, bias=False)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        # Multiplicative hashing by two odd primes; the last bucket stands for "no previous token".
-        bucket = torch.bitwise_xor(36_313 * ids[:, 1:], 27_191 * ids[:, :-1]) % (self.buckets - 1)
-        bucket = F.pad(bucket, (1, 0), value=self.buckets - 1)
-        return self.project(self.embedding(bucket)) * self.scale
+    def forward(self, ids: Tensor, previous: Tensor) -> Tensor:
+        # Multiplicative hashing by two odd primes; the last bucket stands for "no previous token", an id of -1.
+        bucket = torch.bitwise_xor(36_313 * ids, 27_191 * previous) % (self.buckets - 1)
+        return self.project(self.embedding(bucket.masked_fill(previous < 0, self.buckets - 1))) * self.scale
 
 
 class ValueEmbedding(nn.Module):
@@ -249,19 +303,63 @@ class Denoiser(nn.Module):
         is read in the same way, so that both kinds of windows teach one another (the shift operation of Gong et al.
         2025, "Scaling diffusion language models via adaptation from autoregressive models", section 3.2).
         """
-        c = self.config
-        size = block_size(visibility, ids.shape[1])
-        shifted = c.shifted_output and 1 < ids.shape[1] == size
-        if shifted:
-            ids = F.pad(ids, (1, 0), value=c.mask_id)
-            size += 1
+        wanted = length = ids.shape[1]
+        size = block_size(visibility, length)
+        if self.config.shifted_output and 1 < length == size:
+            ids = F.pad(ids, (1, 0), value=self.config.mask_id)
+            length = size = length + 1
+        place = torch.arange(length, device=ids.device)
+        mask = block_mask(place, place, size) if 1 < size < length else None
+        see = partial(attend, mask=mask, causal=size == 1 and length > 1)
+        x = self.embed(ids, size)
+        return self._layers(x, ids, *self.rotary(length, ids.device, x.dtype), lambda layer: see, wanted)
+
+    def hidden_blocks(self, noisy: Tensor, clean: Tensor, size: int) -> Tensor:
+        """All blocks of a window at once, each denoised given the clean ones before it: hidden states [B, T, W].
+
+        noisy, clean: int64 [B, T], the same window with and without MASK. In block b (`size` positions, the last one
+        perhaps fewer) the result is that of `hidden` under `block(size)` on [clean blocks < b, noisy block b]. One
+        pass over the doubled window [noisy | clean] (Arriola et al. 2025, "Block diffusion", section 3.2).
+        """
+        length = noisy.shape[1]
+        if size >= length:
+            return self.hidden(noisy)
+        place = torch.arange(length, device=noisy.device)
+        upto = block_mask(place, place, size)
+        own = upto & upto.T
+        see = partial(attend_doubled, size=size, clean=upto, noisy=torch.cat((own, upto & ~own), dim=1))
+        ids = torch.cat((noisy, clean), dim=1)
         x = self.embedding(ids)
         if self.bigram is not None:
-            x = x + self.bigram(ids)
+            before = previous_ids(clean)
+            first = torch.where(place % size == 0, before, previous_ids(noisy))
+            x = x + self.bigram(ids, torch.cat((first, before), dim=1))
         if self.neighbour_taps is not None:
-            x = x + mix_neighbours(x, self.neighbour_taps, size)
-        x = embedded = F.rms_norm(x, (c.width,))
-        cos, sin = self.rotary(ids.shape[1], ids.device, x.dtype)
+            a, b = x.split(length, dim=1)
+            mixed = (
+                mix_neighbours(a, self.neighbour_taps, size, earlier=b),
+                mix_neighbours(b, self.neighbour_taps, size),
+            )
+            x = x + torch.cat(mixed, dim=1)
+        x = F.rms_norm(x, (self.config.width,))
+        cos, sin = (torch.cat((t, t)) for t in self.rotary(length, ids.device, x.dtype))
+        return self._layers(x, ids, cos, sin, lambda layer: see, length)
+
+    def embed(self, ids: Tensor, size: int, start: int = 0) -> Tensor:
+        """What enters the first layer, [B, T, W], of ids at positions `start` on of a window in blocks of `size`."""
+        x = self.embedding(ids)
+        if self.bigram is not None:
+            x = x + self.bigram(ids, previous_ids(ids))
+        if self.neighbour_taps is not None:
+            x = x + mix_neighbours(x, self.neighbour_taps, size, start)
+        return F.rms_norm(x, (self.config.width,))
+
+    def _layers(
+        self, x: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, see: Callable[[int], See], wanted: int | None = None
+    ) -> Tensor:
+        """All layers and the last norm; see(i) is layer i's attention. Returns the first `wanted` positions (all)."""
+        c = self.config
+        embedded = x
         values = self.value_embedding(ids) if self.value_embedding is not None else None
         skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
@@ -271,11 +369,10 @@ class Denoiser(nn.Module):
             late = i - (c.layers - c.value_embedding_layers)
             if self.value_embedding is not None and values is not None and late >= 0:
                 bias = values * self.value_embedding.layer_scales[late].to(values.dtype)
-            x = block(x, embedded, cos, sin, size, bias)
+            asking = wanted if wanted is not None and i == c.layers - 1 else ids.shape[1]
+            x = block(x, embedded, cos, sin, see(i), bias, asking=asking)
             if self.skip_scales is not None and i < c.layers // 2:
                 skips.append(x)
-        if shifted:
-            x = x[:, :-1]
         return F.rms_norm(x, (c.width,))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -283,6 +380,57 @@ class Denoiser(nn.Module):
         cap = self.config.softcap
         raw = F.linear(hidden, self.embedding.weight[: self.config.vocab_size]).float()
         return cap * torch.tanh(raw / cap)
+
+
+class Cache:
+    """A denoiser under block visibility, the newest positions at a time: keys and values of finished blocks are kept.
+
+    `hidden` gives `Denoiser.hidden(..., visibility="block(size)")` at the newest positions, up to rounding, for the
+    cost of these positions. Holds 2 * layers * rows * length * kv_heads * head_width floats.
+    """
+
+    def __init__(self, network: Denoiser, rows: int, length: int) -> None:
+        c, like = network.config, network.embedding.weight
+        self.network = network
+        shape = (c.layers, rows, c.kv_heads, length, c.head_width)
+        self.keys = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.ids = torch.zeros(rows, length, dtype=torch.int64, device=like.device)
+        self.kept = [0] * rows
+        self.cos, self.sin = network.rotary(length, like.device, like.dtype)
+
+    @torch.inference_mode()
+    def hidden(self, ids: Tensor, size: int, keep: int, rows: list[int] | None = None) -> Tensor:
+        """Hidden states [R, n, W] of the n positions that follow what is kept.
+
+        ids: int64 [R, n]. keep: how many of them are final, whole blocks of `size`, and stay for later calls.
+        rows: the R rows meant, all with the same number of kept positions (default: all rows).
+        """
+        net, n = self.network, ids.shape[1]
+        ids = ids.to(self.keys.device)
+        numbers = range(len(self.kept)) if rows is None else rows
+        at = self.kept[numbers[0]]
+        assert all(self.kept[r] == at for r in numbers)
+        # A view, where all rows are meant: no copy of what is kept.
+        which: Any = slice(None) if rows is None else torch.tensor(rows, device=ids.device)
+        stop = at + n
+        self.ids[which, at:stop] = ids
+        # What the embedding of these positions looks back on.
+        lead = min(at, net.config.neighbour_reach + 1)
+        x = net.embed(self.ids[which, at - lead : stop], size, at - lead)[:, lead:]
+        place = torch.arange(stop, device=ids.device)
+        # Where all are of one block they see everything up to its end.
+        mask = None if (stop - 1) // size == at // size else block_mask(place[at:], place, size)
+
+        def see(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys[layer, which, :, at:stop] = k
+            self.values[layer, which, :, at:stop] = v
+            return attend(q, self.keys[layer, which, :, :stop], self.values[layer, which, :, :stop], mask)
+
+        hidden = net._layers(x, ids, self.cos[at:stop], self.sin[at:stop], lambda layer: partial(see, layer))
+        for r in numbers:
+            self.kept[r] += keep
+        return hidden
 
 
 @dataclass
@@ -304,6 +452,30 @@ class Model:
     def logits(self, ids: Tensor, *, visibility: str = "full", positions: Tensor | None = None) -> Tensor:
         """`Denoiser.forward` without gradients, in float32 arithmetic. Shapes as there."""
         return self.network(ids.to(self.device), visibility=visibility, positions=positions)
+
+    @torch.inference_mode()
+    def block_logits(self, noisy: Tensor, clean: Tensor, size: int, *, positions: Tensor) -> Tensor:
+        """Logits [n, V] at `positions` (bool [B, T], row-major) of all blocks at once, see `Denoiser.hidden_blocks`."""
+        hidden = self.network.hidden_blocks(noisy.to(self.device), clean.to(self.device), size)
+        return self.network.logits(hidden[positions.to(self.device)])
+
+    @property
+    def trained_block_size(self) -> int:
+        """Tokens of the blocks that the model learnt to denoise from left to right; 0: whole windows.
+
+        1 for a model that learnt nothing but next tokens.
+        """
+        return trained_block_size(self.info)
+
+
+def trained_block_size(info: dict[str, Any]) -> int:
+    """See `Model.trained_block_size`. info: what a model carries about its training; may hold anything."""
+    settings = info.get("train")
+    settings = settings if isinstance(settings, dict) else {}
+    size = settings.get("block_size", 0)
+    if isinstance(size, int) and size > 0:
+        return size
+    return 1 if settings.get("causal_share") == 1 else 0
 
 
 def count_parameters(network: nn.Module) -> int:

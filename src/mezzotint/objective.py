@@ -8,6 +8,15 @@ which is the mean over all orders of the chain-rule NLL and hence an upper bound
 (Uria et al. 2014, "A deep and tractable density estimator", eq. 6; Hoogeboom et al. 2022,
 "Autoregressive diffusion models", eq. 4; Ou et al. 2025, "Your absorbing discrete diffusion...", eq. 3.5).
 
+Block diffusion (Arriola et al. 2025, "Block diffusion", eq. 8, with counts in place of their continuous time) does the
+same within blocks of k tokens, from left to right. Block b of k_b tokens (k, but for a shorter last one) is denoised
+given the clean blocks before it:
+
+    NELBO_k(x) = sum_b E_{n uniform on 1..k_b} E_S [ (k_b / n) * sum_{i in S} -log p(x_i | blocks < b, b outside S) ]
+
+with S a uniform set of n positions of block b. NELBO_T is the above; NELBO_1 is the exact autoregressive code length.
+Counts are int64 [B] for whole windows and [B, blocks] for blocks of `size` tokens.
+
 Pure functions of tensors. Knows nothing of models, files or optimizers.
 """
 
@@ -28,15 +37,38 @@ def stratified_counts(n: int, length: int, generator: torch.Generator) -> Tensor
     return ((strata + jitter) * (length / n)).long().clamp(max=length - 1) + 1
 
 
-def mask_by_count(ids: Tensor, counts: Tensor, mask_id: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Replace exactly `counts[b]` uniformly chosen tokens of window b by MASK.
+def block_lengths(length: int, size: int) -> Tensor:
+    """Tokens of each block of a window of `length`: `size`, but for a shorter last one. int64 [blocks]."""
+    return torch.tensor([min(size, length - start) for start in range(0, length, size)])
 
-    ids: int64 [B, T]; counts: int64 [B], 1..T. Returns (corrupted [B, T], masked bool [B, T]).
+
+def block_counts(rows: int, length: int, size: int, generator: torch.Generator) -> Tensor:
+    """Mask counts of all blocks of `rows` windows, int64 [rows, blocks]: stratified over the blocks of each length."""
+    lengths = block_lengths(length, size)
+    counts = torch.zeros(rows, len(lengths), dtype=torch.int64)
+    for tokens in sorted(set(lengths.tolist()), reverse=True):
+        here = lengths == tokens
+        n = rows * int(here.sum())
+        counts[:, here] = stratified_counts(n, tokens, generator).view(rows, -1)
+    return counts
+
+
+def mask_by_count(
+    ids: Tensor, counts: Tensor, mask_id: int, generator: torch.Generator, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Replace exactly `counts[b]` uniformly chosen tokens of window b by MASK, or `counts[b, j]` of its block j.
+
+    ids: int64 [B, T]; counts: int64 [B], 1..T, or with `size` [B, blocks]. Returns (corrupted [B, T], masked bool
+    [B, T]).
     """
     noise = torch.rand(ids.shape, generator=generator, device=generator.device).to(ids.device)
-    order = noise.argsort(dim=1)
-    masked = torch.zeros_like(ids, dtype=torch.bool)
-    masked.scatter_(1, order, torch.arange(ids.shape[1], device=ids.device) < counts.to(ids.device)[:, None])
+    rows, length = ids.shape
+    size = size or length
+    blocks = -(-length // size)
+    # What fills up a last block comes last in its order, and so is never among the first `count` of it.
+    noise = torch.nn.functional.pad(noise, (0, blocks * size - length), value=2.0).view(rows, blocks, size)
+    first = torch.arange(size, device=ids.device) < counts.to(ids.device).view(rows, blocks, 1)
+    masked = torch.zeros_like(first).scatter_(2, noise.argsort(dim=2), first).view(rows, -1)[:, :length]
     return ids.masked_fill(masked, mask_id), masked
 
 
@@ -50,20 +82,31 @@ def masked_nll(logits: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
     return torch.zeros(ids.shape, dtype=nll.dtype, device=nll.device).masked_scatter(masked, nll)
 
 
-def nelbo_per_window(nll: Tensor, counts: Tensor) -> Tensor:
-    """The NELBO estimate of each window from one mask: (T / k) * sum of its masked NLL. [B, T], [B] -> [B] nats."""
-    return nll.sum(dim=1) * (nll.shape[1] / counts)
+def nelbo_per_window(nll: Tensor, counts: Tensor, size: int | None = None) -> Tensor:
+    """The NELBO estimate of each window from one mask: (T / k) * sum of its masked NLL. [B, T], [B] -> [B] nats.
+
+    With `size`, that of blocks: the sum over blocks of (k_b / n) * sum of the block's masked NLL; counts [B, blocks].
+    """
+    length = nll.shape[1]
+    if size is None:
+        return nll.sum(dim=1) * (length / counts)
+    lengths = block_lengths(length, size).to(nll.device)
+    filled = torch.nn.functional.pad(nll, (0, len(lengths) * size - length))
+    return (filled.unflatten(1, (-1, size)).sum(dim=2) * (lengths / counts)).sum(dim=1)
 
 
-def training_loss(nll: Tensor, counts: Tensor, weighting: str, windows: int, masked_tokens: int) -> Tensor:
+def training_loss(
+    nll: Tensor, counts: Tensor, weighting: str, windows: int, masked_tokens: int, size: int | None = None
+) -> Tensor:
     """These rows' share of the loss of a whole batch of `windows` windows with `masked_tokens` masks, nats per token.
 
-    Shares of micro-batches or processes add up to the batch's loss. nll: [B, T]; counts: [B].
-    `nelbo`: mean NELBO per token. `reference`: the seed's mean over all masked tokens of the batch, which weights a
-    window by its mask rate t and so optimizes the integral of 2 t CE(t) dt instead of the integral of CE(t) dt.
+    Shares of micro-batches or processes add up to the batch's loss. nll: [B, T]; counts: [B], or with `size` [B,
+    blocks]. `nelbo`: mean NELBO per token. `reference`: the seed's mean over all masked tokens of the batch, which
+    weights a window by its mask rate t and so optimizes the integral of 2 t CE(t) dt instead of the integral of
+    CE(t) dt.
     """
     if weighting == "nelbo":
-        return nelbo_per_window(nll, counts).sum() / (nll.shape[1] * windows)
+        return nelbo_per_window(nll, counts, size).sum() / (nll.shape[1] * windows)
     if weighting == "reference":
         return nll.sum() / masked_tokens
     raise ValueError(f"unknown weighting {weighting!r}")

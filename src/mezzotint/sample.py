@@ -27,13 +27,14 @@ from torch import Tensor
 
 from mezzotint.data import Tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
-from mezzotint.model import Model
+from mezzotint.model import Cache, Model, block_size, trained_block_size
 
 OnStep = Callable[[int, Tensor, Tensor], None]
 """Called after each pass with (pass number from 1, ids [B, T], confidence [B, T]); raise in it to stop."""
 
 SAMPLERS = ("ancestral", "confidence", "margin", "entropy", "blocks", "remask")
 TOKENS_PER_FORWARD = 16_384
+BLOCK = 32
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 
@@ -53,7 +54,7 @@ class Sampling:
     the best"). `entropy`: as many of the least uncertain positions as keep (sum of entropies - largest) within
     `entropy_budget`, which bounds the error of drawing them independently (Ben-Hamu et al. 2025, EB-Sampler, eq. 8).
     `blocks`: from left to right in blocks of `block` tokens, each most confident first (semi-autoregressive; block 1 is
-    left to right). `remask`: as ancestral, but every pass also hides again a share `remask` of the drawn tokens, the
+    left to right); of a model that was trained in blocks no further than its own block at a time. `remask`: as ancestral, but every pass also hides again a share `remask` of the drawn tokens, the
     least confident first (Wang et al. 2025, ReMDM-conf).
     """
 
@@ -62,7 +63,7 @@ class Sampling:
     temperature: float = _option(1.0, "softens (above 1) or sharpens (below 1) the token choice; 0 takes the best")
     top_p: float = _option(1.0, "draw only from the most probable tokens that together hold this probability")
     entropy_budget: float = _option(0.5, "nats of joint uncertainty that one pass of `entropy` may reveal")
-    block: int = _option(32, "tokens in a block of `blocks`")
+    block: int | None = _option(None, "tokens in a block of `blocks` (default: the block the model learnt, else 32)")
     remask: float = _option(0.05, "share of drawn tokens that each pass of `remask` hides again")
     order_noise: float = _option(0.0, "Gumbel noise on the order of confidence and margin, fading over the passes")
     no_repeat: int = _option(0, "no sequence of this many tokens occurs twice (0: no such rule)")
@@ -82,7 +83,7 @@ class Sampling:
             value = getattr(self, name)
             if not low <= value <= high or (name == "top_p" and value == 0):
                 raise ConfigError(f"{name} must be between {low:g} and {high:g}, not {value!r}")
-        if self.block < 1:
+        if self.block is not None and self.block < 1:
             raise ConfigError(f"block must be at least 1 token, not {self.block}")
         if self.no_repeat < 0 or self.no_repeat == 1:
             raise ConfigError(f"no_repeat must be 0 or at least 2 tokens, not {self.no_repeat}")
@@ -150,6 +151,7 @@ class _Row:
         banned: Tensor | None,
         only: Mapping[int, Tensor],
         stop_id: int | None,
+        size: int,
     ) -> None:
         self.ids = ids
         self.mask_id = mask_id
@@ -172,11 +174,16 @@ class _Row:
         self.step = 0
         self.blocks: list[tuple[Tensor, int]] = []
         if settings.sampler == "blocks":
-            self._plan_blocks()
+            self._plan_blocks(size)
 
-    def _plan_blocks(self) -> None:
-        """Blocks of masked positions and, for each, the step by which it must be done."""
-        groups = list(self.todo.nonzero()[:, 0].split(self.settings.block))
+    def _plan_blocks(self, size: int) -> None:
+        """Blocks of masked positions and, for each, the step by which it must be done.
+
+        None reaches beyond one of the network's own blocks of `size`, which sees no further.
+        """
+        left = self.todo.nonzero()[:, 0]
+        most = self.settings.block or (size if size < len(self.ids) else BLOCK)
+        groups = [g for own in torch.unique(left // size) for g in left[left // size == own].split(most)]
         done = 0
         for i, group in enumerate(groups):
             done += len(group)
@@ -336,6 +343,53 @@ class _Row:
                 logits[n] = rest
 
 
+class _Network:
+    """Answers about canvases of `rows` rows while they are revealed.
+
+    keep: rows are revealed block after block of what `visibility` says, so that the keys and values of finished blocks
+    can be kept and only the current block is computed.
+    """
+
+    def __init__(self, model: Model, rows: int, length: int, visibility: str, keep: bool) -> None:
+        self.model, self.visibility, self.length = model, visibility, length
+        self.size = block_size(visibility, length)
+        self.causal = visibility != "full" and self.size == 1
+        self.cache = Cache(model.network, rows, length) if keep and self.size < length else None
+
+    def logits(self, ids: Tensor, group: Sequence[int], asked: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Logits [n, V] at the asked positions of each row in `group`. ids: int64 [rows, T]."""
+        counts = [len(where) for where in asked]
+        canvas = ids[list(group)]
+        if self.causal:  # next tokens are learnt, and scored, with the input shifted right behind one MASK
+            canvas = torch.nn.functional.pad(canvas[:, :-1], (1, 0), value=self.model.config.mask_id)
+        if self.cache is None:
+            positions = torch.zeros(canvas.shape, dtype=torch.bool)
+            for i, where in enumerate(asked):
+                positions[i, where] = True
+            batch, where = canvas.to(self.model.device), positions.to(self.model.device)
+            with torch.inference_mode():
+                return self.model.logits(batch, visibility=self.visibility, positions=where).split(counts)
+        together: dict[tuple[int, int], list[int]] = {}  # rows that have come equally far
+        for i, (b, where) in enumerate(zip(group, asked, strict=True)):
+            together.setdefault((self.cache.kept[b], int(where[0]) // self.size * self.size), []).append(i)
+        answers: dict[int, Tensor] = {}
+        for (kept, start), members in together.items():
+            rows = [group[i] for i in members]
+            stop = min(start + self.size, self.length)
+            final = stop if self.causal else start
+            hidden = self.cache.hidden(
+                canvas[members, kept:stop],
+                self.size,
+                keep=final - kept,
+                rows=None if rows == list(range(len(ids))) else rows,
+            )
+            with torch.inference_mode():
+                picked = torch.cat([h[asked[i].to(h.device) - kept] for i, h in zip(members, hidden, strict=True)])
+                parts = self.model.network.logits(picked).split([counts[i] for i in members])
+            answers |= zip(members, parts, strict=True)
+        return [answers[i] for i in range(len(group))]
+
+
 def denoise(
     model: Model,
     canvas: Tensor,
@@ -346,7 +400,7 @@ def denoise(
     only: Mapping[tuple[int, int], Tensor] | None = None,
     stop_id: int | None = None,
     first_row: int = 0,
-    visibility: str = "full",
+    visibility: str | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Denoised:
@@ -358,6 +412,8 @@ def denoise(
     only: further limits, (row, position) -> bool [V].
     stop_id: a drawn token that ends the text; masks behind the first one stay masked.
     first_row: number of the canvas's first row, for a seed's rows drawn in several calls.
+    visibility: what a position sees, `full`, `causal` or `block(k)`. Default: `full`, but for `blocks` on a model that
+    was trained in blocks these blocks, from left to right; keys and values of finished ones are then kept.
     settings: the fields of `Sampling`.
 
     Decided positions never pass the output layer. Deterministic in (seed, row) up to rounding for any batch.
@@ -366,6 +422,31 @@ def denoise(
     options = Sampling(**settings)
     mask_id = model.config.mask_id
     ids = canvas.to("cpu", torch.int64).clone()
+    length = ids.shape[1]
+    if visibility is None:
+        learnt = trained_block_size(model.info) if options.sampler == "blocks" else 0
+        visibility = f"block({learnt})" if learnt else "full"
+    size = block_size(visibility, length)
+    at_once = max(1, TOKENS_PER_FORWARD // max(1, length))
+    keep = options.sampler == "blocks" and size < length
+    if keep and len(ids) > at_once and on_step is None:
+        # Keys and values are kept for as many rows at a time as a batch has.
+        parts = []
+        for start in range(0, len(ids), at_once):
+            here = slice(start, start + at_once)
+            limits_here = {(r - start, p): t for (r, p), t in (only or {}).items() if start <= r < start + at_once}
+            parts.append(
+                denoise(
+                    model, canvas[here], seed=seed, wanted=None if wanted is None else wanted[here], allowed=allowed,
+                    only=limits_here, stop_id=stop_id, first_row=first_row + start, visibility=visibility, **settings,
+                )
+            )  # fmt: skip
+        return Denoised(
+            torch.cat([p.ids for p in parts]),
+            torch.cat([p.confidence for p in parts]),
+            torch.cat([p.nats for p in parts]),
+            max(p.forward_passes for p in parts),
+        )
     masked = ids == mask_id
     wanted = masked if wanted is None else masked & wanted.to("cpu")
     drawable: Tensor = text_tokens(model.tokenizer) if allowed is None else allowed
@@ -377,11 +458,19 @@ def denoise(
         limits.setdefault(row, {})[position] = tokens
     rows = [
         _Row(
-            ids[b], wanted[b], mask_id, options, row_generator(seed, first_row + b), banned, limits.get(b, {}), stop_id
+            ids[b],
+            wanted[b],
+            mask_id,
+            options,
+            row_generator(seed, first_row + b),
+            banned,
+            limits.get(b, {}),
+            stop_id,
+            size,
         )
         for b in range(len(ids))
     ]
-    at_once = max(1, TOKENS_PER_FORWARD // max(1, ids.shape[1]))
+    network = _Network(model, len(ids), length, visibility, keep and len(ids) <= at_once)
     passes = 0
     while True:
         active = [b for b, row in enumerate(rows) if row.active]
@@ -391,13 +480,7 @@ def denoise(
         for start in range(0, len(active), at_once):
             group = active[start : start + at_once]
             asked = [rows[b].ask() for b in group]
-            positions = torch.zeros(len(group), ids.shape[1], dtype=torch.bool)
-            for i, where in enumerate(asked):
-                positions[i, where] = True
-            batch, where = ids[group].to(model.device), positions.to(model.device)
-            with torch.inference_mode():
-                logits = model.logits(batch, visibility=visibility, positions=where)
-            for b, where, answer in zip(group, asked, logits.split([len(a) for a in asked]), strict=True):
+            for b, where, answer in zip(group, asked, network.logits(ids, group, asked), strict=True):
                 rows[b].answer(where, answer)
         if on_step is not None:
             on_step(passes, ids.clone(), torch.stack([row.confidence for row in rows]))
@@ -562,17 +645,20 @@ def sample(
     prompt: str = "",
     seed: int = 0,
     on_step: OnStep | None = None,
-    visibility: str = "full",
+    visibility: str | None = None,
     **settings: Any,
 ) -> Samples:
     """Draw `n` texts of `length` tokens (default: what the window holds), or less where a text ends by itself.
 
     Text i depends on (seed, i) only. Each begins after a BOS, with `prompt` if given. A length beyond the window is
     drawn window after window, each seeing the last half window of text before it; `steps` is then per window.
-    on_step sees the whole canvas [n, tokens]. settings: the fields of `Sampling`. Raises MezzotintError for a bad
+    on_step sees the whole canvas [n, tokens]. visibility: see `denoise`. settings: the fields of `Sampling`; a model
+    that was trained in blocks is sampled by `blocks` unless told otherwise. Raises MezzotintError for a bad
     number, length or prompt.
     """
     started = time.perf_counter()
+    if trained_block_size(model.info):
+        settings.setdefault("sampler", "blocks")
     _check_text(prompt)
     if n < 1:
         raise ConfigError(f"cannot draw {n} texts: ask for at least 1")

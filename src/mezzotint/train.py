@@ -38,8 +38,15 @@ from mezzotint.config import ModelConfig, TrainConfig, from_dict, to_dict
 from mezzotint.data import Dataset, Loader, Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
 from mezzotint.files import atomic_folder, atomic_write
-from mezzotint.model import Denoiser, Model, count_parameters
-from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts, training_loss
+from mezzotint.model import Denoiser, Model, block_size, count_parameters
+from mezzotint.objective import (
+    block_counts,
+    block_lengths,
+    mask_by_count,
+    masked_nll,
+    nelbo_per_window,
+    training_loss,
+)
 from mezzotint.optim import MovingAverage, Optimizers
 
 Progress = Callable[[dict[str, Any]], None]
@@ -127,16 +134,22 @@ def peak_memory_bytes() -> int:
 class MaskedLoss(nn.Module):
     """Denoiser and cross-entropy in one module: (corrupted, ids, masked) -> NLL [B, T] in nats, zero where not masked.
 
-    Only masked positions go through the output layer.
+    Only masked positions go through the output layer. Under `block(k)` all blocks are denoised at once, each given the
+    clean ones before it.
     """
 
     def __init__(self, network: Denoiser, compiled: bool) -> None:
         super().__init__()
         self.network = network
         self.hidden = torch.compile(network.hidden, dynamic=False) if compiled else network.hidden
+        self.blocks = torch.compile(network.hidden_blocks, dynamic=False) if compiled else network.hidden_blocks
 
     def forward(self, corrupted: Tensor, ids: Tensor, masked: Tensor, visibility: str) -> Tensor:
-        return masked_nll(self.network.logits(self.hidden(corrupted, visibility)[masked]), ids, masked)
+        if visibility in ("full", "causal"):
+            hidden = self.hidden(corrupted, visibility)
+        else:
+            hidden = self.blocks(corrupted, ids, block_size(visibility, ids.shape[1]))
+        return masked_nll(self.network.logits(hidden[masked]), ids, masked)
 
 
 @dataclass(frozen=True)
@@ -144,36 +157,41 @@ class Draw:
     """What a step does to each window of the global batch, the same in every process and after any resume.
 
     causal: bool [batch], the windows that are learnt left to right. counts: int64 [batch], masks of each of the
-    others (T for the causal ones, all of whose tokens are predicted). corrupted, masked: [batch, T].
+    others (T for the causal ones, all of whose tokens are predicted). corrupted, masked: [batch, T]. size: None, or
+    tokens of the blocks that windows are learnt in; counts are then those of each block, [batch, blocks].
     """
 
     causal: Tensor
     counts: Tensor
     corrupted: Tensor
     masked: Tensor
+    size: int | None
 
 
 def draw_step(config: TrainConfig, step: int, ids: Tensor, mask_id: int) -> Draw:
     """The draw of `step`: a function of seed and step alone. ids: int64 [batch, T].
 
-    A masked window gets a stratified number of masks. A causal one is shifted right behind a single MASK, so that the
-    output at position i, which sees x_<i, predicts x_i: the same input and target as causal scoring.
+    A masked window, or each of its blocks, gets a stratified number of masks. A causal one is shifted right behind a
+    single MASK, so that the output at position i, which sees x_<i, predicts x_i: the same input and target as causal
+    scoring.
     """
     rows, length = ids.shape
     digest = hashlib.sha256(f"masks {config.seed} {step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     wanted = rows * config.causal_share
     dither = float(torch.rand((), generator=generator, dtype=torch.float64))
-    n = min(rows, int(wanted + dither)) if config.causal_share < 1 else rows
+    # Blocks of one token are next tokens: nothing is gained by doubling windows for them.
+    n = min(rows, int(wanted + dither)) if config.causal_share < 1 and config.block_size != 1 else rows
     causal = torch.zeros(rows, dtype=torch.bool)
     causal[[int((j + 0.5) * rows / n) for j in range(n)]] = True  # evenly spread, so that processes share them
-    counts = torch.full((rows,), length, dtype=torch.int64)
+    size = config.block_size if 1 < config.block_size < length else None
+    counts = block_lengths(length, size or length).repeat(rows, 1)
     if n < rows:
-        counts[~causal] = stratified_counts(rows - n, length, generator)
-    corrupted, masked = mask_by_count(ids, counts, mask_id, generator)
+        counts[~causal] = block_counts(rows - n, length, size or length, generator)
+    corrupted, masked = mask_by_count(ids, counts, mask_id, generator, size)
     if n:
         corrupted[causal] = nn.functional.pad(ids[causal, :-1], (1, 0), value=mask_id)
-    return Draw(causal, counts, corrupted, masked)
+    return Draw(causal, counts if size else counts[:, 0], corrupted, masked, size)
 
 
 class Trainer:
@@ -232,6 +250,7 @@ class Trainer:
         all_ids = torch.zeros(config.batch, length, dtype=torch.int64)
         all_ids[mine] = torch.from_numpy(windows)
         draw = draw_step(config, step, all_ids, self.network.config.mask_id)
+        visibility = f"block({draw.size})" if draw.size else "full"
         share = float(draw.causal.double().mean())
         masked_windows = int((~draw.causal).sum())
         masked_tokens = int(draw.counts[~draw.causal].sum())
@@ -248,16 +267,17 @@ class Trainer:
                 t[rows].to(self.device, non_blocking=True) for t in (draw.corrupted, all_ids, draw.masked, draw.counts)
             )
             with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                nll = self.loss(corrupted, ids, masked, "causal" if causal else "full").float()
+                nll = self.loss(corrupted, ids, masked, "causal" if causal else visibility).float()
                 if causal:
                     loss = nll.sum() / (config.batch * length)
                 else:
-                    loss = (1 - share) * training_loss(nll, k, config.weighting, masked_windows, masked_tokens)
+                    totals = (masked_windows, masked_tokens, draw.size)
+                    loss = (1 - share) * training_loss(nll, k, config.weighting, *totals)
                 # DistributedDataParallel averages gradients over processes; shares are meant to be summed.
                 (loss * self.world).backward()
             figures[0] += loss.detach().double().cpu()
             if not causal or share == 1:
-                per_window = nelbo_per_window(nll.detach().double(), k).sum().cpu()
+                per_window = nelbo_per_window(nll.detach().double(), k, draw.size).sum().cpu()
                 figures[1] += per_window / (length * (masked_windows or config.batch))
         if self.world > 1:
             shared = figures.to(self.device) if self.device.type == "cuda" else figures

@@ -1,0 +1,145 @@
+"""Between autoregression and masked diffusion: the same trunk trained at several block sizes, and what each costs.
+
+    python benchmarks/block_sizes.py DATA --out DIR [--sizes 1 4 16 64 0] [--steps N | --minutes M] [--preset small]
+
+Block size 0 is the whole window. Every size is trained alike (`--causal-share 0`: no other windows beside), for equal
+steps or equal minutes, then scored on `val`:
+
+NELBO        upper bound on decoding a block's tokens one by one in random order, so up to k passes for k tokens
+m at once    exact code length when m neighbours are decoded in a pass, from left to right, each by its own marginal;
+             m = k decodes a block in a single pass
+
+One pass more per block, to keep the keys and values of finished blocks, is shared with the next block's first. A step
+in blocks runs over doubled windows, so equal steps are not equal time: both are in the rows.
+
+Every finished row is a line of DIR/rows.jsonl and is not computed again; an interrupted training goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mezzotint.config import PRESETS, ModelConfig, TrainConfig
+from mezzotint.data import Dataset
+from mezzotint.evaluate import Estimate, causal, chain_rule, nelbo
+from mezzotint.model import Model
+from mezzotint.train import load_run, train
+
+
+def figures(model: Model, windows: Any, size: int, args: argparse.Namespace) -> Iterator[tuple[str, float, Any]]:
+    """(name, tokens decoded per forward pass, function that gives the Estimate) of one trained model."""
+    length = model.config.sequence_length
+    if size == 1:
+        yield "next tokens", 1, lambda: causal(model, windows, tokens=args.tokens)
+        return
+    words = {"tokens": args.tokens, "repeats": args.repeats, "seed": args.seed}
+    yield "NELBO", 1, lambda: nelbo(model, windows, block_size=size % length, **words)
+    visibility = f"block({size})" if size < length else "full"
+    for m in sorted({m for m in args.at_once if m < size and size % m == 0} | {size}):
+        words = {"tokens": args.chain_tokens, "order": f"block({m})", "visibility": visibility}
+        # A last block that is shorter makes the passes fewer than length / m by a fraction.
+        passes = sum(math.ceil(min(size, length - start) / m) for start in range(0, length, size))
+        yield f"{m} at once", length / passes, lambda words=words: chain_rule(model, windows, **words)
+
+
+def configs(data: Dataset, size: int, args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig]:
+    """The preset's settings with the options given; all sizes differ in `block_size` alone."""
+    chosen = PRESETS[args.preset]
+    trunk = {k: getattr(args, k) for k in ("layers", "width", "sequence_length") if getattr(args, k)}
+    model = dataclasses.replace(chosen.model, vocab_size=data.tokenizer.vocab_size, **trunk)
+    more = {k: getattr(args, k) for k in ("batch", "weighting") if getattr(args, k)}
+    learnt = 0 if size >= model.sequence_length else size
+    more |= {"block_size": learnt, "causal_share": args.causal_share, "seed": args.seed, "compile": args.compile}
+    return model, dataclasses.replace(chosen.train, steps=args.steps, minutes=args.minutes, **more)
+
+
+def run_size(data: Dataset, size: int, rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[str]:
+    """Train one size unless it is done, score what is missing; returns the keys of its rows in order."""
+    model_config, config = configs(data, size, args)
+    size = config.block_size or model_config.sequence_length
+    budget = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
+    shape = f"{model_config.layers}x{model_config.width}x{model_config.sequence_length}"
+    setting = f"{args.preset} {shape} {budget} batch {config.batch} {config.weighting} causal {config.causal_share:g}"
+    folder = args.out / f"{setting} seed {args.seed} block {size}".replace(" ", "_")
+    done = folder / "trained.json"
+    if not done.exists():
+        print(f"block size {size}: training {budget}", flush=True)
+        result = train(args.data, folder, model=model_config, config=config, resume=True)
+        done.write_text(json.dumps(result))
+    trained = json.loads(done.read_text())
+    model = load_run(folder)
+    windows = data.split("val").windows(model.config.sequence_length)
+    keys = []
+    for name, per_pass, score in figures(model, windows, size, args):
+        scored = f"{args.tokens} tokens {args.repeats} repeats" if name == "NELBO" else f"{args.chain_tokens} tokens"
+        key = f"{folder.name} {name} {args.tokens if name == 'next tokens' else scored}"
+        keys.append(key)
+        if key in rows:
+            continue
+        estimate: Estimate = score()
+        rows[key] = {
+            "key": key,
+            "block size": size,
+            "figure": name,
+            "tokens per pass": per_pass,
+            "steps": trained["steps"],
+            "tokens per second": trained["tokens_per_second"],
+            **estimate.to_dict(),
+        }
+        with (args.out / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(rows[key]) + "\n")
+        print(f"  {name}: {estimate.bpb:.4f} ± {estimate.stderr_bpb:.4f} ({estimate.kind})", flush=True)
+    return keys
+
+
+def main() -> None:
+    """Parse, run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64, 0], help="block sizes, 0: the window")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    parser.add_argument("--steps", type=int, default=0, help="equal steps (0: equal minutes)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="equal minutes")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--weighting", choices=("nelbo", "reference"), help="[the preset's]")
+    parser.add_argument("--causal-share", type=float, default=0.0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--tokens", type=int, default=32_768, help="validation tokens to score")
+    parser.add_argument("--chain-tokens", type=int, default=8_192, help="validation tokens for the exact chains")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4, 8], help="neighbours decoded in a pass")
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    book = args.out / "rows.jsonl"
+    rows = {}
+    if book.exists():
+        rows = {row["key"]: row for row in map(json.loads, book.read_text().splitlines())}
+    data = Dataset.open(args.data)
+    length = args.sequence_length or PRESETS[args.preset].model.sequence_length
+    sizes = dict.fromkeys(min(size, length) or length for size in args.sizes)  # in the order given, each once
+    keys = [key for size in sizes for key in run_size(data, size, rows, args)]
+    print(
+        "\n| block size | figure | kind | bits per byte ± s.e. | tokens per forward pass | steps | trained tokens/s |"
+    )
+    print("| --: | -- | -- | --: | --: | --: | --: |")
+    for row in (rows[key] for key in keys):
+        error = math.nan if row["stderr_bpb"] is None else row["stderr_bpb"]
+        print(
+            f"| {row['block size']} | {row['figure']} | {row['kind']} | {row['bpb']:.4f} ± {error:.4f} | "
+            f"{row['tokens per pass']:.2f} | {row['steps']} | {row['tokens per second']:,.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
