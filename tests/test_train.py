@@ -70,6 +70,38 @@ def test_first_row_is_the_uniform_models_bits(data, model, tmp_path):
     assert row["train_nelbo_bpb"] == pytest.approx(uniform, rel=0.02)
 
 
+def test_a_run_may_start_with_some_mask_rates_and_says_so(data, model, tmp_path):
+    config = dataclasses.replace(QUICK, narrow_share=0.5, short_share=0.25)
+    result = train(data, tmp_path / "run", model=model, config=config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train_nelbo_bpb"] is None for row in rows] == [True] * 6 + [False] * 6
+    assert [row["train_narrow_bpb"] is None for row in rows] == [False] * 6 + [True] * 6
+    assert [row["tokens"] for row in rows] == [64 * n for n in range(1, 13)]
+    assert result["train_nelbo_bpb"] == rows[-1]["train_nelbo_bpb"]
+    ids = torch.zeros(64, 200, dtype=torch.int64)
+    counts = draw_step(config, 0, ids, 280, (0.1, 0.6)).counts
+    assert counts.min() in (21, 22) and counts.max() == 120
+
+
+def test_halves_of_windows_are_windows(data, model):
+    """A step of halves has the loss and gradients of one whose windows were that short, and as many again."""
+    windows = Loader(Dataset.open(data).split("train"), 16, 4, seed=0).batch(0)
+    losses, gradients = [], []
+    for halved in (True, False):
+        torch.manual_seed(0)
+        network = Denoiser(model)
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        config = dataclasses.replace(QUICK, short_share=0.5, causal_share=0.5, batch=4 if halved else 8)
+        trainer = Trainer(network, config, Loader(Dataset.open(data).split("train"), 16, 4, 0), torch.device("cpu"))
+        losses.append(trainer.gradients(windows if halved else windows.reshape(8, 8), 3, 0.0 if halved else 1.0))
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    assert losses[0] == losses[1] and torch.equal(*gradients)
+    with pytest.raises(ConfigError, match="even"):
+        odd = dataclasses.replace(model, sequence_length=15)
+        Trainer(Denoiser(odd), config, Loader(Dataset.open(data).split("train"), 15, 8, 0), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("weighting", ["nelbo", "reference"])
 def test_micro_batches_change_nothing_but_rounding(data, model, weighting):
     gradients = []

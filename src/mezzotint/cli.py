@@ -362,10 +362,13 @@ class _Progress:
     def training(self, row: dict[str, Any]) -> None:
         """A metrics row of `train`."""
         left = int(row["seconds_left"])
+        nelbo = row["train_nelbo_bpb"]
+        loss = (
+            f"{nelbo:.3f} bits/byte (training NELBO)" if nelbo else f"{row['train_narrow_bpb']:.3f} (some mask rates)"
+        )
         self.bar(
             row["progress"],
-            f"step {row['step']}  {row['train_nelbo_bpb']:.3f} bits/byte (training NELBO)  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  {left // 60}:{left % 60:02d} left",
+            f"step {row['step']}  {loss}  {row['tokens_per_second']:,.0f} tokens/s  {left // 60}:{left % 60:02d} left",
         )
 
     def passes(self, what: str) -> Any:

@@ -109,6 +109,12 @@ class TrainConfig:
     block_size: int = _option(
         0, "tokens of the blocks denoised one after another, given those before (0: whole windows; 1: next tokens only)"
     )
+    short_share: float = _option(0.0, "share of the run, at its start, that trains on halves of windows, twice as many")
+    narrow_share: float = _option(
+        0.0, "share of the run, at its start, that masks between narrow_low and narrow_high of a window only"
+    )
+    narrow_low: float = _option(0.1, "lowest mask rate of the run's start")
+    narrow_high: float = _option(0.6, "highest mask rate of the run's start")
     matrix_lr: float = _option(0.02, "Muon learning rate of the weight matrices")
     embedding_lr: float = _option(0.01, "AdamW learning rate of the embeddings")
     scalar_lr: float = _option(0.01, "AdamW learning rate of gains, scales and mixes")
@@ -138,7 +144,19 @@ class TrainConfig:
             raise ConfigError("batch and keep_checkpoints must be at least 1, micro_batch at least 0")
         if self.block_size < 0:
             raise ConfigError(f"block_size must be 0 (whole windows) or at least 1 token, not {self.block_size}")
-        for name in ("causal_share", "warmup", "warmdown", "momentum_warmup", "ema_horizon"):
+        if not self.narrow_low < self.narrow_high:
+            raise ConfigError("narrow_low must be below narrow_high")
+        for name in (
+            "causal_share",
+            "short_share",
+            "narrow_share",
+            "narrow_low",
+            "narrow_high",
+            "warmup",
+            "warmdown",
+            "momentum_warmup",
+            "ema_horizon",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share: between 0 and 1")
         for item in dataclasses.fields(self):
@@ -161,8 +179,20 @@ PRESETS: dict[str, Preset] = {
         ModelConfig(sequence_length=128, layers=4, width=128, heads=2, kv_heads=2, neighbour_reach=1),
         TrainConfig(minutes=1.5, batch=16, causal_share=0.5),
     ),
-    # The 2-core benchmark size.
-    "small": Preset(ModelConfig(neighbour_reach=1), TrainConfig(batch=8, weighting="reference", causal_share=0.5)),
+    # The best recipe of LOG.md for minutes on two cores.
+    "small": Preset(
+        ModelConfig(
+            layers=5,
+            width=192,
+            heads=3,
+            kv_heads=3,
+            neighbour_reach=1,
+            shifted_output=True,
+            value_embedding_width=64,
+            value_embedding_layers=5,
+        ),
+        TrainConfig(batch=8, weighting="reference", causal_share=0.5, short_share=0.5, narrow_share=0.6),
+    ),
     # The seed's exact shape and optimizer: "Masked Text Diffusion (SP1024)", Parameter Golf pull request 1596.
     "reference": Preset(
         ModelConfig(

@@ -26,15 +26,21 @@ import torch
 from torch import Tensor
 
 
-def stratified_counts(n: int, length: int, generator: torch.Generator) -> Tensor:
+def stratified_counts(
+    n: int, length: int, generator: torch.Generator, rates: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
     """Draw `n` mask counts, each uniform on 1..length, spread evenly: one in each n-th of the range.
+
+    rates: the part of the range to draw from, as shares of `length`; only the whole range gives the NELBO.
 
     Returns int64 [n] in random order. Averages over the draw are unbiased for averages over uniform counts, at a
     lower variance than independent draws (stratified sampling; Kingma et al. 2021 use the same for diffusion times).
     """
     jitter = torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
     strata = torch.randperm(n, generator=generator, device=generator.device)
-    return ((strata + jitter) * (length / n)).long().clamp(max=length - 1) + 1
+    low, high = rates
+    places = (strata + jitter) * ((high - low) * length / n) + low * length
+    return places.long().clamp(max=length - 1) + 1
 
 
 def block_lengths(length: int, size: int) -> Tensor:
@@ -42,14 +48,16 @@ def block_lengths(length: int, size: int) -> Tensor:
     return torch.tensor([min(size, length - start) for start in range(0, length, size)])
 
 
-def block_counts(rows: int, length: int, size: int, generator: torch.Generator) -> Tensor:
+def block_counts(
+    rows: int, length: int, size: int, generator: torch.Generator, rates: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
     """Mask counts of all blocks of `rows` windows, int64 [rows, blocks]: stratified over the blocks of each length."""
     lengths = block_lengths(length, size)
     counts = torch.zeros(rows, len(lengths), dtype=torch.int64)
     for tokens in sorted(set(lengths.tolist()), reverse=True):
         here = lengths == tokens
         n = rows * int(here.sum())
-        counts[:, here] = stratified_counts(n, tokens, generator).view(rows, -1)
+        counts[:, here] = stratified_counts(n, tokens, generator, rates).view(rows, -1)
     return counts
 
 

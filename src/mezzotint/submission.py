@@ -106,7 +106,7 @@ def main():
     run, artifact = options.out / "run", options.out / "{artifact}"
 
     def show(row):
-        print(f"step {{row['step']}} train_nelbo_bpb {{row['train_nelbo_bpb']:.4f}} {{row['seconds']:.0f}} s", flush=True)
+        print(f"step {{row['step']}} loss {{row['loss']:.4f}} {{row['seconds']:.0f}} s", flush=True)
 
     figures = train(options.data, run, model=model, config=from_dict(TrainConfig, settings), progress=show)
     if os.environ.get("RANK", "0") != "0":

@@ -168,8 +168,10 @@ class Draw:
     size: int | None
 
 
-def draw_step(config: TrainConfig, step: int, ids: Tensor, mask_id: int) -> Draw:
-    """The draw of `step`: a function of seed and step alone. ids: int64 [batch, T].
+def draw_step(
+    config: TrainConfig, step: int, ids: Tensor, mask_id: int, rates: tuple[float, float] = (0.0, 1.0)
+) -> Draw:
+    """The draw of `step`: a function of seed, step and range of mask rates alone. ids: int64 [batch, T].
 
     A masked window, or each of its blocks, gets a stratified number of masks. A causal one is shifted right behind a
     single MASK, so that the output at position i, which sees x_<i, predicts x_i: the same input and target as causal
@@ -187,7 +189,7 @@ def draw_step(config: TrainConfig, step: int, ids: Tensor, mask_id: int) -> Draw
     size = config.block_size if 1 < config.block_size < length else None
     counts = block_lengths(length, size or length).repeat(rows, 1)
     if n < rows:
-        counts[~causal] = block_counts(rows - n, length, size or length, generator)
+        counts[~causal] = block_counts(rows - n, length, size or length, generator, rates)
     corrupted, masked = mask_by_count(ids, counts, mask_id, generator, size)
     if n:
         corrupted[causal] = nn.functional.pad(ids[causal, :-1], (1, 0), value=mask_id)
@@ -206,7 +208,8 @@ class Trainer:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if config.batch % self.world:
             raise ConfigError(f"batch {config.batch} must be a multiple of the {self.world} processes")
-        self.rows = config.batch // self.world
+        if config.short_share and network.config.sequence_length % 2:
+            raise ConfigError("short_share halves windows: sequence_length must be even")
         self.optimizers = Optimizers(network, config)
         self.average = MovingAverage(network, config.ema_horizon)
         self.step = 0
@@ -229,32 +232,46 @@ class Trainer:
         """
         reason = None
         try:
-            self.gradients(self.loader.batch(self.step), self.step)
+            self._try_step()
         except Exception as error:
             if not self.compiled:
                 raise
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             self.compiled = False
             self.loss = self._wrap(False)
-            self.gradients(self.loader.batch(self.step), self.step)
+            self._try_step()
         self.network.zero_grad(set_to_none=True)
         return reason
 
-    def gradients(self, windows: np.ndarray, step: int) -> tuple[float, float]:
+    def _try_step(self) -> None:
+        for progress in (0.0, 1.0) if self.config.short_share else (1.0,):
+            self.gradients(self.loader.batch(self.step), self.step, progress)
+
+    def mask_rates(self, progress: float) -> tuple[float, float]:
+        """The range that mask rates are drawn from at `progress` (0..1) of the run."""
+        config = self.config
+        return (config.narrow_low, config.narrow_high) if progress < config.narrow_share else (0.0, 1.0)
+
+    def gradients(self, windows: np.ndarray, step: int, progress: float = 1.0) -> tuple[float, float]:
         """Add the gradients of this process's rows; returns the global batch's (loss, NELBO) in nats per token.
 
-        The NELBO is that of the masked windows, or the causal code length where all windows are causal.
+        progress: 0..1 of the run, which decides on the length of windows and the range of mask rates. The NELBO is
+        that of the masked windows, or the causal code length where all windows are causal; over a narrowed range of
+        mask rates it is a mean cross-entropy and no bound.
         """
-        config, length = self.config, windows.shape[1]
-        mine = slice(self.rank * self.rows, (self.rank + 1) * self.rows)
-        all_ids = torch.zeros(config.batch, length, dtype=torch.int64)
+        config = self.config
+        if progress < config.short_share:
+            windows = windows.reshape(2 * len(windows), -1)
+        mine = slice(self.rank * len(windows), (self.rank + 1) * len(windows))
+        batch, length = self.world * len(windows), windows.shape[1]
+        all_ids = torch.zeros(batch, length, dtype=torch.int64)
         all_ids[mine] = torch.from_numpy(windows)
-        draw = draw_step(config, step, all_ids, self.network.config.mask_id)
+        draw = draw_step(config, step, all_ids, self.network.config.mask_id, self.mask_rates(progress))
         visibility = f"block({draw.size})" if draw.size else "full"
         share = float(draw.causal.double().mean())
         masked_windows = int((~draw.causal).sum())
         masked_tokens = int(draw.counts[~draw.causal].sum())
-        micro = config.micro_batch or self.rows
+        micro = config.micro_batch or len(windows)
         parts = []
         for causal in (False, True):
             rows = (draw.causal[mine] == causal).nonzero()[:, 0] + mine.start
@@ -269,7 +286,7 @@ class Trainer:
             with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 nll = self.loss(corrupted, ids, masked, "causal" if causal else visibility).float()
                 if causal:
-                    loss = nll.sum() / (config.batch * length)
+                    loss = nll.sum() / (batch * length)
                 else:
                     totals = (masked_windows, masked_tokens, draw.size)
                     loss = (1 - share) * training_loss(nll, k, config.weighting, *totals)
@@ -278,7 +295,7 @@ class Trainer:
             figures[0] += loss.detach().double().cpu()
             if not causal or share == 1:
                 per_window = nelbo_per_window(nll.detach().double(), k, draw.size).sum().cpu()
-                figures[1] += per_window / (length * (masked_windows or config.batch))
+                figures[1] += per_window / (length * (masked_windows or batch))
         if self.world > 1:
             shared = figures.to(self.device) if self.device.type == "cuda" else figures
             dist.all_reduce(shared)
@@ -286,9 +303,12 @@ class Trainer:
         return float(figures[0]), float(figures[1])
 
     def run_step(self, progress: float) -> dict[str, float]:
-        """One optimizer step at `progress` (0..1). Raises MezzotintError, naming the windows, if it is not finite."""
+        """One optimizer step at `progress` (0..1). Raises MezzotintError, naming the windows, if it is not finite.
+
+        Returns loss, grad_norm, lr_scale, and `nelbo` or, over a narrowed range of mask rates, `narrow`.
+        """
         windows = self.loader.batch(self.step)
-        loss, nelbo = self.gradients(windows, self.step)
+        loss, nelbo = self.gradients(windows, self.step, progress)
         limit = self.config.grad_clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -300,7 +320,8 @@ class Trainer:
         self.optimizers.step()
         self.step += 1
         self.average.update(self.step)
-        return {"loss": loss, "nelbo": nelbo, "grad_norm": norm, "lr_scale": scale}
+        narrowed = self.config.causal_share < 1 and self.mask_rates(progress) != (0.0, 1.0)
+        return {"loss": loss, "narrow" if narrowed else "nelbo": nelbo, "grad_norm": norm, "lr_scale": scale}
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -563,7 +584,7 @@ def _train(
     saved_at = logged_at = time.monotonic()
     first_step, first_seconds = trainer.step, trainer.seconds
     checkpoint: Path | None = None
-    since: list[float] = []  # NELBO of the steps since the last row
+    since: dict[str, list[float]] = {"nelbo": [], "narrow": []}  # of the steps since the last row
     tail: list[float] = []  # (all) NELBOs of this process, for the mean over the run's last tenth
 
     def done() -> float:
@@ -590,8 +611,9 @@ def _train(
                 save()
                 saved_at = time.monotonic()
             figures = trainer.run_step(part)
-            since.append(figures["nelbo"])
-            tail.append(figures["nelbo"])
+            for name, values in since.items():
+                values += [figures[name]] if name in figures else []
+            tail += [figures["nelbo"]] if "nelbo" in figures else []
             now = time.monotonic()
             if now - logged_at >= config.log_every or (config.steps and trainer.step == config.steps):
                 seconds = now - clock
@@ -602,7 +624,7 @@ def _train(
                     "step": trainer.step,
                     "tokens": trainer.step * config.batch * length,
                     "seconds": round(seconds, 3),
-                    "train_nelbo_bpb": float(np.mean(since)) * bits_per_nat,
+                    **{f"train_{k}_bpb": float(np.mean(v)) * bits_per_nat if v else None for k, v in since.items()},
                     "loss": figures["loss"],
                     "lr_scale": figures["lr_scale"],
                     "grad_norm": figures["grad_norm"],
@@ -610,13 +632,15 @@ def _train(
                 }
                 log.row(row)
                 if board is not None:
-                    for key in ("train_nelbo_bpb", "loss", "lr_scale", "grad_norm", "tokens_per_second"):
-                        board.add_scalar(key, row[key], trainer.step)
+                    for key, value in row.items():
+                        if key not in ("step", "tokens", "seconds") and value is not None:
+                            board.add_scalar(key, value, trainer.step)
                 if progress is not None and first:
                     trainer.seconds = seconds
                     share = part = max(done(), 1e-9)
                     progress({**row, "progress": part, "seconds_left": seconds * (1 - share) / share})
-                since.clear()
+                for values in since.values():
+                    values.clear()
                 logged_at = now
         checkpoint = save()
     finally:
