@@ -8,10 +8,11 @@ quiet machine, and each is then trained for the number of steps that fit in the 
 changes nothing, a run can be stopped and gone on with (`--resume` is implied), and a seed gives the same table twice.
 All recipes are scored on the same windows and masks. Finished rows are kept in DIR/rows.jsonl.
 
-reference  the challenge entry's loss, optimizer settings and architecture details at this preset's width and depth
+reference  the challenge entry's loss, optimizer settings and architecture details
 mdlm       plain masked diffusion: the NELBO on masked windows, a plain transformer
 ar         autoregression: the preset's trunk, every window left to right
 mezzotint  the preset
+All have the preset's layers, width, window and batch.
 """
 
 from __future__ import annotations
@@ -37,21 +38,20 @@ def recipes(name: str, vocab_size: int) -> dict[str, Preset]:
     """The four recipes for the trunk of preset `name`."""
     best = preset(name)
     seed = preset("reference")
-    trunk = {"sequence_length": best.model.sequence_length, "vocab_size": vocab_size}
-    wide = {**trunk, "layers": 6, "width": 256, "heads": 4, "kv_heads": 4}
-    halved = dataclasses.replace(seed.model, **{**wide, "kv_heads": 2})
-    plain = ModelConfig(**wide)
-    own = dataclasses.replace(best.model, **trunk)
+    own = dataclasses.replace(best.model, vocab_size=vocab_size)
+    shape = {name: getattr(own, name) for name in ("vocab_size", "sequence_length", "layers", "width")}
+    halved = dataclasses.replace(seed.model, **shape, heads=4, kv_heads=2)  # two query heads to a key, as the entry
+    plain = ModelConfig(**shape, heads=own.heads, kv_heads=own.kv_heads)
     return {
-        "reference": Preset(halved, dataclasses.replace(seed.train, batch=16, weighting="reference")),
-        "mdlm": Preset(plain, TrainConfig(batch=16)),
+        "reference": Preset(halved, dataclasses.replace(seed.train, batch=best.train.batch, weighting="reference")),
+        "mdlm": Preset(plain, TrainConfig(batch=best.train.batch)),
         "ar": Preset(own, dataclasses.replace(best.train, causal_share=1.0)),
         "mezzotint": Preset(own, best.train),
     }
 
 
 def step_seconds(chosen: dict[str, Preset], dataset: Dataset, rounds: int = 4, steps: int = 6) -> dict[str, float]:
-    """Seconds of a step of each recipe, timed in turns; the median over turns."""
+    """Seconds of a step of each recipe, timed in turns; the median over turns, each spread over a whole run."""
     trainers, times = {}, {name: [] for name in chosen}
     for name, recipe in chosen.items():
         torch.manual_seed(0)
@@ -59,12 +59,12 @@ def step_seconds(chosen: dict[str, Preset], dataset: Dataset, rounds: int = 4, s
         loader = Loader(dataset.split("train"), recipe.model.sequence_length, config.batch, 0, 0, 1)
         trainers[name] = Trainer(Denoiser(recipe.model), config, loader, torch.device("cpu"))
         trainers[name].warm_up()
-        trainers[name].run_step(0.3)
+        trainers[name].run_step(0.0)
     for _ in range(rounds):
         for name, trainer in trainers.items():
             started = time.perf_counter()
-            for _ in range(steps):
-                trainer.run_step(0.3)
+            for step in range(steps):
+                trainer.run_step((step + 0.5) / steps)  # what a step does may depend on how far the run is
             times[name].append((time.perf_counter() - started) / steps)
     return {name: statistics.median(each) for name, each in times.items()}
 
