@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -103,7 +104,7 @@ def test_pack_and_open(model: Model, text: Stream, tmp_path: Path, codec: str) -
 def test_packing_costs_what_was_tolerated(model: Model, text: Stream, tmp_path: Path, tolerance: float) -> None:
     """The divergence on text that neither quantized nor measured is near the tolerance, and so is the reported cost."""
     out = tmp_path / "model.mzt"
-    result = artifact.pack(model, Stream(list(text.ids[: len(text) // 2])), out, tolerance=tolerance)
+    result = artifact.pack(model, Stream(list(text.ids[: len(text) // 2])), out, tolerance=tolerance, progress=print)
     assert 0.7 * tolerance < result["cost_nats_per_token"] < 1.2 * tolerance
     fresh = quantize.Divergence(model, Stream(list(text.ids[len(text) // 2 :])).windows(64), seed=9)
     assert 0.4 * tolerance < fresh(artifact.open_artifact(out)) < 2 * tolerance
@@ -116,13 +117,38 @@ def test_divergence_is_the_expected_rise_of_the_nelbo(model: Model, text: Stream
     divergence = quantize.Divergence(model, windows, seed=3)
     assert divergence(model) == 0
     plain = 0.0
-    for (corrupted, masked, weight), before in zip(divergence.masked, divergence.before, strict=True):
-        hidden = masked[0].nonzero().ravel().tolist()
-        assert weight == 64 / len(hidden)
-        assert (corrupted[0, hidden] == model.config.mask_id).all()
-        old, new = before.double().softmax(-1), opened.logits(corrupted)[0, hidden].double().softmax(-1)
-        plain += weight * float((old * (old / new).log()).sum()) / (64 * len(windows))
+    for item, before in zip(divergence.items, divergence.before, strict=True):
+        hidden = item.positions[0].nonzero().ravel().tolist()
+        assert (item.weights == 64 / len(hidden)).all()
+        assert (item.read[0, hidden] == model.config.mask_id).all()
+        old, new = before.double().softmax(-1), opened.logits(item.read)[0, hidden].double().softmax(-1)
+        plain += float(item.weights[0]) * float((old * (old / new).log()).sum()) / (64 * len(windows))
     assert divergence(opened) == pytest.approx(plain, rel=1e-3)
+
+
+def test_calibration_is_as_training_was(model: Model, text: Stream) -> None:
+    """A share of next tokens, blocks given the clean ones before, and weights that make each window's T."""
+    windows = [*text.windows(64)[:8], np.arange(37) % 200]
+    settings = {"train": {"causal_share": 0.5}}, {"train": {"block_size": 16}}, {"train": {"causal_share": 1.0}}, {}
+    for info, expected in zip(settings, (4, 0, 9, 0), strict=True):
+        items = quantize.calibration(dataclasses.replace(model, info=info), windows, seed=1)
+        assert sum(item.causal for item in items) == expected
+        for item, window in zip(items, windows, strict=True):
+            assert item.ids[0].tolist() == list(window)
+            assert float(item.weights.sum()) == pytest.approx(len(window))
+            if item.causal:
+                assert item.read[0].tolist() == [model.config.mask_id, *window[:-1]]
+                expected_logits = model.logits(item.read, visibility="causal")[0]
+            elif item.size is None:
+                expected_logits = model.logits(item.read)[0][item.positions[0]]
+            else:
+                clean, rows = torch.tensor(window)[None], []
+                for start in range(0, len(window), 16):
+                    seen = torch.cat((clean[:, :start], item.read[:, start:]), dim=1)
+                    rows.append(model.logits(seen, visibility="block(16)")[0, start : start + 16])
+                expected_logits = torch.cat(rows)[item.positions[0]]
+            with torch.no_grad():
+                torch.testing.assert_close(item.logits(model.network), expected_logits, atol=1e-4, rtol=1e-4)
 
 
 def test_packing_twice_gives_the_same_bytes(model: Model, text: Stream, packed: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mezzotint.model import Model
-from mezzotint.objective import mask_by_count, stratified_counts
+from mezzotint.model import Denoiser, Model
+from mezzotint.objective import block_counts, block_lengths, mask_by_count
 
 INT6_LIMIT = 31
 INT8_LIMIT = 127
@@ -39,16 +39,70 @@ def matrices(network: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
 
 
-def calibration_hessians(model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> dict[str, Tensor]:
-    """Mean of x x^T over the inputs x of every linear layer, float64 [C, C], on masked text.
+@dataclass(frozen=True)
+class Calibration:
+    """One window of calibration text as training presented it.
 
-    windows: int64 vectors of token ids of real text. Each is masked at a count k stratified over 1..T, so that all mask
-    rates from nearly none to all are represented, as in the objective. Float32 products, float64 sums.
+    read, ids: int64 [1, T], the network's input and the text; positions: bool [1, T], what is predicted; weights: float32
+    [n], the NELBO's weight of each prediction. size: tokens of the blocks that are denoised, all of them at once, or
+    None; causal: each token sees those before it only.
+    """
+
+    read: Tensor
+    ids: Tensor
+    positions: Tensor
+    weights: Tensor
+    size: int | None
+    causal: bool
+
+    def logits(self, network: Denoiser) -> Tensor:
+        """Logits [n, V] of `network` at the predicted positions."""
+        device = network.embedding.weight.device
+        read, positions = self.read.to(device), self.positions.to(device)
+        if self.size is None:
+            return network(read, visibility="causal" if self.causal else "full", positions=positions)
+        return network.logits(network.hidden_blocks(read, self.ids.to(device), self.size)[positions])
+
+
+def calibration(model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> list[Calibration]:
+    """How `model` was trained, on these windows: masked or in blocks, and its share of them as next tokens.
+
+    windows: int64 vectors of token ids of real text. Counts of masks are stratified over 1..T, so that all mask rates
+    from nearly none to all are represented, as in the objective.
     """
     windows = list(windows)
     generator = torch.Generator().manual_seed(seed)
     length = max((len(window) for window in windows), default=1)
-    counts = stratified_counts(len(windows), length, generator)
+    block = model.trained_block_size
+    size = block if 1 < block < length else None
+    settings = model.info.get("train")
+    share = settings.get("causal_share", 0.0) if isinstance(settings, dict) else 0.0
+    share = 1.0 if block == 1 else share
+    causal = [int((i + 1) * share) > int(i * share) for i in range(len(windows))]
+    counts = iter(block_counts(causal.count(False), length, size or length, generator) if False in causal else ())
+    made = []
+    for window, next_tokens in zip(windows, causal, strict=True):
+        ids = torch.as_tensor(window, dtype=torch.int64)[None]
+        if next_tokens:
+            read = nn.functional.pad(ids[:, :-1], (1, 0), value=model.config.mask_id)
+            everywhere = torch.ones_like(ids, dtype=torch.bool)
+            made.append(Calibration(read, ids, everywhere, torch.ones(ids.shape[1]), None, True))
+            continue
+        here = block_lengths(len(window), size or length)
+        whole = block_lengths(length, size or length)[: len(here)]
+        # A last, shorter window keeps its mask rates.
+        scaled = torch.minimum((next(counts)[: len(here)] * here / whole).ceil().long().clamp(min=1), here)
+        read, positions = mask_by_count(ids, scaled[None], model.config.mask_id, generator, size)
+        weights = (here / scaled).repeat_interleave(here)[positions[0]].float()
+        made.append(Calibration(read, ids, positions, weights, size, False))
+    return made
+
+
+def calibration_hessians(model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> dict[str, Tensor]:
+    """Mean of x x^T over the inputs x of every linear layer, float64 [C, C], on `calibration`.
+
+    Float32 products, float64 sums.
+    """
     layers = matrices(model.network)
     sums = {name: torch.zeros(m.in_features, m.in_features, dtype=torch.float64) for name, m in layers.items()}
     seen = dict.fromkeys(layers, 0)
@@ -63,12 +117,9 @@ def calibration_hessians(model: Model, windows: Iterable[np.ndarray], seed: int 
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
     try:
-        for window, count in zip(windows, counts, strict=True):
-            ids = torch.as_tensor(window, dtype=torch.int64)[None]
-            # A last, shorter window keeps its mask rate.
-            scaled = (count[None] * len(window) / length).ceil().long().clamp(1, len(window))
-            corrupted, _ = mask_by_count(ids, scaled, model.config.mask_id, generator)
-            model.logits(corrupted)
+        with torch.inference_mode():
+            for item in calibration(model, windows, seed):
+                item.logits(model.network)
     finally:
         for handle in handles:
             handle.remove()
@@ -88,7 +139,7 @@ class Curvature:
 
 
 def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws: int = 1) -> dict[str, Curvature]:
-    """Curvature of the NELBO in every linear layer and embedding, by module name, from masked text.
+    """Curvature of the NELBO in every linear layer and embedding, by module name, on `calibration`.
 
     The Fisher matrix of the model's own predictions (labels drawn from the model; Martens 2020, "New insights...",
     section 5) under the NELBO's weights T / k. With independent labels the gradient G [R, C] of one window's
@@ -97,11 +148,8 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
     inputs = E[G^T G] and rows ~ the diagonal of E[G G^T] (Gupta et al. 2018, "Shampoo"; its trace is exact).
     Tied embeddings thus count both as inputs and as output layer. `draws` label draws per window lower the noise.
     """
-    windows = list(windows)
-    network, config = model.network, model.config
+    network = model.network
     generator = torch.Generator().manual_seed(seed)
-    length = max(len(window) for window in windows)
-    counts = stratified_counts(len(windows), length, generator)
     layers = {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     inputs = {n: torch.zeros(m.weight.shape[1], m.weight.shape[1], dtype=torch.float64) for n, m in layers.items()}
     rows = {n: torch.zeros(m.weight.shape[0], dtype=torch.float64) for n, m in layers.items()}
@@ -111,25 +159,21 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
         module.weight.requires_grad_(True)
     tokens = 0
     try:
-        for window, count in zip(windows, counts, strict=True):
-            ids = torch.as_tensor(window, dtype=torch.int64)[None]
-            # A last, shorter window keeps its mask rate.
-            scaled = (count[None] * len(window) / length).ceil().long().clamp(1, len(window))
-            corrupted, masked = mask_by_count(ids, scaled, config.mask_id, generator)
-            logits = network(corrupted.to(model.device), positions=masked.to(model.device))
-            tokens += len(window)
+        for item in calibration(model, windows, seed):
+            logits = item.logits(network)
+            weights = item.weights.to(logits.device).sqrt() / draws**0.5
+            tokens += item.ids.shape[1]
             for draw in range(draws):
                 noise = torch.rand(logits.shape, generator=generator).to(logits.device)
                 labels = (logits.detach() - torch.log(-torch.log(noise.clamp_min(1e-20)))).argmax(-1)
-                loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+                loss = (nn.functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
                 gradients = torch.autograd.grad(
                     loss, [m.weight for m in layers.values()], retain_graph=draw + 1 < draws
                 )
-                weight = len(window) / float(scaled) / draws
                 for name, gradient in zip(layers, gradients, strict=True):
                     g = gradient.float()
-                    inputs[name] += (g.T @ g).double().cpu() * weight
-                    rows[name] += g.square().sum(1).double().cpu() * weight
+                    inputs[name] += (g.T @ g).double().cpu()
+                    rows[name] += g.square().sum(1).double().cpu()
     finally:
         for parameter, flag in zip(network.parameters(), wanted, strict=True):
             parameter.requires_grad_(flag)
@@ -145,7 +189,7 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
 
 
 class Divergence:
-    """What replacing a model's weights costs: how far its predictions on masked text move, in nats per token.
+    """What replacing a model's weights costs: how far its predictions on `calibration` move, in nats per token.
 
     The mean over windows of sum over masks of T / k * KL(before || after): the expected rise of the NELBO if the text
     were drawn from the model's own predictions. Unlike the rise on real text it has no noise of first order in the
@@ -153,28 +197,20 @@ class Divergence:
     """
 
     def __init__(self, model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> None:
-        windows = list(windows)
-        generator = torch.Generator().manual_seed(seed)
-        length = max(len(window) for window in windows)
-        counts = stratified_counts(len(windows), length, generator)
-        self.tokens = sum(map(len, windows))
-        self.masked: list[tuple[Tensor, Tensor, float]] = []
-        self.before: list[Tensor] = []
-        for window, count in zip(windows, counts, strict=True):
-            ids = torch.as_tensor(window, dtype=torch.int64)[None]
-            # A last, shorter window keeps its mask rate.
-            scaled = (count[None] * len(window) / length).ceil().long().clamp(1, len(window))
-            corrupted, masked = mask_by_count(ids, scaled, model.config.mask_id, generator)
-            self.masked.append((corrupted, masked, len(window) / float(scaled)))
-            self.before.append(model.logits(corrupted, positions=masked).cpu())
+        self.items = calibration(model, windows, seed)
+        self.tokens = sum(item.ids.shape[1] for item in self.items)
+        with torch.inference_mode():
+            self.before = [item.logits(model.network).cpu() for item in self.items]
 
+    @torch.inference_mode()
     def __call__(self, model: Model) -> float:
         """Nats per token that `model` costs over the one this was made with."""
         total = 0.0
-        for (corrupted, masked, weight), before in zip(self.masked, self.before, strict=True):
+        for item, before in zip(self.items, self.before, strict=True):
             old = before.log_softmax(-1)
-            new = model.logits(corrupted, positions=masked).cpu().log_softmax(-1)
-            total += weight * float((old.exp() * (old - new)).sum(dtype=torch.float64))
+            new = item.logits(model.network).cpu().log_softmax(-1)
+            rise = (old.exp() * (old - new)).sum(-1, dtype=torch.float64)
+            total += float((rise * item.weights).sum())
         return total / self.tokens
 
 
