@@ -644,18 +644,20 @@ class _Rate:
 
         The cost goes with the square of the step or a little more, so that few attempts do.
         """
-        step, attempt = self.predicted, None
+        step, best, nearest = self.predicted, None, math.inf
         for _ in range(SETTLING):
             attempt = self.attempt(step)
             if limit is not None and len(attempt.data) > limit:
-                break
-            ratio = self.cost(attempt) / self.tolerance
+                return attempt
+            ratio = max(self.cost(attempt) / self.tolerance, 1e-9)
             self.say(f"measured cost: {ratio * self.tolerance:.2g} nats per token")
+            if abs(math.log(ratio)) < nearest:
+                best, nearest = attempt, abs(math.log(ratio))
             if 0.8 <= ratio <= 1.1:
                 break
-            step *= min(8.0, max(0.125, max(ratio, 1e-9) ** -0.5))
-        assert attempt is not None
-        return attempt
+            step *= min(8.0, max(0.125, ratio**-0.5))
+        assert best is not None
+        return best
 
     def fit(self, limit: int) -> tuple[_Attempt | None, int]:
         """The finest attempt found of at most `limit` bytes, if any, and the smallest size seen.
