@@ -311,3 +311,9 @@ def test_progress_off_a_terminal_is_plain_lines(capsys):
     printed = capsys.readouterr()
     assert printed.out == "" and "\x1b" not in printed.err
     assert "step 7" in printed.err and "1:15 left" in printed.err and "pass 1 of 4" in printed.err
+
+
+def test_torchrun_is_for_what_can_be_shared(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["sample", "model.mzt"]) == 2
+    assert "run this command by itself" in capsys.readouterr().err

@@ -544,16 +544,29 @@ def test_challenge_scale_opens_quickly_and_small(tmp_path, tokenizer):
             file.truncate(HEADER_BYTES + 200_000_000)
     (tmp_path / "t.model").write_bytes(tokenizer.serialized)
     code = (
-        "import resource, sys, time; start = time.time()\n"
+        "import resource, sys, time\n"
         "from mezzotint.data import Dataset, Loader\n"
+        "start = time.time()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "stream = Dataset.open(sys.argv[1]).split('train'); loader = Loader(stream, 2048, 64, 0)\n"
+        "stream.bytes_per_token(); opened = time.time() - start\n"
         "for step in range(50): loader.batch(step * 1000)\n"
-        "print(len(stream), time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(len(stream), opened, time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
-    tokens, seconds, grown = (float(x) for x in out.split())
-    assert tokens == 1e10 and seconds < 20 and grown < 100_000  # kB
+    tokens, opened, seconds, grown = (float(x) for x in out.split())
+    assert tokens == 1e10 and opened < 3 and seconds < 20 and grown < 100_000  # kB
+
+
+def test_mean_bytes_of_a_token_from_a_sample(tmp_path, tokenizer):
+    """Where nobody has counted the bytes: near the whole's figure, from a part of it."""
+    ids = np.array([*tokenizer.encode(" ".join(TEXTS))] * 400)
+    write_shard(tmp_path / "fineweb_train_000000.bin", ids)
+    (tmp_path / "t.model").write_bytes(tokenizer.serialized)
+    stream = Dataset.open(tmp_path).split("train")
+    assert stream.known_bytes is None
+    assert stream.bytes_per_token(sample=len(ids) // 4) == pytest.approx(stream.bytes / len(stream), rel=0.1)
+    assert stream.bytes_per_token() == stream.bytes / len(stream)
 
 
 def test_published_layout_finds_its_tokenizer(tmp_path, tokenizer, monkeypatch):

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mezzotint.config import ModelConfig, TrainConfig
+from mezzotint.config import ModelConfig, TrainConfig, preset
 from mezzotint.data import Dataset, Loader, prepare
 from mezzotint.errors import CheckpointError, ConfigError, MezzotintError
 from mezzotint.model import Denoiser
+from mezzotint.optim import MovingAverage, Optimizers
 from mezzotint.train import Interrupted, Trainer, draw_step, load_run, newest_checkpoint, read_run, train
 
 QUICK = TrainConfig(steps=12, batch=4, compile=False, dtype="float32", log_every=0.0, checkpoint_minutes=60)
@@ -335,3 +337,34 @@ def test_runs_outside_the_main_thread(data, model, tmp_path):
 def test_minutes_end_the_run(data, model, tmp_path):
     result = train(data, tmp_path / "r", model=model, config=dataclasses.replace(QUICK, steps=0, minutes=0.02))
     assert 1.1 < result["seconds"] < 6 and result["steps"] > 1
+
+
+def test_a_gpu_step_stays_on_its_device_and_in_its_types():
+    """The reference preset's step without a GPU: on the meta device, where a stray CPU tensor is an error, and under
+    fake tensors for the share of a GPU, where autocast gives the types."""
+    settings = preset("reference")
+    with torch.device("meta"):
+        network = Denoiser(settings.model)
+    ids = torch.zeros(2, 2048, dtype=torch.int64, device="meta")
+    for hidden in (network.hidden(ids), network.hidden(ids, "causal"), network.hidden_blocks(ids, ids, 16)):
+        logits = network.logits(hidden)
+        assert logits.device.type == "meta" and logits.shape == (2, 2048, 1024)
+        logits.sum().backward()
+    assert all(p.grad is not None and p.grad.device.type == "meta" for p in network.parameters())
+    optimizers, average = Optimizers(network, settings.train), MovingAverage(network, 0.02)
+    optimizers.schedule(0.5)
+    optimizers.step()
+    average.update(1)
+    kept = [t for t in optimizers.state_tensors().values() if t.numel() > 1]  # AdamW counts its steps on the CPU
+    assert kept and all(t.device.type == "meta" for t in (*kept, *average.average.values()))
+
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        network = Denoiser(settings.model)
+        ids = torch.zeros(48, 2048, dtype=torch.int64)
+        seen = []
+        for module in network.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda m, i, out: seen.append((m.weight.dtype, out.dtype)))
+        logits = network.logits(network.hidden(ids))
+    assert logits.shape == (48, 2048, 1024) and logits.dtype == torch.float32
+    assert seen and set(seen) == {(torch.float32, torch.bfloat16)}

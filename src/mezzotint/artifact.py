@@ -31,6 +31,7 @@ from mezzotint.errors import ArtifactError, MezzotintError
 from mezzotint.files import atomic_write
 from mezzotint.model import Denoiser, Model, count_parameters
 from mezzotint.quantize import Grid
+from mezzotint.train import process
 
 BUDGET = 16_000_000  # decimal bytes of artifact and code together: the challenge's limit
 MAGIC = b"\x8fMZT\r\n\x1a\n"  # a byte above 127 and both line ends: a text-mode transfer is noticed
@@ -805,7 +806,8 @@ def pack(
 
     Returns `artifact_bytes`, `code_bytes`, `total_bytes`, `budget_bytes`, `parameters`, `bits_per_parameter` (of the
     artifact), `pruned_codes`, `entropy_bits_per_code` (ideal code length per quantized weight; for `reference` the
-    LZMA stream's), `cost_nats_per_token` (measured as above), `verified`. Raises ArtifactError if there is no calibration text, if the budget cannot be met
+    LZMA stream's), `cost_nats_per_token` (measured as above), `verified`. In a process group all processes share the calibration; the first alone goes on and
+    writes, the others return {}. Raises ArtifactError if there is no calibration text, if the budget cannot be met
     (naming the smallest reachable size) or if the file cannot be written; `out` is then untouched.
     """
     say = progress or (lambda _: None)
@@ -828,6 +830,8 @@ def pack(
         if codec == "mezzotint"
         else _Pruned(model, windows, seed, codec, say)
     )
+    if process()[0] > 0:
+        return {}
     attempt, smallest = packer.fit(budget - code_bytes)
     if attempt is None:
         raise ArtifactError(f"a budget of {budget:,} bytes cannot be met: the smallest reachable size is "

@@ -333,13 +333,17 @@ class _Progress:
         self.live = None
         self.task: Any = None
         self.every, self.last = every, 0.0
+        self.quiet = False
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(text, markup=False, style="dim")
+        if not self.quiet:
+            self.console.print(text, markup=False, style="dim")
 
     def bar(self, share: float, text: str) -> None:
         """Move the bar to `share` (0..1)."""
+        if self.quiet:
+            return
         if self.console.is_terminal:
             if self.live is None:
                 from rich.progress import BarColumn, Progress, TextColumn
@@ -590,7 +594,8 @@ def _run_pack(arguments: argparse.Namespace, progress: _Progress) -> None:
         progress=progress.say,
         **more,
     )
-    _print_pack(arguments, arguments.out, result)
+    if result:
+        _print_pack(arguments, arguments.out, result)
 
 
 def _run_sweep(arguments: argparse.Namespace, model: Model, dataset: Dataset, progress: _Progress) -> None:
@@ -613,6 +618,8 @@ def _run_sweep(arguments: argparse.Namespace, model: Model, dataset: Dataset, pr
         progress=progress.say,
     )
     progress.close()
+    if os.environ.get("RANK", "0") != "0":
+        return
     table = out.with_name(out.name + ".csv")
     chart = out.with_name(out.name + ".png")
     text = [",".join(points[0]), *(",".join(f"{value:.10g}" for value in point.values()) for point in points)]
@@ -1049,6 +1056,23 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@contextlib.contextmanager
+def _processes(arguments: argparse.Namespace, progress: _Progress) -> Iterator[None]:
+    """Under torchrun: let the processes share what can be shared, and the first alone print. `train` sees to itself."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or arguments.run is _run_train:
+        yield
+        return
+    if arguments.run not in (_run_score, _run_compare, _run_pack):
+        raise ConfigError("torchrun is for train, pack, score and compare; run this command by itself")
+    from mezzotint.train import process_group
+
+    with process_group("cpu") as (rank, _, _), contextlib.ExitStack() as stack:
+        if rank:
+            progress.quiet = True
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets a substitute, not an error
@@ -1060,7 +1084,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     progress = _Progress()
     try:
-        arguments.run(arguments, progress)
+        with _processes(arguments, progress):
+            arguments.run(arguments, progress)
         sys.stdout.flush()
         return 0
     except MezzotintError as error:

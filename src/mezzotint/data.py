@@ -758,6 +758,19 @@ class TokenStream:
         inside = slice(bisect.bisect_left(rows, start), bisect.bisect_left(rows, stop))
         return total + int(self.corrections[inside, 1].sum())
 
+    @property
+    def known_bytes(self) -> int | None:
+        """Bytes of the whole split where nobody has to count them: from data.json."""
+        return self._raw_bytes
+
+    def bytes_per_token(self, sample: int = 1 << 20) -> float:
+        """Mean bytes of a token: exact where the bytes are known or few, else of about `sample` tokens spread evenly."""
+        if self._raw_bytes is not None or len(self) <= sample:
+            return self.bytes / max(1, len(self))
+        part = sample // 64
+        starts = [int(start) for start in np.linspace(0, len(self) - part, 64)]
+        return sum(self.count_bytes(start, start + part) for start in starts) / (64 * part)
+
     @cached_property
     def bytes(self) -> int:
         """Bytes of the whole split."""

@@ -35,6 +35,7 @@ from mezzotint.errors import DataError
 from mezzotint.files import atomic_write
 from mezzotint.model import Model, block_size, trained_block_size
 from mezzotint.objective import block_lengths, mask_by_count, masked_nll, nelbo_per_window, stratified_counts
+from mezzotint.train import process
 
 EXACT = "exact"
 UPPER_BOUND = "upper bound"
@@ -277,13 +278,6 @@ def _tensor(windows: Windows, i: int) -> Tensor:
     return torch.from_numpy(np.array(windows[i], dtype=np.int64))
 
 
-def world() -> tuple[int, int]:
-    """(rank, processes) of the torch.distributed group, (0, 1) without one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def model_digest(model: Model) -> str:
     """SHA-256 that tells models apart: the artifact's own, or of all weights."""
     if model.sha256:
@@ -315,7 +309,7 @@ class Journal:
         units: int,
         columns: int = 1,
     ) -> None:
-        self.rank, self.processes = world()
+        self.rank, self.processes = process()
         self.device = model.device
         self.values = np.full((units, columns), np.nan)
         self.path = None

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mezzotint.model import Denoiser, Model
 from mezzotint.objective import block_counts, block_lengths, mask_by_count
+from mezzotint.train import process
 
 INT6_LIMIT = 31
 INT8_LIMIT = 127
@@ -101,11 +103,11 @@ def calibration(model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> l
 def calibration_hessians(model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> dict[str, Tensor]:
     """Mean of x x^T over the inputs x of every linear layer, float64 [C, C], on `calibration`.
 
-    Float32 products, float64 sums.
+    Float32 products, float64 sums. In a process group each process takes a share of the windows; all get the result.
     """
     layers = matrices(model.network)
     sums = {name: torch.zeros(m.in_features, m.in_features, dtype=torch.float64) for name, m in layers.items()}
-    seen = dict.fromkeys(layers, 0)
+    seen = {name: torch.zeros((), dtype=torch.float64) for name in layers}
 
     def hook(name: str):
         def accumulate(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -118,12 +120,26 @@ def calibration_hessians(model: Model, windows: Iterable[np.ndarray], seed: int 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
     try:
         with torch.inference_mode():
-            for item in calibration(model, windows, seed):
+            for _, item in _share(calibration(model, windows, seed)):
                 item.logits(model.network)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / max(1, seen[name]) for name, total in sums.items()}
+    _add_up([*sums.values(), *seen.values()])
+    return {name: total / seen[name].clamp(min=1) for name, total in sums.items()}
+
+
+def _share(items: list[Calibration]) -> list[tuple[int, Calibration]]:
+    """This process's items, with their numbers."""
+    rank, processes = process()
+    return list(enumerate(items))[rank::processes]
+
+
+def _add_up(tensors: Iterable[Tensor]) -> None:
+    """Make each tensor its sum over all processes."""
+    if process()[1] > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 @dataclass(frozen=True)
@@ -147,9 +163,9 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
     that couples positions through attention. It is kept as one Kronecker product per matrix, diag(rows) x inputs, with
     inputs = E[G^T G] and rows ~ the diagonal of E[G G^T] (Gupta et al. 2018, "Shampoo"; its trace is exact).
     Tied embeddings thus count both as inputs and as output layer. `draws` label draws per window lower the noise.
+    In a process group each process takes a share of the windows; all get the result, the same up to rounding.
     """
     network = model.network
-    generator = torch.Generator().manual_seed(seed)
     layers = {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     inputs = {n: torch.zeros(m.weight.shape[1], m.weight.shape[1], dtype=torch.float64) for n, m in layers.items()}
     rows = {n: torch.zeros(m.weight.shape[0], dtype=torch.float64) for n, m in layers.items()}
@@ -157,9 +173,10 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
     network.requires_grad_(False)
     for module in layers.values():
         module.weight.requires_grad_(True)
-    tokens = 0
+    tokens = torch.zeros((), dtype=torch.float64)
     try:
-        for item in calibration(model, windows, seed):
+        for number, item in _share(calibration(model, windows, seed)):
+            generator = torch.Generator().manual_seed((seed << 32) + number)
             logits = item.logits(network)
             weights = item.weights.to(logits.device).sqrt() / draws**0.5
             tokens += item.ids.shape[1]
@@ -177,6 +194,7 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
     finally:
         for parameter, flag in zip(network.parameters(), wanted, strict=True):
             parameter.requires_grad_(flag)
+    _add_up([*inputs.values(), *rows.values(), tokens])
     result = {}
     for name in layers:
         row = rows[name].numpy()
@@ -184,7 +202,7 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
         # Rows that hardly occur in the sample still occur in the world.
         row = (row + 0.05 * mean) / (1.05 * mean) if mean > 0 else np.ones_like(row)
         # `inputs` carries the sum over rows: per row it is a share.
-        result[name] = Curvature(inputs[name] / (tokens * len(row)), row)
+        result[name] = Curvature(inputs[name] / (float(tokens) * len(row)), row)
     return result
 
 

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mezzotint.config import ModelConfig, TrainConfig, from_dict, to_dict
-from mezzotint.data import Dataset, Loader, Tokenizer
+from mezzotint.data import Dataset, Loader, Prefetch, Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
 from mezzotint.files import atomic_folder, atomic_write
 from mezzotint.model import Denoiser, Model, block_size, count_parameters
@@ -97,15 +97,27 @@ def process_group(device_name: str) -> Iterator[tuple[int, int, int]]:
         yield (dist.get_rank(), dist.get_world_size(), 0) if initialized else (0, 1, 0)
         return
     cuda = device_name == "cuda" or (device_name == "auto" and torch.cuda.is_available())
-    dist.init_process_group("nccl" if cuda else "gloo")
+    store, rank, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # torchrun keeps its store over restarts. Gloo would find the addresses of processes that are gone. Machines count
+        # their restarts by themselves, so this is for one only (docs/scaling.md says what to do with many).
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     try:
-        yield dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0"))
+        yield rank, world, int(os.environ.get("LOCAL_RANK", "0"))
     finally:
         # DistributedDataParallel holds the group in reference cycles. While it lives so do Gloo's threads, which may
         # still own tensors, and one that frees a tensor during the interpreter's exit aborts the process.
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
+
+
+def process() -> tuple[int, int]:
+    """(rank, processes) of the torch.distributed group, (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def commit_id() -> str | None:
@@ -203,9 +215,9 @@ class Trainer:
         self.network = network
         self.config = config
         self.loader = loader
+        self.batches = Prefetch(loader)
         self.device = device
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world = process()
         if config.batch % self.world:
             raise ConfigError(f"batch {config.batch} must be a multiple of the {self.world} processes")
         if config.short_share and network.config.sequence_length % 2:
@@ -245,7 +257,7 @@ class Trainer:
 
     def _try_step(self) -> None:
         for progress in (0.0, 1.0) if self.config.short_share else (1.0,):
-            self.gradients(self.loader.batch(self.step), self.step, progress)
+            self.gradients(self.batches.batch(self.step), self.step, progress)
 
     def mask_rates(self, progress: float) -> tuple[float, float]:
         """The range that mask rates are drawn from at `progress` (0..1) of the run."""
@@ -280,9 +292,10 @@ class Trainer:
         for n, (causal, rows) in enumerate(parts):
             last = n == len(parts) - 1
             quiet = contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync()  # type: ignore[operator]
-            corrupted, ids, masked, k = (
-                t[rows].to(self.device, non_blocking=True) for t in (draw.corrupted, all_ids, draw.masked, draw.counts)
-            )
+            inputs = (t[rows] for t in (draw.corrupted, all_ids, draw.masked, draw.counts))
+            if self.device.type == "cuda":  # copies from pinned memory run beside the computation
+                inputs = (t.pin_memory() for t in inputs)
+            corrupted, ids, masked, k = (t.to(self.device, non_blocking=True) for t in inputs)
             with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 nll = self.loss(corrupted, ids, masked, "causal" if causal else visibility).float()
                 if causal:
@@ -307,14 +320,16 @@ class Trainer:
 
         Returns loss, grad_norm, lr_scale, and `nelbo` or, over a narrowed range of mask rates, `narrow`.
         """
-        windows = self.loader.batch(self.step)
+        windows = self.batches.batch(self.step)
         loss, nelbo = self.gradients(windows, self.step, progress)
         limit = self.config.grad_clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            starts = ", ".join(str(start) for start in self.loader.starts(self.step))
             raise MezzotintError(
-                f"step {self.step}: loss {loss} and gradient norm {norm} on data windows of step {self.step}, rank "
-                f"{self.rank}, are not finite; the last checkpoint is kept: lower the learning rate or use float32"
+                f"step {self.step}: loss {loss} and gradient norm {norm} are not finite, on the windows at training "
+                f"tokens {starts} (process {self.rank}); the last checkpoint is kept: lower the learning rate or use "
+                "float32"
             )
         scale = self.optimizers.schedule(progress)
         self.optimizers.step()
@@ -338,6 +353,10 @@ def _sha256(path: Path) -> str:
 def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
     """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep`."""
     folder = run / "checkpoints" / f"step_{trainer.step:08d}"
+    # A whole one of this step is never replaced: a crash in between would lose both.
+    with contextlib.suppress(CheckpointError):
+        check_checkpoint(folder)
+        return folder
     try:
         with atomic_folder(folder) as temporary:
             tensors = {name: p.detach().cpu().contiguous() for name, p in trainer.network.named_parameters()}
@@ -535,22 +554,22 @@ def _train(
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(f"the data has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: set --vocab-size")
     stream = dataset.split("train")
-    bits_per_nat = len(stream) / stream.bytes / math.log(2)  # nats per token -> bits per byte of the training text
-    torch.manual_seed(config.seed)
-    network = Denoiser(model).to(device)
-    loader = Loader(stream, model.sequence_length, config.batch, config.seed, rank, world)
-    trainer = Trainer(network, config, loader, device)
-
+    bits_per_nat = 1 / stream.bytes_per_token() / math.log(2)  # nats per token -> bits per byte of the training text
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; name a folder for the run")
     described = {
         "model": to_dict(model),
         "train": to_dict(config),
-        "data": {"tokenizer_sha256": tokenizer.sha256, "tokens": len(stream), "bytes": stream.bytes},
+        "data": {"tokenizer_sha256": tokenizer.sha256, "tokens": len(stream), "bytes": stream.known_bytes},
         "data_folder": str(data.resolve()),
         "commit": commit_id(),
         "torch": torch.__version__,
     }
+    _same_everywhere(described, world)
+    torch.manual_seed(config.seed)
+    network = Denoiser(model).to(device)
+    loader = Loader(stream, model.sequence_length, config.batch, config.seed, rank, world)
+    trainer = Trainer(network, config, loader, device)
     resumed = False
     if resume and _checkpoint_folders(out):
         before = json.loads((out / "config.json").read_text())
@@ -562,8 +581,11 @@ def _train(
         resumed = True
     elif not resume and _checkpoint_folders(out):
         raise CheckpointError(f"{out} already holds a run; add --resume to go on with it, or name another folder")
+    _same_everywhere({"step to go on from, in a folder that all must see": trainer.step}, world)
     if first:
         out.mkdir(parents=True, exist_ok=True)
+        for left in (out / "checkpoints").glob(".step_*"):  # of a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         atomic_write(out / "config.json", json.dumps(described, indent=1))
         atomic_write(out / "tokenizer.model", tokenizer.serialized)
     log = _Log(out, first, trainer.step)
@@ -646,6 +668,7 @@ def _train(
     finally:
         log.line(f"ended at step {trainer.step} after {trainer.seconds:.1f} s")
         log.close()
+        trainer.batches.close()
         if board is not None:
             board.close()
     steps = trainer.step - first_step
@@ -664,6 +687,25 @@ def _train(
         "compiled": trainer.compiled,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _same_everywhere(described: dict[str, Any], world: int) -> None:
+    """Check that all processes are about the same run, before they wait for one another in the middle of it."""
+    if world == 1:
+        return
+    shown: list[Any] = [None] * world
+    dist.all_gather_object(shown, {key: value for key, value in described.items() if key != "data_folder"})
+    for rank, other in enumerate(shown):
+        for key, value in shown[0].items():
+            if other[key] != value:
+                raise ConfigError(f"process {rank} has another {key} than process 0: {_difference(other[key], value)}")
+
+
+def _difference(one: Any, other: Any) -> str:
+    if isinstance(one, dict) and isinstance(other, dict):
+        key = next(k for k in {**one, **other} if one.get(k) != other.get(k))
+        return f"{key} {one.get(key)}, not {other.get(key)}"
+    return f"{one}, not {other}"
 
 
 def _due(saved_at: float, config: TrainConfig) -> bool:

@@ -1,0 +1,117 @@
+"""Runs that are killed: at any step, at any system call of a checkpoint's write, one process of two."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mezzotint.data import Dataset, prepare
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("survival")
+    rng = np.random.default_rng(0)
+    words = ["copper", "plate", "light", "dark", "burr", "ink", "press"]
+    lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    prepare([folder / "corpus.jsonl"], folder / "data", vocab_size=280, val_fraction=0.1)
+    return folder / "data"
+
+
+def killed(part: str, data: Path, home: Path) -> dict:
+    words = [sys.executable, str(Path(__file__).with_name("killed.py")), part, str(data), str(home)]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    if "tracing is not allowed here" in done.stderr:
+        pytest.skip("this machine allows no tracing of system calls")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_killed_after_any_step_and_gone_on_with_is_the_same_run(data, tmp_path):
+    trials = killed("steps", data, tmp_path)["trials"]
+    assert len({trial["k"] for trial in trials}) == 20
+    for number, trial in enumerate(trials):
+        assert trial["went_on"] == (number % 4 > 0), trial  # in every fourth run checkpoints are an hour apart
+        assert (trial["killed"], trial["resumed"], trial["left"]) == (-9, 0, 0), trial
+        assert trial["equal"] and trial["steps"] and trial["losses"], trial
+
+
+@pytest.mark.parametrize("part", ["writes", "damaged"])
+def test_killed_at_any_system_call_of_a_save_leaves_a_whole_checkpoint(data, tmp_path, part):
+    result = killed(part, data, tmp_path)
+    assert result["wrong"] == []
+    assert result["stops"] > 200 and result["old"] > 50 and result["new"] > 5, result
+
+
+SCRIPT = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from mezzotint.cli import main
+from mezzotint.config import ModelConfig, TrainConfig
+from mezzotint.errors import MezzotintError
+from mezzotint.train import train
+data, out, mode, vocab = sys.argv[1:5]
+rank, again = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+model = dict(vocab_size=int(vocab), sequence_length=16, layers=1, width=16, heads=2, kv_heads=1)
+config = dict(steps=12, batch=4, compile=False, dtype="float32", log_every=0.0, checkpoint_minutes=0.0)
+if mode == "config" and rank:
+    config["matrix_lr"] = 0.5
+if mode == "model" and rank:
+    model["layers"] = 2
+
+if mode == "kill" and rank and not again:
+    from mezzotint.train import Trainer
+    whole = Trainer.run_step
+    def run_step(self, progress):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, progress)
+    Trainer.run_step = run_step
+try:
+    train(data, out, model=ModelConfig(**model), config=TrainConfig(**config), resume=True)
+except MezzotintError as error:
+    print(f"rank {rank}: {error}", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def torchrun(data: Path, out: Path, mode: str, *options: str) -> subprocess.CompletedProcess[str]:
+    script = out.parent / "run.py"
+    script.write_text(SCRIPT)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    words += [str(script), str(data), str(out), mode, str(Dataset.open(data).tokenizer.vocab_size)]
+    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
+
+
+def test_one_of_two_workers_killed(data, tmp_path):
+    """torchrun starts both anew and the run goes on from its last checkpoint."""
+    undisturbed = torchrun(data, tmp_path / "whole", "calm")
+    assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
+    disturbed = torchrun(data, tmp_path / "run", "kill", "--max-restarts=1")
+    assert disturbed.returncode == 0, disturbed.stderr
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "run")
+    ]
+    assert [row["step"] for row in rows[1]] == list(range(1, 13))
+    assert [row["loss"] for row in rows[1]] == [row["loss"] for row in rows[0]]
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "resuming at step 6;" in log or "resuming at step 5;" in log
+
+
+@pytest.mark.parametrize("mode, words", [("config", "matrix_lr 0.5, not 0.02"), ("model", "layers 2, not 1")])
+def test_processes_that_disagree_say_on_what(data, tmp_path, mode, words):
+    done = torchrun(data, tmp_path / "run", mode)
+    assert done.returncode != 0
+    assert "process 1 has another" in done.stderr and words in done.stderr
+    assert not (tmp_path / "run").exists()
