@@ -374,17 +374,23 @@ COMMON = 15
 
 
 def _run_contexts(folded: list[bytes]) -> np.ndarray:
-    """A small number for every space of the folded texts: the bytes around it, the one before it, or none of them
-    where that pair, or that byte, occurs fewer than 24 times."""
+    """A small number for every space of the folded texts, the same for spaces that are alike.
+
+    Alike in the two bytes before and the byte after, of which letters count as upper or lower only; or in fewer of
+    these, where so much occurs fewer than 100 times: what a context costs must not exceed what it saves.
+    """
     parts = []
     for text in folded:
-        padded = np.frombuffer(b"\0" + text + b"\0", dtype=np.uint8).astype(np.int64)
-        at = np.flatnonzero(padded == 32)
-        parts.append(padded[at - 1] * 257 + padded[at + 1])
-    contexts = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-    for coarser in (contexts // 257 * 257 + 256, np.full_like(contexts, 256 * 257)):
+        padded = np.frombuffer(b"\0\0" + text + b"\0", dtype=np.uint8).astype(np.int64)
+        at = np.flatnonzero(padded[2:-1] == 32) + 2
+        after = padded[at + 1]
+        after = np.where((after >= 65) & (after <= 90), 65, np.where((after >= 97) & (after <= 122), 97, after))
+        parts.append(np.stack((padded[at - 2], padded[at - 1], after)))
+    two, one, after = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), dtype=np.int64)
+    contexts = (two * 257 + one) * 257 + after
+    for coarser in ((256 * 257 + one) * 257 + after, (256 * 257 + one) * 257 + 256, np.full_like(one, -1)):
         _, which, counts = np.unique(contexts, return_inverse=True, return_counts=True)
-        contexts = np.where(counts[which] < 24, coarser, contexts)
+        contexts = np.where(counts[which] < 100, coarser, contexts)
     return np.unique(contexts, return_inverse=True)[1]
 
 
