@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,27 +41,53 @@ def block_mask(queries: Tensor, keys: Tensor, size: int) -> Tensor:
     return (queries // size)[:, None] >= (keys // size)[None, :]
 
 
+def visible(mask: Tensor) -> Tensor:
+    """What is seen, as a term of the scores: bool -> float32, 0 where seen and -inf elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
 def _by_products(q: Tensor, length: int) -> bool:
     """Whether attention is better written out: the CPU's fused kernel has a slow backward pass, compiled matrix
     products take under half its time."""
     return q.device.type == "cpu" and torch.compiler.is_compiling() and length <= 1024
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Softmax attention with grouped heads. q: [B, H, T, D]; k, v: [B, H_kv, S, D]; mask: bool [T, S], what is seen.
+class _Products(torch.autograd.Function):
+    """Attention as matrix products, q, k, v: [B, H, T or S, D]. Its backward pass keeps the weights in v's type and makes
+    the gradient of k as [S, D]; autograd's own has it transposed, which the compiled code behind it reads slowly."""
 
-    `causal` stands for the mask of blocks of one position, T = S.
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores + mask
+        weights = scores.softmax(-1).to(v.dtype)
+        out = weights @ v
+        ctx.save_for_backward(q, k, v, weights, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, weights, out = ctx.saved_tensors
+        (g,) = grads
+        # Of softmax: d scores = weights * (d weights - sum(weights * d weights)), whose sum is that of out * g.
+        mean = (g.float() * out.float()).sum(-1, keepdim=True)
+        steep = weights.float() * ((g @ v.transpose(-1, -2)).float() - mean) * q.shape[-1] ** -0.5
+        steep = steep.to(q.dtype)
+        return steep @ k, steep.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Softmax attention with grouped heads. q: [B, H, T, D]; k, v: [B, H_kv, S, D]; mask: [T, S] of `visible`.
+
+    `causal` says that the mask is that of blocks of one position, T = S.
     """
     if _by_products(q, k.shape[2]):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
-        if causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(-1).to(v.dtype) @ v
+        return _Products.apply(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
+    mask = None if mask is None or causal else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
@@ -69,8 +95,8 @@ def attend_doubled(q: Tensor, k: Tensor, v: Tensor, size: int, clean: Tensor, no
     """Attention over a doubled window [noisy | clean]. q: [B, H, 2T, D], or the noisy half of it; k, v: [B, H_kv, 2T,
     D]; returns as q.
 
-    clean: bool [T, T], the clean half's mask. noisy: bool [T, 2T], the noisy half's: its own noisy block, and the clean
-    ones before. Written out, a noisy query meets the T clean keys and the `size` noisy ones of its own block only.
+    clean: [T, T], the clean half's mask. noisy: [T, 2T], the noisy half's: its own noisy block, and the clean ones
+    before. Written out, a noisy query meets the T clean keys and the `size` noisy ones of its own block only.
     """
     length = k.shape[2] // 2
     if q.shape[2] > length:
@@ -87,7 +113,7 @@ def attend_doubled(q: Tensor, k: Tensor, v: Tensor, size: int, clean: Tensor, no
         """[B, H, T, ...] -> [B, H, blocks, size, ...], the last block filled up with zeros."""
         return F.pad(x, (0, 0, 0, blocks * size - length)).unflatten(2, (blocks, size))
 
-    far = (q @ k[:, :, length:].transpose(-1, -2)).float().masked_fill(~noisy[:, length:], -torch.inf)
+    far = (q @ k[:, :, length:].transpose(-1, -2)).float() + noisy[:, length:]
     near = (cut(q) @ cut(k[:, :, :length]).transpose(-1, -2)).float()
     if length % size:  # keys that fill up the last block are nobody's
         there = torch.arange(blocks * size, device=q.device).view(blocks, 1, size) < length
@@ -131,8 +157,24 @@ def previous_ids(ids: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021, eq. 34) on the first 2 * cos.shape[-1] channels of x [B, T, H, D]."""
     half = cos.shape[-1]
+    if 2 * half == x.shape[-1]:  # no slices, whose gradients a compiled graph would mask element by element
+        a, b = x.unflatten(-1, (2, half)).unbind(-2)
+        return torch.stack((a * cos + b * sin, b * cos - a * sin), dim=-2).flatten(-2)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+class Tables(NamedTuple):
+    """What depends on the length and the visibility of a window alone (`Denoiser.tables`).
+
+    cos, sin: [T, 1, rotated channels / 2]. mask: None, or [T, T] of `visible`. noisy: for a doubled window only, [T, 2T].
+    A compiled graph that makes these itself works them out anew for every element that reads them: a fifth of a step.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    noisy: Tensor | None = None
 
 
 See = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -295,8 +337,28 @@ class Denoiser(nn.Module):
             hidden = hidden[positions]
         return self.logits(hidden)
 
-    def hidden(self, ids: Tensor, visibility: str = "full") -> Tensor:
-        """The normalised last hidden state, [B, T, W].
+    def _shifts(self, length: int, size: int) -> bool:
+        """Whether a window of `length` in blocks of `size` is read behind a MASK, see `hidden`."""
+        return self.config.shifted_output and 1 < length == size
+
+    def tables(self, length: int, visibility: str, doubled: bool = False) -> Tables:
+        """What `hidden`, or with `doubled` `hidden_blocks`, needs for windows of `length` tokens."""
+        size = block_size(visibility, length)
+        if self._shifts(length, size):
+            length = size = length + 1
+        weight = self.embedding.weight
+        cos, sin = self.rotary(length, weight.device, weight.dtype)
+        if size >= length:
+            return Tables(cos, sin, None)
+        place = torch.arange(length, device=weight.device)
+        upto = block_mask(place, place, size)
+        if not doubled:
+            return Tables(cos, sin, visible(upto))
+        own = upto & upto.T
+        return Tables(cos, sin, visible(upto), visible(torch.cat((own, upto & ~own), dim=1)))
+
+    def hidden(self, ids: Tensor, visibility: str = "full", tables: Tables | None = None) -> Tensor:
+        """The normalised last hidden state, [B, T, W]. tables: `tables(T, visibility)`, made here where not given.
 
         With `shifted_output` and full visibility, the network reads one MASK and then the window, and the state at
         input i predicts token i, which is input i + 1. A causal window, which its caller shifts right behind a MASK,
@@ -305,16 +367,14 @@ class Denoiser(nn.Module):
         """
         wanted = length = ids.shape[1]
         size = block_size(visibility, length)
-        if self.config.shifted_output and 1 < length == size:
+        tables = tables or self.tables(length, visibility)
+        if self._shifts(length, size):
             ids = F.pad(ids, (1, 0), value=self.config.mask_id)
             length = size = length + 1
-        place = torch.arange(length, device=ids.device)
-        mask = block_mask(place, place, size) if 1 < size < length else None
-        see = partial(attend, mask=mask, causal=size == 1 and length > 1)
-        x = self.embed(ids, size)
-        return self._layers(x, ids, *self.rotary(length, ids.device, x.dtype), lambda layer: see, wanted)
+        see = partial(attend, mask=tables.mask, causal=size == 1 and length > 1)
+        return self._layers(self.embed(ids, size), ids, tables.cos, tables.sin, lambda layer: see, wanted)
 
-    def hidden_blocks(self, noisy: Tensor, clean: Tensor, size: int) -> Tensor:
+    def hidden_blocks(self, noisy: Tensor, clean: Tensor, size: int, tables: Tables | None = None) -> Tensor:
         """All blocks of a window at once, each denoised given the clean ones before it: hidden states [B, T, W].
 
         noisy, clean: int64 [B, T], the same window with and without MASK. In block b (`size` positions, the last one
@@ -323,11 +383,11 @@ class Denoiser(nn.Module):
         """
         length = noisy.shape[1]
         if size >= length:
-            return self.hidden(noisy)
+            return self.hidden(noisy, tables=tables)
+        tables = tables or self.tables(length, f"block({size})", doubled=True)
+        assert tables.mask is not None and tables.noisy is not None
+        see = partial(attend_doubled, size=size, clean=tables.mask, noisy=tables.noisy)
         place = torch.arange(length, device=noisy.device)
-        upto = block_mask(place, place, size)
-        own = upto & upto.T
-        see = partial(attend_doubled, size=size, clean=upto, noisy=torch.cat((own, upto & ~own), dim=1))
         ids = torch.cat((noisy, clean), dim=1)
         x = self.embedding(ids)
         if self.bigram is not None:
@@ -342,7 +402,7 @@ class Denoiser(nn.Module):
             )
             x = x + torch.cat(mixed, dim=1)
         x = F.rms_norm(x, (self.config.width,))
-        cos, sin = (torch.cat((t, t)) for t in self.rotary(length, ids.device, x.dtype))
+        cos, sin = (torch.cat((t, t)) for t in (tables.cos, tables.sin))
         return self._layers(x, ids, cos, sin, lambda layer: see, length)
 
     def embed(self, ids: Tensor, size: int, start: int = 0) -> Tensor:
@@ -420,7 +480,7 @@ class Cache:
         x = net.embed(self.ids[which, at - lead : stop], size, at - lead)[:, lead:]
         place = torch.arange(stop, device=ids.device)
         # Where all are of one block they see everything up to its end.
-        mask = None if (stop - 1) // size == at // size else block_mask(place[at:], place, size)
+        mask = None if (stop - 1) // size == at // size else visible(block_mask(place[at:], place, size))
 
         def see(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer, which, :, at:stop] = k

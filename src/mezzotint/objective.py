@@ -86,8 +86,17 @@ def masked_nll(logits: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
     logits: [n, V] at the n True positions of `masked` in row-major order; ids, masked: [B, T].
     Returns [B, T], zero where nothing is masked, in the logits' type.
     """
-    nll = torch.nn.functional.cross_entropy(logits, ids[masked], reduction="none")
-    return torch.zeros(ids.shape, dtype=nll.dtype, device=nll.device).masked_scatter(masked, nll)
+    return in_place(token_nll(logits, ids[masked]), masked)
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target, in nats. logits: [n, V]; targets: int64 [n]. Returns [n] in the logits' type."""
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def in_place(nll: Tensor, masked: Tensor) -> Tensor:
+    """Figures of the n True positions of `masked`, row-major, at their places; zero elsewhere. [n] -> [B, T]."""
+    return torch.zeros(masked.shape, dtype=nll.dtype, device=nll.device).masked_scatter(masked, nll)
 
 
 def nelbo_per_window(nll: Tensor, counts: Tensor, size: int | None = None) -> Tensor:
