@@ -56,6 +56,7 @@ def configs(data: Dataset, size: int, args: argparse.Namespace) -> tuple[ModelCo
     more = {k: getattr(args, k) for k in ("batch", "weighting") if getattr(args, k)}
     learnt = 0 if size >= model.sequence_length else size
     more |= {"block_size": learnt, "causal_share": args.causal_share, "seed": args.seed, "compile": args.compile}
+    more |= {"causal_start": args.causal_start if learnt > 1 else 0.0}
     return model, dataclasses.replace(chosen.train, steps=args.steps, minutes=args.minutes, **more)
 
 
@@ -66,6 +67,7 @@ def run_size(data: Dataset, size: int, rows: dict[str, dict[str, Any]], args: ar
     budget = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
     shape = f"{model_config.layers}x{model_config.width}x{model_config.sequence_length}"
     setting = f"{args.preset} {shape} {budget} batch {config.batch} {config.weighting} causal {config.causal_share:g}"
+    setting += f" after {config.causal_start:g}" if config.causal_start else ""
     folder = args.out / f"{setting} seed {args.seed} block {size}".replace(" ", "_")
     done = folder / "trained.json"
     if not done.exists():
@@ -113,6 +115,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--weighting", choices=("nelbo", "reference"), help="[the preset's]")
     parser.add_argument("--causal-share", type=float, default=0.0)
+    parser.add_argument(
+        "--causal-start", type=float, default=0.0, help="share of the run that learns next tokens first"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--tokens", type=int, default=32_768, help="validation tokens to score")
     parser.add_argument("--chain-tokens", type=int, default=8_192, help="validation tokens for the exact chains")

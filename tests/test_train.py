@@ -85,6 +85,21 @@ def test_a_run_may_start_with_some_mask_rates_and_says_so(data, model, tmp_path)
     assert counts.min() in (21, 22) and counts.max() == 120
 
 
+def test_a_run_may_start_with_next_tokens_and_says_so(data, model, tmp_path):
+    config = dataclasses.replace(QUICK, causal_start=0.5, causal_share=0.25)
+    train(data, tmp_path / "run", model=model, config=config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train_causal_bpb"] is None for row in rows] == [False] * 6 + [True] * 6
+    assert [row["train_nelbo_bpb"] is None for row in rows] == [True] * 6 + [False] * 6
+    # The same steps as a run of next tokens alone, as far as they go.
+    alone = dataclasses.replace(QUICK, causal_share=1.0)
+    train(data, tmp_path / "alone", model=model, config=alone)
+    other = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train_causal_bpb"] for row in rows[:6]] == [row["train_nelbo_bpb"] for row in other[:6]]
+    ids = torch.arange(6 * 8).reshape(6, 8)
+    assert draw_step(config, 0, ids, 99, causal_share=1.0).causal.all()
+
+
 def test_halves_of_windows_are_windows(data, model):
     """A step of halves has the loss and gradients of one whose windows were that short, and as many again."""
     windows = Loader(Dataset.open(data).split("train"), 16, 4, seed=0).batch(0)

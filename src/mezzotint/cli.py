@@ -366,10 +366,16 @@ class _Progress:
     def training(self, row: dict[str, Any]) -> None:
         """A metrics row of `train`."""
         left = int(row["seconds_left"])
-        nelbo = row["train_nelbo_bpb"]
-        loss = (
-            f"{nelbo:.3f} bits/byte (training NELBO)" if nelbo else f"{row['train_narrow_bpb']:.3f} (some mask rates)"
-        )
+        for kind, words in (
+            ("nelbo", "bits/byte (training NELBO)"),
+            ("narrow", "(some mask rates)"),
+            ("causal", "(next tokens)"),
+        ):
+            if row[f"train_{kind}_bpb"] is not None:
+                loss = f"{row[f'train_{kind}_bpb']:.3f} {words}"
+                break
+        else:
+            loss = ""
         self.bar(
             row["progress"],
             f"step {row['step']}  {loss}  {row['tokens_per_second']:,.0f} tokens/s  {left // 60}:{left % 60:02d} left",

@@ -106,6 +106,7 @@ class TrainConfig:
         ("nelbo", "reference"),
     )
     causal_share: float = _option(0.0, "share of the windows learnt left to right, as next tokens, by the same weights")
+    causal_start: float = _option(0.0, "share of the run, at its start, that learns all windows left to right")
     block_size: int = _option(
         0, "tokens of the blocks denoised one after another, given those before (0: whole windows; 1: next tokens only)"
     )
@@ -148,6 +149,7 @@ class TrainConfig:
             raise ConfigError("narrow_low must be below narrow_high")
         for name in (
             "causal_share",
+            "causal_start",
             "short_share",
             "narrow_share",
             "narrow_low",

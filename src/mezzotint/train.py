@@ -202,9 +202,16 @@ class Draw:
 
 
 def draw_step(
-    config: TrainConfig, step: int, ids: Tensor, mask_id: int, rates: tuple[float, float] = (0.0, 1.0)
+    config: TrainConfig,
+    step: int,
+    ids: Tensor,
+    mask_id: int,
+    rates: tuple[float, float] = (0.0, 1.0),
+    causal_share: float | None = None,
 ) -> Draw:
-    """The draw of `step`: a function of seed, step and range of mask rates alone. ids: int64 [batch, T].
+    """The draw of `step`: a function of seed, step, range of mask rates and causal share alone. ids: int64 [batch, T].
+
+    causal_share: of the windows (None: the config's).
 
     A masked window, or each of its blocks, gets a stratified number of masks. A causal one is shifted right behind a
     single MASK, so that the output at position i, which sees x_<i, predicts x_i: the same input and target as causal
@@ -213,10 +220,11 @@ def draw_step(
     rows, length = ids.shape
     digest = hashlib.sha256(f"masks {config.seed} {step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    wanted = rows * config.causal_share
+    share = config.causal_share if causal_share is None else causal_share
+    wanted = rows * share
     dither = float(torch.rand((), generator=generator, dtype=torch.float64))
     # Blocks of one token are next tokens: nothing is gained by doubling windows for them.
-    n = min(rows, int(wanted + dither)) if config.causal_share < 1 and config.block_size != 1 else rows
+    n = min(rows, int(wanted + dither)) if share < 1 and config.block_size != 1 else rows
     causal = torch.zeros(rows, dtype=torch.bool)
     causal[[int((j + 0.5) * rows / n) for j in range(n)]] = True  # evenly spread, so that processes share them
     size = config.block_size if 1 < config.block_size < length else None
@@ -278,13 +286,19 @@ class Trainer:
         return reason
 
     def _try_step(self) -> None:
-        for progress in (0.0, 1.0) if self.config.short_share else (1.0,):
+        # A run's stretches differ in what they compile: next tokens alone or masks too, halves or whole windows.
+        starts = {self.config.causal_start, self.config.short_share} - {0.0}
+        for progress in sorted({*starts, 0.0, 1.0} if starts else {1.0}):
             self.gradients(self.batches.batch(self.step), self.step, progress)
 
     def mask_rates(self, progress: float) -> tuple[float, float]:
         """The range that mask rates are drawn from at `progress` (0..1) of the run."""
         config = self.config
         return (config.narrow_low, config.narrow_high) if progress < config.narrow_share else (0.0, 1.0)
+
+    def causal_share(self, progress: float) -> float:
+        """The share of windows learnt left to right at `progress` (0..1) of the run."""
+        return 1.0 if progress < self.config.causal_start else self.config.causal_share
 
     def gradients(self, windows: np.ndarray, step: int, progress: float = 1.0) -> tuple[float, float]:
         """Add the gradients of this process's rows; returns the global batch's (loss, NELBO) in nats per token.
@@ -300,7 +314,14 @@ class Trainer:
         batch, length = self.world * len(windows), windows.shape[1]
         all_ids = torch.zeros(batch, length, dtype=torch.int64)
         all_ids[mine] = torch.from_numpy(windows)
-        draw = draw_step(config, step, all_ids, self.network.config.mask_id, self.mask_rates(progress))
+        draw = draw_step(
+            config,
+            step,
+            all_ids,
+            self.network.config.mask_id,
+            self.mask_rates(progress),
+            self.causal_share(progress),
+        )
         visibility = f"block({draw.size})" if draw.size else "full"
         share = float(draw.causal.double().mean())
         masked_windows = int((~draw.causal).sum())
@@ -340,7 +361,8 @@ class Trainer:
     def run_step(self, progress: float) -> dict[str, float]:
         """One optimizer step at `progress` (0..1). Raises MezzotintError, naming the windows, if it is not finite.
 
-        Returns loss, grad_norm, lr_scale, and `nelbo` or, over a narrowed range of mask rates, `narrow`.
+        Returns loss, grad_norm, lr_scale, and `nelbo` or, over a narrowed range of mask rates, `narrow`, or, before masks
+        come in, `causal`.
         """
         windows = self.batches.batch(self.step)
         loss, nelbo = self.gradients(windows, self.step, progress)
@@ -357,8 +379,13 @@ class Trainer:
         self.optimizers.step()
         self.step += 1
         self.average.update(self.step)
-        narrowed = self.config.causal_share < 1 and self.mask_rates(progress) != (0.0, 1.0)
-        return {"loss": loss, "narrow" if narrowed else "nelbo": nelbo, "grad_norm": norm, "lr_scale": scale}
+        kind = "nelbo"
+        if self.config.causal_share < 1:
+            if self.causal_share(progress) == 1:
+                kind = "causal"
+            elif self.mask_rates(progress) != (0.0, 1.0):
+                kind = "narrow"
+        return {"loss": loss, kind: nelbo, "grad_norm": norm, "lr_scale": scale}
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -628,7 +655,7 @@ def _train(
     saved_at = logged_at = time.monotonic()
     first_step, first_seconds = trainer.step, trainer.seconds
     checkpoint: Path | None = None
-    since: dict[str, list[float]] = {"nelbo": [], "narrow": []}  # of the steps since the last row
+    since: dict[str, list[float]] = {"nelbo": [], "narrow": [], "causal": []}  # of the steps since the last row
     tail: list[float] = []  # (all) NELBOs of this process, for the mean over the run's last tenth
 
     def done() -> float:
