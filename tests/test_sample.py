@@ -25,7 +25,9 @@ from mezzotint.model import Denoiser, Model
 from mezzotint.sample import (
     SAMPLERS,
     Sampling,
+    Span,
     broken_bytes,
+    canvas_spans,
     denoise,
     draw,
     fill,
@@ -443,6 +445,7 @@ def test_bad_settings_are_refused_in_one_line():
         dict(temperature=-1.0),
         dict(temperature=float("nan")),
         dict(top_p=0.0),
+        dict(entropy_budget=-1.0),
         dict(top_p=1.1),
         dict(block=0),
         dict(no_repeat=1),
@@ -491,6 +494,9 @@ def test_a_prompt_comes_back_as_it_was_given():
         drawn = sample(model, 1, 8, prompt="London is the ", temperature=0.2)
         assert drawn.texts[0].startswith("London is the capital")
         assert sample(model, 1, 8, prompt="London is the", temperature=0.2).texts[0].startswith("London is the capital")
+    # A prompt as long as the window is gone on from by half a window.
+    short = Recall(own_tokenizer(), [TEXT], window=24)
+    assert len(sample(short, 1, prompt=" ".join(TEXT.split()[:30]), temperature=0.2).tokens[0]) == 12
     odd = "London  is\u00a0the \t"
     assert sample(model, 1, 8, prompt=odd, temperature=0.2).texts[0].startswith(odd + "capital")
 
@@ -610,8 +616,11 @@ def test_fixed_text_comes_back_byte_for_byte(make, pieces_of_text, gap, form, se
     fixed = [unicodedata.normalize(form, t) if form else t for t in pieces_of_text]
     text = "".join(itertools.chain(*zip(fixed, gap, strict=False))) if len(fixed) <= 3 else gap[0].join(fixed)
     fixed, counts = parse_gaps(text)
-    output = fill(random_model(make), text, seed, lengths=(1, 3))
+    filled = infill(random_model(make), text, seed, lengths=(1, 3))
+    output = filled.text
     assert re.fullmatch("(.*)".join(map(re.escape, fixed)), output, re.DOTALL)
+    # No gap of unknown length is filled with nothing.
+    assert all(gap.text for gap, count in zip(filled.gaps, counts, strict=True) if count is None)
     assert output.encode().startswith(fixed[0].encode()) and output.encode().endswith(fixed[-1].encode())
     if not counts:
         assert output == text
@@ -627,7 +636,7 @@ def test_what_cannot_be_filled_is_refused_in_one_line():
     model = random_model()
     for text, words in (
         ("a \ud800 ____", "surrogate"),
-        ("[MASK*32]", "window holds 31"),
+        ("[MASK*32]", "1 gap of at least 32 tokens.*window holds 31: fill shorter gaps"),
         ("[MASK*99999999999999999999]", "window holds 31"),
         ("____ " * 32, "32 gaps"),
         ("a [MASK*30] ____ ____", "window holds 31"),
@@ -642,6 +651,34 @@ def test_what_cannot_be_filled_is_refused_in_one_line():
         fill(model, "____", sampler="none")
     with pytest.raises(ConfigError):
         fill(model, "____", lengths=())
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+@pytest.mark.parametrize("text", ["He went. ____The end", "____The end", "a ____b", "Lon____land"])
+def test_a_gap_of_unknown_length_is_never_filled_with_nothing(make, text):
+    for seed in range(4):
+        filled = infill(random_model(make), text, seed, lengths=(1,), temperature=0.0 if seed == 0 else 1.0)
+        before, after = text.split("____")
+        assert filled.gaps[0].text.strip() and filled.text == before + filled.gaps[0].text + after
+
+
+def test_a_character_of_several_bytes_is_seen_whole():
+    tokenizer = own_tokenizer()
+    table = pieces(tokenizer)
+    euro = tokenizer.encode("\u20ac")[-3:]
+    assert [table.raw[i] for i in euro] == [b"\xe2", b"\x82", b"\xac"]
+    mask = tokenizer.vocab_size
+    spans = canvas_spans(tokenizer, [tokenizer.bos_id, *euro, mask, *euro[:2]], [1.0, 0.5, 0.5, 1.0, 0.0, 0.5, 0.25])
+    assert spans[:2] == [Span("\u20ac", 0.25), Span("", 0.0)]
+    assert [s.confidence for s in spans[2:]] == [0.5, 0.25]  # not yet a character
+    # Such a character may be the last one of a gap that a space follows.
+    text = "London is the cap\u20ac of England."
+    model = Recall(tokenizer, [text])
+    seen = []
+    filled = infill(
+        model, text.replace("\u20ac", "[MASK*3]"), temperature=0.0, on_step=lambda _, spans: seen.append(spans)
+    )
+    assert filled.text == text and "".join(span.text for span in seen[-1]) == text
 
 
 def test_stopping_from_the_watcher():

@@ -19,7 +19,8 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from test_sample import TEXT, Recall, own_tokenizer, random_model
 
-from mezzotint.serve import MAX_BODY, MAX_CHARACTERS, make_server, text_likelihood
+from mezzotint.errors import MezzotintError
+from mezzotint.serve import MAX_BODY, MAX_CHARACTERS, make_server, serve, text_likelihood
 
 
 class Slow(Recall):
@@ -152,6 +153,15 @@ def test_other_names_and_other_sites_are_refused(port):
 
 def test_it_listens_on_this_machine_only():
     assert make_server(Slow()).config.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host, port", [("127.0.0.1", 99_999), ("no.such.host.invalid", 8000), ("127.0.0.1", 0)])
+def test_an_address_that_cannot_be_had_is_one_line(host, port):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = port or taken.getsockname()[1]
+        with pytest.raises(MezzotintError, match=r"cannot serve on .* choose another") as error:
+            serve(Slow(), host=host, port=port)
+    assert "\n" not in str(error.value)
 
 
 def post(port: int, text: str) -> socket.socket:

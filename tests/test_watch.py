@@ -39,3 +39,15 @@ def test_watching_sample_and_fill_ends_with_the_text():
         if fill:
             assert "capital\x1b[0m of England." in last
         assert "\u2591" in shown and "London" in shown
+
+
+def test_text_taller_than_the_terminal_is_shown_around_the_first_mask_and_whole_at_the_end():
+    spans = [Span(f"line {i}\n", None) for i in range(40)]
+    screen = io.StringIO()
+    with Watch(Console(file=screen, force_terminal=True, width=40, height=8), pause=1e-6) as watch:
+        watch.spans(1, [*spans[:20], Span("", 0.0), *spans[20:]])
+        live = screen.getvalue()
+        watch.spans(2, [*spans[:20], Span("found", 0.5), *spans[20:]])
+    assert "\u2591" in live and "pass 1" in live and "line 0" not in live and live.count("line") <= 6
+    # Exactly one frame scrolls: the last one.
+    assert screen.getvalue().count("line 0\n") == 1 and "found" in screen.getvalue()

@@ -54,8 +54,9 @@ class Sampling:
     the best"). `entropy`: as many of the least uncertain positions as keep (sum of entropies - largest) within
     `entropy_budget`, which bounds the error of drawing them independently (Ben-Hamu et al. 2025, EB-Sampler, eq. 8).
     `blocks`: from left to right in blocks of `block` tokens, each most confident first (semi-autoregressive; block 1 is
-    left to right); of a model that was trained in blocks no further than its own block at a time. `remask`: as ancestral, but every pass also hides again a share `remask` of the drawn tokens, the
-    least confident first (Wang et al. 2025, ReMDM-conf).
+    left to right); of a model that was trained in blocks no further than its own block at a time. `remask`: as
+    ancestral, but every pass also hides again a share `remask` of the drawn tokens, the least confident first (Wang et
+    al. 2025, ReMDM-conf).
     """
 
     sampler: str = _option("confidence", f"which positions to reveal first: {', '.join(SAMPLERS)}")
@@ -82,7 +83,9 @@ class Sampling:
         ):
             value = getattr(self, name)
             if not low <= value <= high or (name == "top_p" and value == 0):
-                raise ConfigError(f"{name} must be between {low:g} and {high:g}, not {value!r}")
+                least = "above" if name == "top_p" else "at least"
+                most = f" and at most {high:g}" if high < math.inf else ""
+                raise ConfigError(f"{name} must be {least} {low:g}{most}, not {value!r}")
         if self.block is not None and self.block < 1:
             raise ConfigError(f"block must be at least 1 token, not {self.block}")
         if self.no_repeat < 0 or self.no_repeat == 1:
@@ -448,7 +451,7 @@ def denoise(
             max(p.forward_passes for p in parts),
         )
     masked = ids == mask_id
-    wanted = masked if wanted is None else masked & wanted.to("cpu")
+    hidden: Tensor = masked if wanted is None else masked & wanted.to("cpu")
     drawable: Tensor = text_tokens(model.tokenizer) if allowed is None else allowed
     banned = None if bool(drawable.all()) else ~drawable
     limits: dict[int, dict[int, Tensor]] = {}
@@ -459,7 +462,7 @@ def denoise(
     rows = [
         _Row(
             ids[b],
-            wanted[b],
+            hidden[b],
             mask_id,
             options,
             row_generator(seed, first_row + b),
@@ -648,10 +651,11 @@ def sample(
     visibility: str | None = None,
     **settings: Any,
 ) -> Samples:
-    """Draw `n` texts of `length` tokens (default: what the window holds), or less where a text ends by itself.
+    """Draw `n` texts of `length` tokens, or less where a text ends by itself.
 
-    Text i depends on (seed, i) only. Each begins after a BOS, with `prompt` if given. A length beyond the window is
-    drawn window after window, each seeing the last half window of text before it; `steps` is then per window.
+    length: by default what the window holds behind the prompt, and at least half a window. Text i depends on (seed, i)
+    only. Each begins after a BOS, with `prompt` if given. A length beyond the window is drawn window after window, each
+    seeing the last half window of text before it; `steps` is then per window.
     on_step sees the whole canvas [n, tokens]. visibility: see `denoise`. settings: the fields of `Sampling`; a model
     that was trained in blocks is sampled by `blocks` unless told otherwise. Raises MezzotintError for a bad
     number, length or prompt.
@@ -666,7 +670,7 @@ def sample(
         raise ConfigError(f"a text needs at least 1 token, not {length}")
     window, mask_id, bos = model.config.sequence_length, model.config.mask_id, model.tokenizer.bos_id
     lead = [bos, *model.tokenizer.encode(_without_pending_space(model.tokenizer, prompt))]
-    length = max(1, window - len(lead)) if length is None else length
+    length = max(1, window // 2, window - len(lead)) if length is None else length
     table = pieces(model.tokenizer)
     allowed = table.is_text.clone()
     allowed[bos] = True
@@ -720,18 +724,35 @@ class Span:
     confidence: float | None
 
 
+def _readable(table: Pieces, ids: Sequence[int], confidence: Sequence[float]) -> list[tuple[str, float, int]]:
+    """(text, confidence, how many ids) of ids for a person to see; a mask is ("", 0.0, 1).
+
+    Ids of single bytes that together are a character are shown together, with the product of their confidences.
+    """
+    found: list[tuple[str, float, int]] = []
+    at = 0
+    while at < len(ids):
+        i, n = ids[at], 1
+        if i >= len(table.raw):
+            found.append(("", 0.0, 1))
+        else:
+            if table.is_byte[i]:
+                lead = table.raw[i][0]
+                n = 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
+                if broken_bytes(table, ids[at : at + n]):
+                    n = 1
+            found.append((join(table, ids[at : at + n]), math.prod(map(float, confidence[at : at + n])), n))
+        at += n
+    return found
+
+
 def canvas_spans(tokenizer: Tokenizer, ids: Sequence[int], confidence: Sequence[float]) -> list[Span]:
     """One row of `sample`'s canvas for a person to see: id by id up to an end of text, masks as empty spans."""
-    table = pieces(tokenizer)
-    spans: list[Span] = []
-    for position, (i, sure) in enumerate(zip(ids, confidence, strict=True)):
-        if i == tokenizer.bos_id and position:
-            break
-        if i >= len(table.raw):
-            spans.append(Span("", 0.0))
-        elif table.raw[i]:
-            spans.append(Span(join(table, [i]), float(sure) if sure < 1 else None))
-    return spans
+    ids = list(ids)
+    if tokenizer.bos_id in ids[1:]:
+        ids = ids[: ids.index(tokenizer.bos_id, 1)]
+    shown = _readable(pieces(tokenizer), ids, confidence)
+    return [Span(text, sure if sure < 1 else None) for text, sure, _ in shown if text or sure == 0]
 
 
 def _watch_window(
@@ -875,8 +896,8 @@ class _Filling:
         masks = sum(count or 1 for count in counts)
         if masks > room:
             raise MezzotintError(
-                f"the text has {len(counts):,} gaps that need at least {masks:,} tokens, but the model's window holds "
-                f"{room:,}: fill fewer or shorter gaps at a time"
+                f"the text has {len(counts):,} gap{'s' * (len(counts) > 1)} of at least {masks:,} tokens, but the "
+                f"model's window holds {room:,}: fill {'fewer or ' * (len(counts) > 1)}shorter gaps at a time"
             )
         self.parts: list[_Fixed | _Gap] = [self._fixed(strings[0], inside=False, before_gap=bool(counts))]
         for i, count in enumerate(counts):
@@ -955,11 +976,17 @@ class _Filling:
             able = self.table.where(lambda text, first=first, last=last: fits(text, first, last))
             # Without any such id the tokenizer has no pieces with spaces: then the plain text is put there.
             found[place] = able if bool(able.any()) else None
+            if found[place] is not None and not (first and (left or gap.space_before)) and not (last and right):
+                # All that may not stand here is a space, which a byte of a longer character is not.
+                found[place] = able | self.table.is_byte & torch.tensor([raw != b" " for raw in self.table.raw])
         return found
 
     def possible(self, gap: _Gap, count: int) -> bool:
-        """Whether a token can stand in for both broken words around a gap of one token."""
-        return count > 1 or not (gap.left and gap.right) or self.limits(gap, count)[0] is not None
+        """Whether `count` tokens can meet both edges: one alone may have to be a space, a word and a word's rest."""
+        return count > 1 or not self._narrow(gap) or self.limits(gap, count)[0] is not None
+
+    def _narrow(self, gap: _Gap) -> bool:
+        return bool(gap.right) and (bool(gap.left) or gap.space_before or gap.open_before)
 
     def heal(self, index: int) -> None:
         """Let a gap's first and last tokens cross its edges, where the edge cuts a word: "Lon____ is" -> "London is".
@@ -1071,8 +1098,9 @@ class _Filling:
             self.model, canvas, seed=seed, wanted=wanted, only=only, visibility=self.visibility, on_step=watch,
             **self.settings,
         )  # fmt: skip
-        # Byte ids cannot be where a limit is, so mending needs none.
-        result = _mend(self.model, result, wanted, seed, drawable, 0, visibility=self.visibility, **self.settings)
+        result = _mend(
+            self.model, result, wanted, seed, drawable, 0, only=only, visibility=self.visibility, **self.settings
+        )
         self.passes += result.forward_passes
         return result
 
@@ -1095,16 +1123,14 @@ class _Filling:
     def spans(self, gap: _Gap, ids: Sequence[int], confidence: Sequence[float]) -> list[Span]:
         """A gap's ids one by one, without what they repeat of the fixed text."""
         spans = []
-        for i, (token, sure) in enumerate(zip(ids, confidence, strict=True)):
-            if token == self.mask_id:
-                spans.append(Span("", 0.0))
-                continue
-            text = self.table.text[token] or join(self.table, [token])
-            if i == 0:
+        at = 0
+        for text, sure, count in _readable(self.table, ids, confidence):
+            if at == 0:
                 text = self._cut_left(gap, text)
-            if i == len(ids) - 1:
+            at += count
+            if at == len(ids):
                 text = self._cut_right(gap, text)
-            spans.append(Span(text, float(sure)))
+            spans.append(Span(text, sure))
         return spans
 
     def _cut_left(self, gap: _Gap, text: str) -> str:
@@ -1142,7 +1168,7 @@ class _Filling:
         window = self.model.config.sequence_length
         # A gap that took most of the window would leave no context to judge it by.
         lengths = [n for n in lengths if n <= max(2, window // 4) and self.possible(gap, n)] or [
-            2 if gap.left and gap.right else min(lengths)
+            2 if self._narrow(gap) else min(lengths)
         ]
         near = [t for t in right[:RIGHT_TOKENS] if t != self.mask_id] if right[:1] != [self.mask_id] else []
         near_nats = [0.0] * len(lengths)
@@ -1242,8 +1268,9 @@ def infill(
     """Fill the gaps of a text (see `parse_gaps`); all the rest of it comes back byte for byte.
 
     lengths: token counts to try for gaps of unknown length. on_step(pass, spans) sees the text being revealed.
-    settings: the fields of `Sampling`; temperature is 0.7 unless given. Text longer than the window is seen through a
-    window around each gap. Raises MezzotintError when all gaps together need more tokens than the window holds.
+    settings: the fields of `Sampling`; temperature is 0.7 unless given, and `steps` is per gap. Text longer than the
+    window is seen through a window around each gap. Raises MezzotintError when all gaps together need more tokens than
+    the window holds.
     """
     started = time.perf_counter()
     settings.setdefault("temperature", 0.7)

@@ -16,6 +16,7 @@ import importlib.resources
 import json
 import logging
 import math
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -361,9 +362,13 @@ def make_server(
 
 
 def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8000, name: str = "model") -> None:
-    """Serve the page until interrupted. Raises MezzotintError when the port cannot be had."""
-    server = make_server(model, host=host, port=port, name=name)
+    """Serve the page until interrupted. Raises MezzotintError when the address cannot be had."""
+    # Bound here and not by uvicorn, which logs what is wrong and leaves, or throws.
     try:
-        server.run()
-    except SystemExit as error:  # how uvicorn reports a port in use
-        raise MezzotintError(f"cannot serve on {host}:{port}: choose another --port") from error
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0].rstrip(".")
+        raise MezzotintError(f"cannot serve on {host}:{port} ({reason}): choose another --port or --host") from error
+    with listener:
+        make_server(model, host=host, port=port, name=name).run(sockets=[listener])

@@ -22,6 +22,7 @@ from mezzotint.sample import OnStep, Span, canvas_spans
 # From doubtful to sure; told apart by lightness too, so that colour-blind eyes and grey terminals can read it.
 SCALE = ((0.0, (224, 79, 120)), (0.35, (230, 140, 70)), (0.7, (205, 200, 90)), (1.0, (110, 215, 160)))
 FRAMES_PER_SECOND = 15
+MASK = "\u2591"
 
 
 def colour(confidence: float) -> tuple[int, int, int]:
@@ -40,7 +41,7 @@ def render(spans: Sequence[Span], caption: str = "") -> Text:
         if span.confidence is None:
             text.append(span.text)
         elif span.text == "" and span.confidence == 0:
-            text.append("\u2591", Style(dim=True))
+            text.append(MASK, Style(dim=True))
         else:
             r, g, b = colour(span.confidence)
             text.append(span.text, Style(color=f"rgb({r},{g},{b})", bold=True))
@@ -58,6 +59,7 @@ class Watch:
     def __init__(self, console: Console | None = None, pause: float = 0.0) -> None:
         self.console = console or Console(stderr=True)
         self.pause = pause
+        self.last = Text()
         self.live = Live(console=self.console, refresh_per_second=FRAMES_PER_SECOND, vertical_overflow="visible")
 
     def __enter__(self) -> Watch:
@@ -67,6 +69,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.live.update(self.last)
         self.live.__exit__(kind, error, trace)
 
     def spans(self, step: int, spans: list[Span]) -> None:
@@ -75,9 +78,22 @@ class Watch:
         caption = f"pass {step}, {sum(s.confidence == 0 for s in spans)} masks left"
         if drawn:
             caption += f", confidence {sum(drawn) / len(drawn):.2f}"
-        self.live.update(render(spans, caption), refresh=self.pause > 0)
+        self.last = render(spans, caption)
+        self.live.update(self._fitted(self.last), refresh=self.pause > 0)
         if self.pause:
             time.sleep(self.pause)
+
+    def _fitted(self, text: Text) -> Text:
+        """No more lines than the terminal has, around the first mask: what has scrolled away cannot be drawn over."""
+        if not self.console.is_terminal:
+            return text
+        room = max(2, self.console.height - 1)
+        lines = text.wrap(self.console, self.console.width)
+        if len(lines) <= room:
+            return text
+        first = next((i for i, line in enumerate(lines) if MASK in line.plain), len(lines))
+        start = max(0, min(first - room // 2, len(lines) - room))
+        return Text("\n").join([*lines[start : start + room - 1], lines[-1]])
 
     def canvas(self, tokenizer: Tokenizer, row: int = 0) -> OnStep:
         """`on_step` of `sample`, showing one of its texts."""
