@@ -1,6 +1,9 @@
 """Bytes against likelihood: Mezzotint's packing, its ingredients one by one, the seed's codec, and the field's recipe.
 
     python benchmarks/rate_distortion.py RUN DATA --out FOLDER [--windows 96] [--only mezzotint]
+    python benchmarks/rate_distortion.py RUN DATA --out FOLDER --windows 12 --short --only mezzotint reference general \
+        --steps 0.4 1 2.5 --deviations 6 12 --drop 0
+    python benchmarks/rate_distortion.py RUN DATA --out FOLDER --time
     python benchmarks/rate_distortion.py RUN DATA --out FOLDER --time-reference
 
 Every way of packing is swept over its own knob and scored on the same validation windows under the same masks, so that
@@ -13,7 +16,9 @@ rate_distortion.png are written anew each time.
 
 The field's recipe: int6 GPTQ, rows clipped at a multiple of their standard deviation, int8 embeddings, codes and
 scales compressed by the best of LZMA (preset 9 extreme) and, where installed, brotli (quality 11) and zstd (level 22).
-Knows nothing of training; `--time-reference` packs and opens a network of the reference preset with random weights.
+Knows nothing of training. The second command above is for a large model: few rows, few windows, and none of what
+was not built. `--time` packs the run and opens the artifact, `--time-reference` a network of the reference preset with
+random weights.
 """
 
 from __future__ import annotations
@@ -56,7 +61,9 @@ FULL = "mezzotint"
 RECIPE = "std-clip int6 + general purpose"
 STEPS = (0.3, 0.5, 0.8, 1.25, 2.0, 3.2, 5.0, 8.0)  # over the step that costs the default tolerance by prediction
 VARIANT_STEPS = (0.8, 2.0)
-DEVIATIONS = (6, 9, 12, 24, 48)
+DEVIATIONS = (6.0, 9.0, 12.0, 24.0, 48.0)
+DROPS = (0.0, 1.0)
+SHARE = 0.42  # bytes per parameter at which the cost is given
 Point = dict[str, Any]
 
 
@@ -320,13 +327,16 @@ def bytes_at(curve: list[Point], divergence: float, picked: np.ndarray) -> float
     return math.exp(low + (want - a) / (b - a) * (high - low))
 
 
-def rises_at(curve: list[Point], size: float) -> np.ndarray | None:
-    """The rise of the NELBO of each window at a size, linear in log bytes between points; None outside the curve."""
+def rises_at(curve: list[Point], size: float, key: str = "rise") -> np.ndarray | None:
+    """The rise of the NELBO of each window at a size, linear in log bytes between points; None outside the curve.
+
+    key: `divergence` for that instead.
+    """
     points = _curve(curve)
     for low, high in itertools.pairwise(points):
         if low["bytes"] <= size <= high["bytes"]:
             share = math.log(size / low["bytes"]) / math.log(high["bytes"] / low["bytes"])
-            return (1 - share) * np.asarray(low["rise"]) + share * np.asarray(high["rise"])
+            return (1 - share) * np.asarray(low[key]) + share * np.asarray(high[key])
     return None
 
 
@@ -372,12 +382,13 @@ def tables(points: list[Point], facts: dict[str, Any], parameters: int) -> list[
             ours = rises_at(curve, part * point["bytes"])
             line += f" {_pair(ours - np.asarray(point['rise']))} |" if ours is not None else " beyond the curve |"
         lines.append(line)
-    lines += ["", "| taken away | bytes at equal divergence, % |" + " |" * (len(VARIANT_STEPS) - 1),
-              "|" + " --- |" * (1 + len(VARIANT_STEPS))]  # fmt: skip
     by_name: dict[str, list[Point]] = {}
     for point in points:
         if point["packing"].startswith("without"):
             by_name.setdefault(point["packing"].removeprefix("without "), []).append(point)
+    if by_name:
+        lines += ["", "| taken away | bytes at equal divergence, % |" + " |" * (len(VARIANT_STEPS) - 1),
+                  "|" + " --- |" * (1 + len(VARIANT_STEPS))]  # fmt: skip
     for name, variant in by_name.items():
         cells = []
         for point in _curve(variant)[::-1]:
@@ -388,6 +399,10 @@ def tables(points: list[Point], facts: dict[str, Any], parameters: int) -> list[
             value, error = resampled(windows, more)
             cells.append(f"{value:+.2%} ± {error:.2%}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    size = SHARE * parameters
+    rise, divergence = rises_at(curve, size), rises_at(curve, size, "divergence")
+    if rise is not None and divergence is not None:
+        lines += ["", f"At {SHARE} bytes a parameter: NELBO cost {_pair(rise)}, divergence {_pair(divergence)}."]
     lines += ["", *facts["notes"]]
     return lines
 
@@ -411,6 +426,23 @@ def plot(points: list[Point], out: Path) -> None:
     figure.savefig(out, dpi=150)
 
 
+def timed(model: Model, data: Dataset, path: Path, codec: str = FULL) -> str:
+    """Seconds to pack a model on all threads and to open the file on one, in words."""
+    threads = torch.get_num_threads()
+    begin = time.perf_counter()
+    packed = artifact.pack(model, data.split("train"), path, codec=codec, progress=_say)
+    seconds = time.perf_counter() - begin
+    torch.set_num_threads(1)
+    begin = time.process_time()
+    artifact.open_artifact(path)
+    opened = time.process_time() - begin
+    torch.set_num_threads(threads)
+    return (
+        f"{packed['parameters']:,} parameters, --codec {codec}: {packed['artifact_bytes']:,} bytes, packed in "
+        f"{seconds:.0f} s with {threads} threads, opened in {opened:.2f} s of processor time"
+    )
+
+
 def time_reference(model: Model, data: Dataset, out: Path) -> None:
     """Seconds to pack and to open a network of the reference preset with random weights, on real calibration text."""
     config = ModelConfig(**(to_dict(preset("reference").model) | {"vocab_size": model.config.vocab_size}))
@@ -421,26 +453,10 @@ def time_reference(model: Model, data: Dataset, out: Path) -> None:
             if not parameter.any():
                 parameter.normal_(std=0.02)
     whole = Model(config, model.tokenizer, network)
-    threads = torch.get_num_threads()
-    for codec in (
-        "mezzotint",
-        "int6",
-    ):  # random weights matter little, so that the first drops most; int6 keeps them all
-        path = out / f"reference_{codec}.mzt"
-        begin = time.perf_counter()
-        packed = artifact.pack(whole, data.split("train"), path, codec=codec, progress=_say)
-        seconds = time.perf_counter() - begin
-        torch.set_num_threads(1)
-        begin = time.process_time()
-        artifact.open_artifact(path)
-        opened = time.process_time() - begin
-        torch.set_num_threads(threads)
-        print(
-            f"reference preset, {packed['parameters']:,} random parameters, --codec {codec}: "
-            f"{packed['artifact_bytes']:,} bytes, packed in {seconds:.0f} s with {threads} threads, opened in "
-            f"{opened:.2f} s of processor time",
-            flush=True,
-        )
+    # Random weights matter little, so that the first codec drops most; int6 keeps them all.
+    for codec in (FULL, "int6"):
+        found = timed(whole, data, out / f"reference_{codec}.mzt", codec)
+        print(f"reference preset, random weights: {found}", flush=True)
 
 
 def _say(text: str) -> None:
@@ -454,7 +470,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for points.jsonl, table.md and the plot")
     parser.add_argument("--windows", type=int, default=96, help="validation windows scored [96]")
     parser.add_argument("--repeats", type=int, default=1, help="masks per window [1]")
-    parser.add_argument("--only", help="measure only packings whose name holds this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="measure only packings whose name holds one of these")
+    parser.add_argument("--steps", nargs="+", type=float, default=STEPS, help=f"Mezzotint's rates {STEPS}")
+    parser.add_argument("--deviations", nargs="+", type=float, default=DEVIATIONS, help=f"the recipe's {DEVIATIONS}")
+    parser.add_argument("--drop", nargs="+", type=float, default=DROPS, help=f"shares of +-1 dropped by others {DROPS}")
+    parser.add_argument("--calibration", type=int, default=artifact.CALIBRATION_TOKENS, help="tokens to quantize by")
+    parser.add_argument("--short", action="store_true", help="leave out contexts, orderings and our codes' compressors")
+    parser.add_argument("--time", action="store_true", help="time packing and opening of the run instead")
     parser.add_argument("--time-reference", action="store_true", help="time the reference preset instead")
     options = parser.parse_args()
 
@@ -462,11 +484,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.time_reference:
         return time_reference(model, data, options.out)
+    if options.time:
+        return print(timed(model, data, options.out / "timed.mzt"))
     state = artifact._state(model)
     parameters = sum(v.size for v in state.values())
     weights = hashlib.sha256(b"".join(v.tobytes() for v in state.values())).hexdigest()[:16]
     setting = {"weights": weights, "windows": options.windows, "repeats": options.repeats,
-               "price": artifact.BIT_PRICE, "calibration": artifact.CALIBRATION_TOKENS}  # fmt: skip
+               "price": artifact.BIT_PRICE, "calibration": options.calibration}  # fmt: skip
     kept = options.out / "points.jsonl"
     points: list[Point] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     if any({k: p.get(k) for k in setting} != setting for p in points):
@@ -476,7 +500,7 @@ def main() -> None:
 
     started = time.perf_counter()
     score = Score(model, data, options.windows, options.repeats)
-    windows, check = artifact._calibration(model, data.split("train"), artifact.CALIBRATION_TOKENS)
+    windows, check = artifact._calibration(model, data.split("train"), options.calibration)
     made: dict[str, Any] = {}
 
     def hessians() -> dict[str, torch.Tensor]:
@@ -497,7 +521,9 @@ def main() -> None:
         return made[codec]
 
     def point(name: str, knob: float, pack: Callable[[], tuple[int, dict[str, Any], dict[str, Any]]]) -> None:
-        if any((p["packing"], p["knob"]) == (name, knob) for p in points) or (options.only or "") not in name:
+        if any((p["packing"], p["knob"]) == (name, knob) for p in points):
+            return
+        if not any(text in name for text in options.only):
             return
         begin = time.perf_counter()
         size, tensors, more = pack()
@@ -521,12 +547,14 @@ def main() -> None:
         if knob in VARIANT_STEPS:
             classes = made_by.writer.classes or {}
             ideal, coded = code_lengths(tried, classes)
-            saved, by = ordering_gain(tried, classes)
-            more = {"ideal": ideal, "coded": coded, "contexts": context_gain(tried, classes),
-                    "ordering": saved, "ordered_by": by, "general": general_purpose(tried.tensors)[0]}  # fmt: skip
+            more = {"ideal": ideal, "coded": coded}
+            if not options.short:
+                saved, by = ordering_gain(tried, classes)
+                more |= {"contexts": context_gain(tried, classes), "ordering": saved, "ordered_by": by,
+                         "general": general_purpose(tried.tensors)[0]}  # fmt: skip
         return len(tried.data), tried.tensors, more
 
-    for knob in STEPS:
+    for knob in options.steps:
         point(FULL, knob, lambda knob=knob: mezzotint(knob))
 
     def recipe(deviations: float, ranged: bool) -> tuple[int, dict[str, Any], dict[str, Any]]:
@@ -537,7 +565,7 @@ def main() -> None:
         return size + overhead, tensors, {"compressor": best}
 
     for codec in ("reference", "int6"):
-        for share in (0.0, 1.0):
+        for share in options.drop:
 
             def pruned(codec: str = codec, share: float = share) -> tuple[int, dict[str, Any], dict[str, Any]]:
                 made_by = pruner(codec)
@@ -545,7 +573,7 @@ def main() -> None:
                 return len(tried.data), tried.tensors, {}
 
             point(f"--codec {codec}", share, pruned)
-    for deviations in DEVIATIONS:
+    for deviations in options.deviations:
         point(RECIPE, deviations, lambda d=deviations: recipe(d, False))
     point("std-clip int6 + range coder", 12, lambda: recipe(12, True))
 
@@ -567,11 +595,15 @@ def main() -> None:
         if "ideal" not in p:
             continue
         bits = 8 * p["bytes"] / parameters
-        best = max(p["contexts"], key=lambda name: p["contexts"][name])
         notes += [
             f"At {p['bytes']:,} bytes ({bits:.2f} bits a parameter):",
             f"- codes take {p['coded']:,} bytes, {p['coded'] / p['ideal'] - 1:+.3%} over their cross-entropy under the "
             "tables;",
+        ]
+        if "contexts" not in p:
+            continue
+        best = max(p["contexts"], key=lambda name: p["contexts"][name])
+        notes += [
             f"- without the {CODER}: {(p['general'] + overhead) / p['bytes'] - 1:+.1%};",
             f"- contexts of neighbouring magnitudes would save {p['contexts'][best] / p['bytes']:.3%} ({best}), tables "
             "not counted;",

@@ -67,12 +67,11 @@ def measure(
     """The NELBO under each seed's masks; the exact scores, which draw nothing, once."""
     estimates = [evaluate.nelbo(model, windows, tokens=tokens, seed=seed) for seed in seeds]
     estimates.append(evaluate.chain_rule(model, windows, tokens=chain_tokens))
-    causal = (model.info.get("train") or {}).get("causal_share", 0) > 0
-    if causal:
+    if model.learnt_next_tokens:
         estimates.append(evaluate.causal(model, windows, tokens=tokens))
     if chain_tokens != tokens:  # the others on the chain's own windows too, to compare them
         estimates.append(evaluate.nelbo(model, windows, tokens=chain_tokens, seed=seeds[0]))
-        if causal:
+        if model.learnt_next_tokens:
             estimates.append(evaluate.causal(model, windows, tokens=chain_tokens))
     return estimates
 

@@ -4,7 +4,8 @@
 
 frontier: texts of a window's length for each sampler, number of passes and temperature. Judged bits per byte alone
 would crown repetition, so each point also has the entropy of its ids and its share of distinct 4-grams, beside those
-of real text, and two points count as equal only if neither is worse in any of the three.
+of real text, and two points count as equal only if neither is worse in any of the three. `next tokens`, for a model that learnt them
+too, draws a token a pass but keeps keys and values, so that a pass costs a fraction of the others'.
 infill: spans removed from held-out text, filled by the model (which sees both sides) and by the judge itself going on
 from the left (which does not see the suffix, but is judged by itself). What is judged is the span and the 32 ids
 after it. Also single words, by exact match.
@@ -42,6 +43,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "entropy": {"sampler": "entropy"},
     "blocks": {"sampler": "blocks", "block": 32, "order_noise": 4.0},
     "remask": {"sampler": "remask"},
+    "next tokens": {"sampler": "blocks", "block": 1, "visibility": "causal"},
 }
 BUDGETS = (0.1, 0.3, 1.0, 3.0, 8.0)  # of `entropy`, whose passes follow from the budget
 SPANS = (1, 2, 4, 8, 16, 32)
@@ -179,8 +181,12 @@ def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: arg
     for name in SAMPLERS:
         if options.samplers and name not in options.samplers.split(","):
             continue
+        if name == "next tokens" and not model.learnt_next_tokens:
+            continue
         for temperature in options.temperatures:
             grid: list[dict[str, Any]] = [{"steps": k} for k in options.passes if k <= length]
+            if name == "next tokens":
+                grid = [{"steps": length}]
             if name == "entropy":
                 grid = [{"entropy_budget": b} for b in BUDGETS]
             for more in grid:

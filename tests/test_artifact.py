@@ -7,10 +7,12 @@ import errno
 import hashlib
 import io
 import json
+import lzma
 import os
 import resource
 import sys
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -244,6 +246,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_would_not_open_again_is_not_kept(model: Model, tmp_path: Path) -> None:
+    """Weights of nearly no information would make a file too small for its parameters."""
+    empty = {name: np.zeros_like(value) for name, value in artifact._state(model).items()}
+    network = artifact.network_of(dataclasses.replace(model.config, bigram_buckets=200_000), {
+        **empty, "bigram.embedding.weight": np.zeros((200_000, 128), dtype=np.float32),
+    })  # fmt: skip
+    with pytest.raises(ArtifactError, match="parameters in"):
+        artifact.store(Model(network.config, model.tokenizer, network), tmp_path / "m.mzt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_hessians_weigh_real_masked_text(tokenizer: Tokenizer, text: Stream) -> None:
     """The Hessian of the first matrices is the second moment of normalised inputs: its trace is the width."""
     model = make(tokenizer)
@@ -368,7 +381,7 @@ def refused(tmp_path: Path, data: bytes) -> str:
     with pytest.raises(ArtifactError) as caught:
         artifact.open_artifact(path)
     assert time.process_time() - begin < 2
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1_000
     return str(caught.value)
 
 
@@ -426,6 +439,8 @@ HEADERS = {
     "tokenizer too short": lambda h: h["tokenizer"].__setitem__(1, 10),
     "tokenizer sizes": lambda h: h.__setitem__("tokenizer", 3),
     "banks": lambda h: h.__setitem__("banks", [1 << 50]),
+    "no MLP": lambda h: h["config"].__setitem__("mlp_ratio", 1e-9),
+    "long text for a number": lambda h: h["config"].__setitem__("width", "9" * 500_000),
     "many banks": lambda h: h.__setitem__("banks", [0] * 1000),
     "no table": lambda h: h.__setitem__("tensors", None),
     "coding": lambda h: h.__setitem__("coding", "zip"),
@@ -437,6 +452,8 @@ HEADERS = {
     "not json": lambda h: b"{",
     "not text": lambda h: b"\xff\xfe",
     "nan": lambda h: b'{"config": NaN}',
+    "infinity": lambda h: json.dumps(h).replace('"rotary_base": 10000.0', '"rotary_base": 1e999').encode(),
+    "a name twice": lambda h: json.dumps(h).replace("{", '{"info": {}, ', 1).encode(),
     "deep nesting": lambda h: b"[" * 200_000,
     "long number": lambda h: b"1" * 100_000,
     "long header": lambda h: b" " * (artifact.MAX_HEADER + 1),
@@ -458,6 +475,53 @@ def test_zlib_bomb_is_not_inflated(tmp_path: Path) -> None:
     for claimed in (1000, artifact.MAX_HEADER, (1 << 32) - 1):
         refused(tmp_path, resealed(artifact.PREFIX.pack(artifact.MAGIC, 1, len(bomb), claimed) + bomb))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize("field", [b"\x0a\x00", b"\x12\x00", b"\xf8\x7f\x01"])
+def test_tokenizer_of_many_empty_fields_is_refused(tmp_path: Path, packed: Path, tokenizer: Tokenizer, field: bytes):
+    """2 MiB of them, alone and inside a message, would take their parser 70 and more."""
+    data = packed.read_bytes()
+    _, _, stored, _ = artifact.PREFIX.unpack(data[: artifact.PREFIX.size])
+    start = artifact.PREFIX.size + stored
+    many = field * (1 << 20)
+    length = bytes([len(many) >> shift & 127 | 128 * (shift < 21) for shift in range(0, 28, 7)])
+    for raw in (tokenizer.serialized + many, tokenizer.serialized + b"\x12" + length + many):
+        packed_raw = lzma.compress(raw, format=lzma.FORMAT_RAW, filters=artifact.TOKENIZER_FILTERS)
+        sizes = {}
+
+        def change(header, raw=raw, packed_raw=packed_raw, sizes=sizes):
+            sizes["old"], header["tokenizer"] = header["tokenizer"][0], [len(packed_raw), len(raw)]
+
+        with_header(data, change)
+        swapped = data[:start] + packed_raw + data[start + sizes["old"] :]
+        assert "a tokenizer of more than" in refused(tmp_path, with_header(swapped, change))
+
+
+def test_reading_takes_no_second_copy_of_a_tensor(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NumPy's memory at its peak over the tensors' own, where one tensor of 4 million numbers is nearly all there is."""
+    monkeypatch.setattr(entropy, "BLOCK", 1 << 17)
+    model = make(tokenizer, bigram_buckets=4_000, bigram_width=1_000)
+    zeros = {n: np.zeros_like(v) for n, v in artifact._state(model).items()}
+    kinds = {
+        "float16": lambda v: v.astype(np.float16),
+        "grid": lambda v: quantize.Grid(
+            v.astype(np.int16), np.ones(len(v), np.float16), np.ones(v.shape[1], np.float16)
+        ),
+    }
+    for coding in (artifact.RANGE, artifact.LZMA):
+        for kind, convert in kinds.items():
+            tensors = {n: convert(v) if v.ndim == 2 else v.astype(np.float16) for n, v in zeros.items()}
+            (tmp_path / "m.mzt").write_bytes(artifact._Writer(model, coding).write(tensors))
+            artifact.open_artifact(tmp_path / "m.mzt")
+            tracemalloc.start()
+            opened = artifact.open_artifact(tmp_path / "m.mzt")
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            need = 4 * sum(p.numel() for p in opened.network.parameters())
+            dictionary = (64 << 20) if coding == artifact.LZMA else 0
+            assert peak - need < dictionary + 8_000_000, (coding, kind)  # the tensor is 16,000,000 bytes
 
 
 def mutations(data: bytes, count: int, seed: int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -179,3 +180,42 @@ def test_memorization_script_prints_both_shares(trained, capsys, monkeypatch, tm
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "m.json").read_text())
     assert f"| held out, real | 2 | {result['held_out']['strings']:,} |" in printed and "| sampled | 2 |" in printed
+
+
+# --- fuzz ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fuzzer(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)  # its dataclasses look their module up by name
+    return importlib.import_module("fuzz")
+
+
+def test_hostile_files_end_in_one_line(fuzzer, tmp_path):
+    """FUZZ_FILES sets how many files (default 400); `python benchmarks/fuzz.py` opens 20,000 and larger ones."""
+    report = fuzzer.fuzz(int(os.environ.get("FUZZ_FILES", "400")), tmp_path / "kept", pads=(10_000,))
+    assert report.failures == [], report.table()
+    assert sum(row.files for row in report.rows.values()) >= 400
+    assert report.rows["by hand"].refused == report.rows["by hand"].files > 50
+    assert report.rows["bytes"].refused == report.rows["bytes"].files
+    assert all(row.refused for row in report.rows.values())
+
+
+def test_fuzz_notices(fuzzer, tmp_path, monkeypatch):
+    """A reader that lets an exception through, and one that takes memory for what is not there."""
+    files = iter(range(4))
+
+    def broken(path):
+        if next(files) < 3:
+            raise KeyError(path)
+        assert len(b"x" * (300 << 20)) > fuzzer.MEMORY
+        raise ArtifactError("late")
+
+    trial = fuzzer.Trial(tmp_path, tmp_path / "kept")
+    monkeypatch.setattr(fuzzer.artifact, "open_artifact", broken)
+    for number in range(4):
+        trial("by hand", str(number), b"data")
+    assert [("KeyError" in line, "MiB over" in line) for line in trial.report.failures] == [(True, False)] * 3 + [
+        (False, True)
+    ]
+    assert len(list((tmp_path / "kept").iterdir())) == 4

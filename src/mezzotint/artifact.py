@@ -46,6 +46,8 @@ MAX_WIDTH = 1 << 16
 FREE_PARAMETERS = 1 << 20  # a file may describe this many parameters plus PARAMETERS_PER_BYTE for each of its bytes,
 PARAMETERS_PER_BYTE = 64  # so that a small file cannot ask for much memory
 LZMA_MEMORY = 128 << 20
+FREE_FIELDS = 1 << 14  # of a tokenizer's protocol buffer, besides 5 for each token
+LONGEST = 500  # characters of an error's text
 TOKENIZER_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1, "lp": 2, "pb": 2,
                       "dict_size": 1 << 20}]  # fmt: skip
 
@@ -223,8 +225,20 @@ class _Reader:
         return data
 
 
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not a number")
+def _finite(word: str) -> float:
+    """A number of a header's JSON: `NaN` and `1e999` are none."""
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header's JSON."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice in an object")
+    return found
 
 
 @dataclass
@@ -250,10 +264,13 @@ def _read(path: Path, keep_values: bool = True) -> Opened:
             return _read_file(path, file, keep_values)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except MemoryError as error:
+        raise ArtifactError(f"{path}: cannot be read (its model needs more memory than there is)") from error
     except ArtifactError as error:
         if str(error).startswith(str(path)):
             raise
-        raise ArtifactError(f"{path}: {error}") from error
+        text = str(error)  # may quote the file
+        raise ArtifactError(f"{path}: {text if len(text) <= LONGEST else text[:LONGEST] + '...'}") from error
 
 
 def _read_file(path: Path, file: BinaryIO, keep_values: bool) -> Opened:
@@ -294,11 +311,12 @@ def _read_file(path: Path, file: BinaryIO, keep_values: bool) -> Opened:
     values: dict[str, np.ndarray] = {}
     table: list[dict[str, Any]] = []
     for name, shape, codec, count, array in _tensors(reader, header, config, sections):
-        if not np.isfinite(array).all():
+        # No array of the tensor's size is made for these checks.
+        if not (np.isfinite(array.min(initial=0)) and np.isfinite(array.max(initial=0))):
             raise ArtifactError(f"damaged artifact: {name} holds numbers that are not finite")
         table.append({
             "name": name, "shape": list(shape), "codec": codec, "bytes": count,
-            "bits_per_weight": 8 * count / max(1, array.size), "zeros": float((array == 0).sum() / max(1, array.size)),
+            "bits_per_weight": 8 * count / max(1, array.size), "zeros": (array.size - np.count_nonzero(array)) / max(1, array.size),
         })  # fmt: skip
         if keep_values:
             values[name] = array
@@ -315,7 +333,7 @@ def _header(stored: bytes, length: int) -> dict[str, Any]:
         text = inflater.decompress(stored, length + 1)
         if len(text) != length or not inflater.eof or inflater.unused_data:
             raise ValueError("wrong length")
-        header = json.loads(text, parse_constant=_no_constant)
+        header = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_object)
     except (zlib.error, ValueError, RecursionError) as error:
         raise ArtifactError(f"damaged artifact: the header cannot be read ({error})") from error
     known = {"config", "info", "tokenizer", "coding", "banks", "tensors"}
@@ -358,6 +376,8 @@ def _tokenizer(reader: _Reader, header: dict[str, Any], config: ModelConfig) -> 
         raw = inflater.decompress(stored, length + 1)
         if len(raw) != length or not inflater.eof or inflater.unused_data:
             raise ArtifactError("damaged artifact: the tokenizer has the wrong length")
+        if _fields(raw, most := FREE_FIELDS + 5 * config.vocab_size) > most:
+            raise ArtifactError(f"damaged artifact: a tokenizer of more than {config.vocab_size:,} tokens")
         tokenizer = Tokenizer(raw)
         if tokenizer.vocab_size != config.vocab_size:
             raise ArtifactError(
@@ -368,6 +388,49 @@ def _tokenizer(reader: _Reader, header: dict[str, Any], config: ModelConfig) -> 
     except Exception as error:
         raise ArtifactError(f"damaged artifact: the tokenizer cannot be read ({error})") from error
     return tokenizer
+
+
+def _fields(raw: bytes, most: int) -> int:
+    """Fields of the protocol buffer `raw` and of the messages right in it; counting ends above `most`.
+
+    Even an empty field costs its parser some 60 bytes of memory, so that 16 MiB of them would take 600. Raises
+    ValueError where a parser would have to give up.
+    """
+    at = count = 0
+
+    def number(stop: int) -> int:
+        nonlocal at
+        value = 0
+        for shift in range(0, 70, 7):
+            if at >= stop:
+                break
+            byte = raw[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("a number does not end")
+
+    def message(stop: int, outer: bool) -> None:
+        nonlocal at, count
+        while at < stop and count <= most:
+            count += 1
+            field, kind = divmod(number(stop), 8)
+            if kind == 0:
+                number(stop)
+                continue
+            if kind not in (1, 2, 5):
+                raise ValueError("a field of an unknown kind")
+            length = number(stop) if kind == 2 else 8 if kind == 1 else 4
+            end = at + length
+            if end > stop:
+                raise ValueError("a field reaches past the end")
+            if kind == 2 and outer and field <= 5:  # the messages of a SentencePiece model
+                message(end, False)
+            at = end
+
+    message(len(raw), True)
+    return count
 
 
 def _tensors(
@@ -423,19 +486,33 @@ def _range_tensors(
             else:
                 decoder = entropy.Decoder(data)
                 if codec == FLOAT16:
-                    values = entropy.read_words(decoder, size).view(np.float16).astype(np.float32).reshape(shape)
+                    words = entropy.read_words(decoder, size)
+                    values = words.view(np.float32)  # in place: what is taken beyond the values is a block at a time
+                    for start in range(0, size, entropy.BLOCK):
+                        part = slice(start, start + entropy.BLOCK)
+                        values[part] = _halves(words[part])
+                    values = values.reshape(shape)
                 else:
-                    rows = entropy.read_words(decoder, shape[0]).view(np.float16)
-                    columns = None
-                    if codec == GRID_COLUMNS:
-                        columns = entropy.read_words(decoder, shape[1]).view(np.float16)
-                    codes = entropy.read_plane(decoder, (shape[0], shape[1]), banks[number])
-                    with np.errstate(invalid="ignore", over="ignore"):
-                        values = Grid(codes, rows, columns).values()
+                    rows = _halves(entropy.read_words(decoder, shape[0]))
+                    columns = _halves(entropy.read_words(decoder, shape[1])) if codec == GRID_COLUMNS else None
+                    values = np.empty(shape, dtype=np.float32)
+                    for block, codes in entropy.read_blocks(decoder, (shape[0], shape[1]), banks[number]):
+                        values[block] = _scaled(codes, rows[block], columns)
                 decoder.finish()
         except entropy.StreamError as error:
             raise ArtifactError(f"damaged artifact: {error} (in {name})") from error
         yield name, shape, codec, count, values
+
+
+def _halves(words: np.ndarray) -> np.ndarray:
+    """Float16 numbers of bit patterns."""
+    return words.astype(np.uint16).view(np.float16)
+
+
+def _scaled(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
+    """`Grid.values` of scales that may be anything; what is not finite is refused later."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return Grid(codes, rows, columns).values()
 
 
 def _lzma_tensors(
@@ -448,9 +525,9 @@ def _lzma_tensors(
     try:
         inflater = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
 
-        def take(dtype: str, *shape: int) -> np.ndarray:
+        def take(dtype: str, count: int) -> np.ndarray:
             nonlocal data
-            length = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            length = count * np.dtype(dtype).itemsize
             parts = bytearray()
             while len(parts) < length:
                 piece = inflater.decompress(data, length - len(parts))
@@ -460,17 +537,24 @@ def _lzma_tensors(
                 parts += piece
             nonlocal offset
             offset += length
-            return np.frombuffer(bytes(parts), dtype=dtype).reshape(shape)
+            return np.frombuffer(parts, dtype=dtype)
 
         for name, codec, _, count in table:
             shape, before = shapes[name], offset
+            values = np.empty(shape, dtype=np.float32)
             if codec in (GRID, GRID_COLUMNS):
                 rows = take("<f2", shape[0])
                 columns = take("<f2", shape[1]) if codec == GRID_COLUMNS else None
-                with np.errstate(invalid="ignore", over="ignore"):
-                    values = Grid(take("i1", *shape).astype(np.int16), rows, columns).values()
+                step = max(1, entropy.BLOCK // max(1, shape[1]))
+                for start in range(0, shape[0], step):
+                    part = values[start : start + step]
+                    codes = take("i1", part.size).reshape(part.shape)
+                    part[:] = _scaled(codes, rows[start : start + step], columns)
             else:
-                values = take("<f2" if codec == FLOAT16 else "<f4", *shape).astype(np.float32)
+                flat = values.reshape(-1)
+                for start in range(0, len(flat), entropy.BLOCK):
+                    part = flat[start : start + entropy.BLOCK]
+                    part[:] = take("<f2" if codec == FLOAT16 else "<f4", len(part))
             if offset - before != count:
                 raise ArtifactError(f"damaged artifact: {name} has the wrong number of bytes")
             yield name, shape, codec, count, values
@@ -924,7 +1008,11 @@ def _write_verified(out: Path, data: bytes, tensors: Mapping[str, Grid | np.ndar
     except OSError as error:
         reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         raise ArtifactError(f"cannot write {out}: {reason}") from error
-    state = open_artifact(out).network.state_dict()
+    try:
+        state = open_artifact(out).network.state_dict()
+    except ArtifactError:
+        out.unlink(missing_ok=True)
+        raise
     for name, tensor in tensors.items():
         if state[name].numpy().tobytes() != _values(tensor).tobytes():
             out.unlink(missing_ok=True)

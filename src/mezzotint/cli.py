@@ -243,17 +243,35 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--sampler",
             choices=("ancestral", "confidence", "margin", "entropy", "blocks", "remask"),
-            help="how masks are revealed",
+            help="how masks are revealed [confidence; sample, where next tokens were learnt: one by one, left to right]",
         )
         sub.add_argument("--temperature", type=float, metavar="T", help="below 1: safer words")
         sub.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable share P only")
+        sub.add_argument("--no-repeat", type=int, metavar="N", help="no N tokens in a row occur twice")
+        sub.add_argument(
+            "--block", type=_positive, metavar="N", help="tokens in a block of `blocks` [what was learnt, 32]"
+        )
+        sub.add_argument(
+            "--entropy-budget", type=float, metavar="NATS", help="doubt that a pass of `entropy` may reveal"
+        )
+        sub.add_argument(
+            "--remask", type=float, metavar="SHARE", help="of drawn tokens that a pass of `remask` hides again"
+        )
+        sub.add_argument(
+            "--order-noise", type=float, metavar="X", help="noise on the order of `confidence` and `margin`"
+        )
+        sub.add_argument(
+            "--visibility",
+            metavar="WORD",
+            help="what a position sees: full, causal, or block(K) for K tokens at a time",
+        )
         sub.add_argument("--seed", type=int, default=0, help="[0]")
         sub.add_argument("--watch", action="store_true", help="show the canvas being revealed, coloured by confidence")
 
     sub = command("sample", "write text from nothing")
     model_argument(sub, optional=True)
     sub.add_argument("-n", type=_positive, default=1, help="number of texts [1]")
-    sub.add_argument("--length", type=_positive, metavar="L", help="tokens [the window]")
+    sub.add_argument("--length", type=_positive, metavar="L", help="tokens [what the window holds behind the prompt]")
     sub.add_argument("--prompt", default="", help="text to begin with")
     sampling(sub)
 
@@ -697,7 +715,7 @@ def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
     windows = dataset.split(arguments.split).windows(model.config.sequence_length)
     methods = [arguments.method]
     if arguments.method == "all":
-        causal = (model.info.get("train") or {}).get("causal_share", 0) > 0 or model.trained_block_size == 1
+        causal = model.learnt_next_tokens
         methods = [m for m in METHODS if m != "causal" or causal]
     if arguments.order and "chain" not in methods:
         raise ConfigError("--order is the order of the chain rule: add --method chain")
@@ -764,7 +782,8 @@ def _run_compare(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("steps", "sampler", "temperature", "top_p")
+    names = ("steps", "sampler", "temperature", "top_p", "no_repeat", "block", "entropy_budget", "remask", "order_noise",
+             "visibility")  # fmt: skip
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 

@@ -63,6 +63,8 @@ class ModelConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative")
+        if self.mlp_width < 1:
+            raise ConfigError(f"mlp_ratio {self.mlp_ratio} leaves the MLP no unit")
         if self.width % self.heads or self.head_width % 2:
             raise ConfigError(f"width {self.width} must be an even multiple of heads {self.heads}")
         if self.heads % self.kv_heads:

@@ -12,6 +12,7 @@ agree on every machine. FORMAT.md has the byte-level specification. Knows nothin
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -149,19 +150,27 @@ class Decoder:
             raise StreamError("a stream does not decode") from error
         return np.asarray(result)
 
+    def _fill(self, out: np.ndarray, model: object) -> None:
+        # A block at a time, so that no memory is taken but `out` itself.
+        for start in range(0, len(out), BLOCK):
+            part = out[start : start + BLOCK]
+            part[:] = self._decode(model, len(part))
+
     def symbols(self, count: int, weights: np.ndarray) -> np.ndarray:
-        """`count` indices into `weights`, int32."""
-        return self._decode(_model(weights), count) if count else np.zeros(0, dtype=np.int32)
+        """`count` indices into `weights`, int16."""
+        values = np.empty(count, dtype=np.int16)
+        self._fill(values, _model(weights))
+        return values
 
     def number(self) -> int:
         """One integer in -32,768..32,767."""
         return int(self._decode(STREAM.model.Uniform(65_536))) - OFFSET
 
     def uniform(self, count: int, size: int) -> np.ndarray:
-        """`count` integers of 0..size-1, int64."""
-        if not count:
-            return np.zeros(0, dtype=np.int64)
-        return self._decode(STREAM.model.Uniform(size), count).astype(np.int64)
+        """`count` integers of 0..size-1, int32."""
+        values = np.empty(count, dtype=np.int32)
+        self._fill(values, STREAM.model.Uniform(size))
+        return values
 
     def levels(self, size: int) -> np.ndarray:
         """A table's levels, [size]."""
@@ -171,13 +180,16 @@ class Decoder:
         return levels.astype(np.uint8)
 
     def sequence(self, count: int) -> np.ndarray:
-        """A vector of `count` integers, int64."""
+        """A vector of `count` integers, int32."""
         low, size = self.number(), self.number()
         if not 1 <= size <= MAX_SYMBOLS:
             raise StreamError(f"an alphabet of {size} symbols")
         if size == 1:
-            return np.full(count, low, dtype=np.int64)
-        return self.symbols(count, weights_of(self.levels(size))).astype(np.int64) + low
+            return np.full(count, low, dtype=np.int32)
+        values = np.empty(count, dtype=np.int32)
+        self._fill(values, _model(weights_of(self.levels(size))))
+        values += low
+        return values
 
     def finish(self) -> None:
         """Check that the whole stream was used."""
@@ -228,10 +240,10 @@ class Bank:
         limit, tables = decoder.number(), decoder.number()
         if not (1 <= limit <= MAX_MAGNITUDE and 1 <= tables <= MAX_TABLES):
             raise StreamError(f"a bank of {tables} tables up to {limit}")
-        used = decoder.sequence(tables)
+        used = decoder.sequence(tables).astype(np.int64)
         if used.min() < 0 or used.max() > limit + 1:
             raise StreamError("a table with too many levels")
-        differences = decoder.sequence(int(used.sum()))
+        differences = decoder.sequence(int(used.sum())).astype(np.int64)
         magnitudes = np.zeros((tables, limit + 1), dtype=np.uint8)
         start = 0
         for row, count in zip(magnitudes, used, strict=True):
@@ -285,9 +297,16 @@ def write_plane(encoder: Encoder, codes: np.ndarray, classes: Classes, bank: Ban
 
 def read_plane(decoder: Decoder, shape: tuple[int, int], bank: Bank) -> np.ndarray:
     """Decode a plane, int16 [R, C]. Raises StreamError."""
+    codes = np.empty(shape, dtype=np.int16)
+    for block, part in read_blocks(decoder, shape, bank):
+        codes[block] = part
+    return codes
+
+
+def read_blocks(decoder: Decoder, shape: tuple[int, int], bank: Bank) -> Iterator[tuple[slice, np.ndarray]]:
+    """Decode a plane in runs of rows: which rows, and their codes, int16 [r, C]. Raises StreamError."""
     classes = Classes(decoder.sequence(shape[0]), decoder.sequence(shape[1]))
     weights = bank.weights()
-    codes = np.empty(shape, dtype=np.int16)
     for block in _blocks(shape):
         part = Classes(classes.rows[block], classes.columns)
         order, counts = _order(part.tables(len(weights)))
@@ -300,8 +319,7 @@ def read_plane(decoder: Decoder, shape: tuple[int, int], bank: Bank) -> np.ndarr
             start += counts[table]
         flat = np.empty_like(ordered)
         flat[order] = ordered
-        codes[block] = flat.reshape(-1, shape[1])
-    return codes
+        yield block, flat.reshape(len(part.rows), shape[1])
 
 
 def plane_bits(codes: np.ndarray, classes: Classes, bank: Bank) -> float:
@@ -417,20 +435,27 @@ def write_words(encoder: Encoder, words: np.ndarray) -> None:
 
 
 def read_words(decoder: Decoder, count: int) -> np.ndarray:
-    """Decode `count` unsigned 16-bit integers, uint16. Raises StreamError."""
+    """Decode `count` unsigned 16-bit integers, int32. Raises StreamError. No memory is taken but the result's."""
 
     def pairs(size: int) -> np.ndarray:
-        high, low = decoder.sequence(size), decoder.uniform(size, 256)
-        if size and (high.min() < 0 or high.max() > 255):
+        words = decoder.sequence(size)
+        if words.min(initial=0) < 0 or words.max(initial=0) > 255:
             raise StreamError("a number is out of range")
-        return (high * 256 + low).astype(np.uint16)
+        for start in range(0, size, BLOCK):
+            part = words[start : start + BLOCK]
+            part *= 256
+            part += decoder.uniform(len(part), 256)
+        return words
 
     distinct = decoder.number()
     if distinct == 0:
         return pairs(count)
     if not 1 <= distinct <= min(MAX_SYMBOLS, count):
         raise StreamError(f"a dictionary of {distinct} numbers")
-    values, index = pairs(distinct), decoder.sequence(count)
-    if index.min() < 0 or index.max() >= distinct:
+    values, words = pairs(distinct), decoder.sequence(count)
+    if words.min() < 0 or words.max() >= distinct:
         raise StreamError("a number outside the dictionary")
-    return values[index]
+    for start in range(0, count, BLOCK):
+        part = words[start : start + BLOCK]
+        part[:] = values[part]
+    return words

@@ -527,11 +527,22 @@ class Model:
         """
         return trained_block_size(self.info)
 
+    @property
+    def learnt_next_tokens(self) -> bool:
+        """Whether causal visibility was trained: some windows, or all, were learnt left to right."""
+        share = _training(self.info).get("causal_share")
+        return (isinstance(share, (int, float)) and share > 0) or self.trained_block_size == 1
+
+
+def _training(info: dict[str, Any]) -> dict[str, Any]:
+    """The training settings that a model carries; what is no such thing counts as none."""
+    settings = info.get("train")
+    return settings if isinstance(settings, dict) else {}
+
 
 def trained_block_size(info: dict[str, Any]) -> int:
     """See `Model.trained_block_size`. info: what a model carries about its training; may hold anything."""
-    settings = info.get("train")
-    settings = settings if isinstance(settings, dict) else {}
+    settings = _training(info)
     size = settings.get("block_size", 0)
     if isinstance(size, int) and size > 0:
         return size

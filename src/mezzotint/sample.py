@@ -92,6 +92,10 @@ class Sampling:
             raise ConfigError(f"no_repeat must be 0 or at least 2 tokens, not {self.no_repeat}")
 
 
+ASKED = {"sampler", "steps", "entropy_budget", "block", "remask", "order_noise"}
+"""Settings that say how masks are revealed; the others are about which tokens are drawn."""
+
+
 @dataclass(frozen=True)
 class Denoised:
     """A canvas with its masks revealed.
@@ -656,13 +660,16 @@ def sample(
     length: by default what the window holds behind the prompt, and at least half a window. Text i depends on (seed, i)
     only. Each begins after a BOS, with `prompt` if given. A length beyond the window is drawn window after window, each
     seeing the last half window of text before it; `steps` is then per window.
-    on_step sees the whole canvas [n, tokens]. visibility: see `denoise`. settings: the fields of `Sampling`; a model
-    that was trained in blocks is sampled by `blocks` unless told otherwise. Raises MezzotintError for a bad
-    number, length or prompt.
+    on_step sees the whole canvas [n, tokens]. visibility: see `denoise`. settings: the fields of `Sampling`. Unless told
+    how to reveal masks, a model that learnt next tokens draws one after another, which keeps keys and values, and one
+    trained in blocks is sampled by `blocks`. Raises MezzotintError for a bad number, length or prompt.
     """
     started = time.perf_counter()
     if trained_block_size(model.info):
         settings.setdefault("sampler", "blocks")
+    elif model.learnt_next_tokens and visibility is None and not ASKED & settings.keys():
+        settings |= {"sampler": "blocks", "block": 1}
+        visibility = "causal"
     _check_text(prompt)
     if n < 1:
         raise ConfigError(f"cannot draw {n} texts: ask for at least 1")
