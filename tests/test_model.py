@@ -10,7 +10,7 @@ import torch
 
 from mezzotint.config import PRESETS, ModelConfig
 from mezzotint.errors import ConfigError
-from mezzotint.model import Cache, Denoiser, count_parameters, mix_neighbours, trained_block_size
+from mezzotint.model import Cache, Denoiser, count_parameters, learnt_next_tokens, mix_neighbours, trained_block_size
 
 PLAIN = ModelConfig(vocab_size=11, sequence_length=12, layers=3, width=16, heads=4, kv_heads=2, mlp_ratio=2.0)
 RICH = dataclasses.replace(
@@ -242,6 +242,9 @@ def test_what_a_model_was_trained_on():
     assert trained_block_size({}) == 0 == trained_block_size({"train": {"causal_share": 0.5}})
     assert trained_block_size({"train": {"causal_share": 1.0, "block_size": 0}}) == 1
     assert trained_block_size({"train": {"causal_share": 0.5, "block_size": 4}}) == 4
+    assert [learnt_next_tokens({"train": t}) for t in ({"causal_share": 0.5}, {"block_size": 1}, {}, [4], {"causal_share": "x"})] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
     assert trained_block_size({"train": [4]}) == 0 == trained_block_size({"train": {"block_size": "4"}})
 
 

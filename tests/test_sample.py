@@ -401,6 +401,20 @@ def test_next_tokens_are_drawn_as_they_are_scored():
         assert torch.equal(logits.argmax(-1)[:, 1:], ids[:, 1:])
 
 
+def test_texts_are_drawn_by_next_tokens_where_they_were_learnt_and_nothing_else_was_asked():
+    model = random_model()
+    plain = sample(model, 2, 20, temperature=0.8).tokens
+    assert plain == sample(model, 2, 20, temperature=0.8, sampler="confidence").tokens
+    model.info["train"] = {"causal_share": 0.5}
+    following = sample(model, 2, 20, temperature=0.8)
+    assert following.forward_passes == 20 and following.tokens != plain
+    assert (
+        following.tokens == sample(model, 2, 20, temperature=0.8, sampler="blocks", block=1, visibility="causal").tokens
+    )
+    assert plain == sample(model, 2, 20, temperature=0.8, sampler="confidence").tokens
+    assert sample(model, 2, 20, steps=4).forward_passes == 4
+
+
 def test_blocks_see_nothing_to_the_right_and_other_samplers_do():
     model = block_model(4)
     canvas = torch.full((1, 16), model.config.mask_id)

@@ -54,7 +54,7 @@ from torch import Tensor
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.evaluate import TOKENS_PER_FORWARD, canvas_length, model_digest, reveal_order
 from mezzotint.files import sync_folder
-from mezzotint.model import Cache, Model, block_size
+from mezzotint.model import Cache, Model, block_size, learnt_next_tokens
 
 MAGIC = b"MZZ1"
 FRAME_BYTES = 1 << 20
@@ -556,7 +556,7 @@ def compress_stream(
     """
     length = model.config.sequence_length
     if order is None:
-        order = NEXT if model.learnt_next_tokens else "left"
+        order = NEXT if learnt_next_tokens(model.info) else "left"
     code = _Code(order, visibility, rows or max(1, TOKENS_PER_FORWARD // length))
     _check(code, length)
     name = f"{order} {visibility}".encode("ascii")

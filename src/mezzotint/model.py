@@ -530,8 +530,7 @@ class Model:
     @property
     def learnt_next_tokens(self) -> bool:
         """Whether causal visibility was trained: some windows, or all, were learnt left to right."""
-        share = _training(self.info).get("causal_share")
-        return (isinstance(share, (int, float)) and share > 0) or self.trained_block_size == 1
+        return learnt_next_tokens(self.info)
 
 
 def _training(info: dict[str, Any]) -> dict[str, Any]:
@@ -547,6 +546,12 @@ def trained_block_size(info: dict[str, Any]) -> int:
     if isinstance(size, int) and size > 0:
         return size
     return 1 if settings.get("causal_share") == 1 else 0
+
+
+def learnt_next_tokens(info: dict[str, Any]) -> bool:
+    """See `Model.learnt_next_tokens`. info: what a model carries about its training; may hold anything."""
+    share = _training(info).get("causal_share")
+    return (isinstance(share, (int, float)) and share > 0) or trained_block_size(info) == 1
 
 
 def count_parameters(network: nn.Module) -> int:

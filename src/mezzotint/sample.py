@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mezzotint.data import Tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
-from mezzotint.model import Cache, Model, block_size, trained_block_size
+from mezzotint.model import Cache, Model, block_size, learnt_next_tokens, trained_block_size
 
 OnStep = Callable[[int, Tensor, Tensor], None]
 """Called after each pass with (pass number from 1, ids [B, T], confidence [B, T]); raise in it to stop."""
@@ -667,7 +667,7 @@ def sample(
     started = time.perf_counter()
     if trained_block_size(model.info):
         settings.setdefault("sampler", "blocks")
-    elif model.learnt_next_tokens and visibility is None and not ASKED & settings.keys():
+    elif learnt_next_tokens(model.info) and visibility is None and not ASKED & settings.keys():
         settings |= {"sampler": "blocks", "block": 1}
         visibility = "causal"
     _check_text(prompt)
