@@ -6,12 +6,13 @@ frontier: texts of a window's length for each sampler, number of passes and temp
 would crown repetition, so each point also has the entropy of its ids and its share of distinct 4-grams, beside those
 of real text, and two points count as equal only if neither is worse in any of the three. `next tokens`, for a model that learnt them
 too, draws a token a pass but keeps keys and values, so that a pass costs a fraction of the others'.
-infill: spans removed from held-out text, filled by the model (which sees both sides) and by the judge itself going on
+infill: spans removed from held-out text, filled by the model (which sees both sides; the surest token first, or from
+left to right) and by the judge itself going on
 from the left (which does not see the suffix, but is judged by itself). What is judged is the span and the 32 ids
 after it. Also single words, by exact match.
 latency: loading, and one gap in a sentence.
 
-Every finished point is a line of FOLDER/points.jsonl and is not computed again.
+Every finished point is a line of FOLDER/points.jsonl and is not computed again; a frontier may be drawn in several calls.
 """
 
 from __future__ import annotations
@@ -174,10 +175,9 @@ def measure(
     }
 
 
-def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: argparse.Namespace) -> list[dict]:
+def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: argparse.Namespace) -> None:
     length = options.length or model.config.sequence_length
-    real = book.get("real", lambda: {"name": "real text", **judged(judge, starts(model, data, 64, length))})
-    points = [real]
+    book.get("real", lambda: {"name": "real text", **judged(judge, starts(model, data, 64, length))})
     for name in SAMPLERS:
         if options.samplers and name not in options.samplers.split(","):
             continue
@@ -191,11 +191,7 @@ def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: arg
                 grid = [{"entropy_budget": b} for b in BUDGETS]
             for more in grid:
                 key = f"{name} T={temperature:g} " + " ".join(f"{k}={v:g}" for k, v in more.items())
-
-                points.append(
-                    book.get(key, lambda n=name, t=temperature, m=more: measure(model, judge, options, n, t, m))
-                )
-    return points
+                book.get(key, lambda n=name, t=temperature, m=more: measure(model, judge, options, n, t, m))
 
 
 def infilling(model: Model, judge: Model, data: Dataset, book: Book, options: argparse.Namespace) -> list[dict]:
@@ -211,21 +207,35 @@ def infilling(model: Model, judge: Model, data: Dataset, book: Book, options: ar
             canvas[:, at : at + span] = model.config.mask_id
             size = model.tokenizer.byte_counts
             found: dict[str, Any] = {"name": "infill", "span": span}
-            ours = denoise(model, canvas, seed=options.seed, sampler="confidence", temperature=options.fill_temperature)
+            how = {"seed": options.seed, "temperature": options.fill_temperature}
+            surest = denoise(model, canvas, sampler="confidence", **how)
+            in_order = denoise(model, canvas, sampler="blocks", block=1, visibility="full", **how)
             left = continue_left_to_right(judge, texts[:, :at], span, options.fill_temperature, options.seed)
             theirs = torch.cat((left, texts[:, at + span :]), 1)
-            own = denoise(  # the model itself, left to right and blind to the suffix
-                model, canvas[:, : at + span], seed=options.seed, sampler="blocks", block=1,
-                temperature=options.fill_temperature,
-            )  # fmt: skip
+            # The model itself, left to right and blind to the suffix.
+            own = denoise(model, canvas[:, : at + span], sampler="blocks", block=1, **how)
             blind = torch.cat((own.ids, texts[:, at + span :]), 1)
-            for name, ids in (("original", texts), ("ours", ours.ids), ("continuation", theirs), ("blind", blind)):
+            fills = {
+                "original": texts,
+                "surest": surest.ids,
+                "in_order": in_order.ids,
+                "continuation": theirs,
+                "blind": blind,
+            }
+            off: dict[str, np.ndarray] = {}
+            for name, ids in fills.items():
                 nats = judged_nats(judge, ids)[:, at:end].sum(1).numpy() / math.log(2)
                 count = np.array([size(row[at:end], int(row[at - 1])).sum() for row in ids.numpy()])
                 ratio = nats.sum() / count.sum()
+                off[name] = (nats - ratio * count) / count.mean()  # of each text, whose mean is 0
                 found[name] = float(ratio)
-                found[name + "_stderr"] = float(np.std(nats - ratio * count, ddof=1) * len(count) ** 0.5 / count.sum())
-            found["exact_ids"] = float((ours.ids == texts).all(1).float().mean())
+                found[name + "_stderr"] = float(np.std(off[name], ddof=1) / len(count) ** 0.5)
+            for name in ("surest", "in_order"):
+                found[f"exact_{name}"] = float((fills[name] == texts).all(1).float().mean())
+                # What texts cost all fills alike drops out of the difference.
+                paired = off[name] - off["continuation"]
+                found[f"difference_{name}"] = found[name] - found["continuation"]
+                found[f"difference_{name}_stderr"] = float(np.std(paired, ddof=1) / len(paired) ** 0.5)
             return found
 
         points.append(book.get(f"infill {span} T={options.fill_temperature:g}", compute))
@@ -297,26 +307,32 @@ def no_worse(point: dict, than: dict) -> bool:
 def confirm(
     model: Model, judge: Model, data: Dataset, book: Book, points: list[dict], options: argparse.Namespace
 ) -> None:
-    """The point with the fewest passes that is no worse than ancestral's most, and both again under a fresh seed.
+    """For ancestral sampling at each temperature: the point with the fewest passes that is no worse, on two seeds.
 
+    What counts as ancestral's passes is the fewest by which ancestral sampling itself is no worse than its own most.
     The fewest of many points is partly luck, so what was picked on one seed is believed only if it holds on another.
     """
-    base = [p for p in points if p["name"] == "ancestral" and p.get("temperature") == 1.0]
-    if not base:
-        return
-    most = max(base, key=lambda p: p["passes"])
-    equal = [p for p in points if "passes" in p and no_worse(p, most)]
-    fewest = min(equal, key=lambda p: p["passes"])
-    again = []
-    for point in (most, fewest):
+
+    def again(point: dict) -> dict:
         more = {k: point[k] for k in ("steps", "entropy_budget") if k in point}
-        key = f"fresh seed: {point['key']}"
-        again.append(
-            book.get(key, lambda p=point, m=more: measure(model, judge, options, p["name"], p["temperature"], m, 1))
+        return book.get(
+            f"fresh seed: {point['key']}",
+            lambda: measure(model, judge, options, point["name"], point["temperature"], more, 1),
         )
-    print(f"\nancestral:                     {most}\nno worse with the fewest passes: {fewest}")
-    print(f"ratio of passes: {most['passes'] / fewest['passes']:.2f}; picked among {len(points) - 1} points")
-    print(f"holds under a fresh seed: {no_worse(again[1], again[0])}")
+
+    drawn = [p for p in points if "passes" in p]
+    print("\n| ancestral | judged as well by itself | by any | passes | holds on a fresh seed |\n" + "| --- " * 5 + "|")
+    for temperature in options.temperatures:
+        own = [p for p in drawn if p["name"] == "ancestral" and p["temperature"] == temperature]
+        if not own:
+            continue
+        most = max(own, key=lambda p: p["passes"])
+        equal = sorted((p for p in drawn if no_worse(p, most)), key=lambda p: p["passes"])
+        itself = next(p for p in equal if p["name"] == "ancestral")
+        fewest = equal[0]
+        holds = no_worse(again(fewest), again(most))
+        print(f"| {most['key']} | {itself['key']} | {fewest['key']} | {itself['passes'] / fewest['passes']:.1f} times fewer "
+              f"| {'yes' if holds else 'no'} |", flush=True)  # fmt: skip
 
 
 def plot(points: list[dict], path: Path) -> None:
@@ -378,7 +394,8 @@ def main() -> None:
             parser.error("frontier and infill need --judge and --data")
         model, judge, data = load(options.model), load(options.judge), Dataset.open(options.data)
         if "frontier" in parts:
-            points = frontier(model, judge, data, book, options)
+            frontier(model, judge, data, book, options)
+            points = [p for key, p in book.points.items() if "judged_bpb" in p and not key.startswith("fresh seed")]
             plot(points, options.out / "frontier.png")
             confirm(model, judge, data, book, points, options)
         if "infill" in parts:
@@ -392,10 +409,20 @@ def main() -> None:
                 f"| {p['key']} | {p.get('passes', 0):.1f} | {p['judged_bpb']:.3f} ± {p['stderr']:.3f} | {p['entropy']:.3f} "
                 f"| {p['distinct4']:.3f} | {p.get('tokens_per_second', 0):.0f} |"
             )
-    print("\n| span | original | ours | judge's continuation | own continuation |\n| --- | --- | --- | --- | --- |")
+    print(
+        "\n| span | original | surest first | left to right | judge's continuation | own continuation "
+        "| surest less judge's | left to right less judge's |\n" + "| --- " * 8 + "|"
+    )
     for p in book.points.values():
         if p["name"] == "infill":
-            cells = [f"{p[k]:.3f} ± {p[k + '_stderr']:.3f}" for k in ("original", "ours", "continuation", "blind")]
+            cells = [
+                f"{p[k]:.3f} ± {p[k + '_stderr']:.3f}"
+                for k in ("original", "surest", "in_order", "continuation", "blind")
+            ]
+            cells += [
+                f"{p[f'difference_{k}']:+.3f} ± {p[f'difference_{k}_stderr']:.3f}, exact {p[f'exact_{k}']:.0%}"
+                for k in ("surest", "in_order")
+            ]
             print(f"| {p['span']} | {' | '.join(cells)} |")
 
 
