@@ -45,7 +45,8 @@ class EveryPosition(MaskedLoss):
     """The reference's way: logits of all positions, of which the masked ones are kept."""
 
     def forward(self, corrupted: Tensor, ids: Tensor, masked: Tensor, visibility: str) -> Tensor:
-        logits = self.network.logits(self.hidden(corrupted, visibility))
+        tables = self.network.tables(ids.shape[1], visibility)
+        logits = self.network.logits(self.hidden(corrupted, visibility, tables))
         nll = functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
         return nll * masked
 
@@ -53,6 +54,7 @@ class EveryPosition(MaskedLoss):
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """PyTorch's fused kernel in place of `model.attend`."""
     grouped = q.shape[1] != k.shape[1]
+    mask = None if mask is None or causal else mask.to(q.dtype)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 

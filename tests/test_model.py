@@ -10,7 +10,18 @@ import torch
 
 from mezzotint.config import PRESETS, ModelConfig
 from mezzotint.errors import ConfigError
-from mezzotint.model import Cache, Denoiser, count_parameters, learnt_next_tokens, mix_neighbours, trained_block_size
+from mezzotint.model import (
+    Cache,
+    Denoiser,
+    attend,
+    block_mask,
+    count_parameters,
+    learnt_next_tokens,
+    mix_neighbours,
+    rotate,
+    trained_block_size,
+    visible,
+)
 
 PLAIN = ModelConfig(vocab_size=11, sequence_length=12, layers=3, width=16, heads=4, kv_heads=2, mlp_ratio=2.0)
 RICH = dataclasses.replace(
@@ -280,3 +291,29 @@ def test_shifted_output_reads_one_mask_more():
     for visibility in ("causal", "block(4)"):
         torch.testing.assert_close(network(ids, visibility=visibility), plain(ids, visibility=visibility))
     assert not torch.allclose(network(ids), plain(ids))
+
+
+@pytest.mark.parametrize("size", [None, 1, 3])
+def test_attention_by_products_is_attention(size, monkeypatch):
+    """What compiled training on a CPU uses, written-out gradients too, against PyTorch's kernel in float64."""
+    place = torch.arange(10)
+    mask = None if size is None else visible(block_mask(place, place, size)).double()
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, h, 10, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+        out = attend(q, k, v, mask, causal=size == 1)
+        out.backward(torch.randn(out.shape, dtype=torch.float64))
+        found.append((out.detach(), q.grad, k.grad, v.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)  # scores are float32 in both
+
+
+def test_rotation_of_whole_heads_is_that_of_their_first_channels():
+    """The two ways of `rotate` agree: the one for whole heads, and the one that leaves channels as they are."""
+    torch.manual_seed(0)
+    x, angle = torch.randn(2, 5, 3, 8), torch.randn(5, 1, 4)
+    more = torch.cat((x, torch.ones(2, 5, 3, 2)), dim=-1)
+    both = rotate(more, angle.cos(), angle.sin())
+    assert torch.equal(both[..., :8], rotate(x, angle.cos(), angle.sin())) and (both[..., 8:] == 1).all()
