@@ -355,7 +355,7 @@ def tables(points: list[Point], facts: dict[str, Any], parameters: int) -> list[
     """The report, in Markdown."""
     curve = _curve([p for p in points if p["packing"] == FULL])
     windows = len(curve[0]["rise"])
-    within = curve[0]["bytes"], curve[-1]["bytes"]
+    within = min(np.mean(p["divergence"]) for p in curve), max(np.mean(p["divergence"]) for p in curve)
     lines = [
         f"Unpacked NELBO {facts['nelbo']:.4f} bits per byte on {windows} windows, {facts['tokens']:,} tokens; "
         f"{parameters:,} parameters. Costs in bits per byte. General-purpose compressors: {', '.join(compressors())}.",
@@ -374,10 +374,16 @@ def tables(points: list[Point], facts: dict[str, Any], parameters: int) -> list[
         def saving(picked: np.ndarray, point: Point = point) -> float:
             return 1 - bytes_at(curve, _mean(point, "divergence", picked), picked) / point["bytes"]
 
-        share, error = resampled(windows, saving)
-        size = (1 - share) * point["bytes"]
-        beyond = "" if within[0] <= size <= within[1] else ", extrapolated"
-        line += f" {size:,.0f} | {share:.1%} ± {error:.1%}{beyond} |"
+        cost = np.mean(point["divergence"])
+        if within[0] <= cost <= within[1]:
+            share, error = resampled(windows, saving)
+            line += f" {(1 - share) * point['bytes']:,.0f} | {share:.1%} ± {error:.1%} |"
+        else:  # no guess at what lies beyond the curve: its end, and the difference there
+            end = curve[0] if cost > within[1] else curve[-1]
+            difference = _pair(np.asarray(end["rise"]) - np.asarray(point["rise"]))
+            line += (
+                f" {end['bytes']:,}, NELBO {difference} | {1 - end['bytes'] / point['bytes']:.1%}, the curve's end |"
+            )
         for part in (0.8, 0.92):
             ours = rises_at(curve, part * point["bytes"])
             line += f" {_pair(ours - np.asarray(point['rise']))} |" if ours is not None else " beyond the curve |"
