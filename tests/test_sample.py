@@ -413,6 +413,7 @@ def test_texts_are_drawn_by_next_tokens_where_they_were_learnt_and_nothing_else_
     )
     assert plain == sample(model, 2, 20, temperature=0.8, sampler="confidence").tokens
     assert sample(model, 2, 20, steps=4).forward_passes == 4
+    assert sample(model, 2, 20).tokens == sample(model, 2, 20, temperature=0.9).tokens
 
 
 def test_blocks_see_nothing_to_the_right_and_other_samplers_do():

@@ -661,14 +661,15 @@ def sample(
     only. Each begins after a BOS, with `prompt` if given. A length beyond the window is drawn window after window, each
     seeing the last half window of text before it; `steps` is then per window.
     on_step sees the whole canvas [n, tokens]. visibility: see `denoise`. settings: the fields of `Sampling`. Unless told
-    how to reveal masks, a model that learnt next tokens draws one after another, which keeps keys and values, and one
-    trained in blocks is sampled by `blocks`. Raises MezzotintError for a bad number, length or prompt.
+    how to reveal masks, a model that learnt next tokens draws one after another, at a temperature of 0.9 if none is given,
+    and keeps keys and values; one trained in blocks is sampled by `blocks`. Raises MezzotintError for a bad number, length or prompt.
     """
     started = time.perf_counter()
     if trained_block_size(model.info):
         settings.setdefault("sampler", "blocks")
     elif learnt_next_tokens(model.info) and visibility is None and not ASKED & settings.keys():
-        settings |= {"sampler": "blocks", "block": 1}
+        # Next tokens at 1 are judged worse than text, at 0.8 as well but poorer in words (LOG.md, benchmarks/sampling.py).
+        settings = {"temperature": 0.9, **settings, "sampler": "blocks", "block": 1}
         visibility = "causal"
     _check_text(prompt)
     if n < 1:
