@@ -20,7 +20,9 @@ Knows of the format what FORMAT.md says.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import ctypes
 import faulthandler
 import gc
 import hashlib
@@ -449,6 +451,9 @@ def _status(name: str) -> int:
 
 
 def _forget_peak() -> None:
+    """Start `VmHWM` anew, from what is in use: memory that malloc has kept would hide what a file takes."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -464,6 +469,7 @@ class Trial:
         self.report = Report()
         self.need = 0
         gc.collect()
+        _forget_peak()
         self.before = _status("VmRSS")
 
     def _checked(self, original: Callable[[Header, int], ModelConfig]) -> Callable[[Header, int], ModelConfig]:

@@ -662,7 +662,8 @@ def sample(
     seeing the last half window of text before it; `steps` is then per window.
     on_step sees the whole canvas [n, tokens]. visibility: see `denoise`. settings: the fields of `Sampling`. Unless told
     how to reveal masks, a model that learnt next tokens draws one after another, at a temperature of 0.9 if none is given,
-    and keeps keys and values; one trained in blocks is sampled by `blocks`. Raises MezzotintError for a bad number, length or prompt.
+    and keeps keys and values; one trained in blocks is sampled by `blocks`. `order_noise` is 4 unless given. Raises
+    MezzotintError for a bad number, length or prompt.
     """
     started = time.perf_counter()
     if trained_block_size(model.info):
@@ -671,6 +672,9 @@ def sample(
         # Next tokens at 1 are judged worse than text, at 0.8 as well but poorer in words (LOG.md, benchmarks/sampling.py).
         settings = {"temperature": 0.9, **settings, "sampler": "blocks", "block": 1}
         visibility = "causal"
+    if settings.get("sampler", "confidence") in ("confidence", "margin"):
+        # The surest first, on a canvas of nothing but masks, says the same again and again; noise on the order cures it.
+        settings.setdefault("order_noise", 4.0)
     _check_text(prompt)
     if n < 1:
         raise ConfigError(f"cannot draw {n} texts: ask for at least 1")
