@@ -341,18 +341,20 @@ def plot(points: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 5), constrained_layout=True)
     real = next(p for p in points if p["name"] == "real text")
     temperatures = sorted({p["temperature"] for p in points if "temperature" in p}, reverse=True)
     for i, name in enumerate(SAMPLERS):
         for temperature in temperatures:
             line = [p for p in points if p["name"] == name and p["temperature"] == temperature]
+            if not line:
+                continue
             line.sort(key=lambda p: p["passes"])
             style: dict[str, Any] = {
                 "color": f"C{i}",
                 "marker": "o",
                 "ms": 4,
-                "ls": "-" if temperature == temperatures[0] else ":",
+                "alpha": 0.4 + 0.6 * (1 + temperatures.index(temperature)) / len(temperatures),
                 "label": f"{name}, T={temperature:g}",
             }
             axes[0].plot([p["passes"] for p in line], [p["judged_bpb"] for p in line], **style)
@@ -364,7 +366,8 @@ def plot(points: list[dict], path: Path) -> None:
     axes[0].set_xscale("log", base=2)
     axes[1].set_xscale("log")
     axes[2].plot(real["entropy"], real["judged_bpb"], "k*", ms=12, label="real text")
-    axes[2].legend(fontsize=6, ncol=2)
+    handles, labels = axes[2].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
