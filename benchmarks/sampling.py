@@ -1,15 +1,16 @@
 """Quality and speed of samplers, and of filling gaps, judged by an independently trained autoregressive model.
 
     python benchmarks/sampling.py MODEL --judge AR_RUN --data DATA --out FOLDER [--parts frontier,infill,latency]
+                                  [--continuer AR_RUN]
 
 frontier: texts of a window's length for each sampler, number of passes and temperature. Judged bits per byte alone
 would crown repetition, so each point also has the entropy of its ids and its share of distinct 4-grams, beside those
 of real text, and two points count as equal only if neither is worse in any of the three. `next tokens`, for a model that learnt them
 too, draws a token a pass but keeps keys and values, so that a pass costs a fraction of the others'.
 infill: spans removed from held-out text, filled by the model (which sees both sides; the surest token first, or from
-left to right) and by the judge itself going on
-from the left (which does not see the suffix, but is judged by itself). What is judged is the span and the 32 ids
-after it. Also single words, by exact match.
+left to right) and by an autoregressive model going on from the left, which does not see the suffix. That one should
+be another than the judge, of the same shape and minutes as the model: who judges its own words finds them likely. What
+is judged is the span and the 32 ids after it. Also single words, by exact match.
 latency: loading, and one gap in a sentence.
 
 Every finished point is a line of FOLDER/points.jsonl and is not computed again; a frontier may be drawn in several calls.
@@ -67,14 +68,14 @@ def judged_nats(judge: Model, ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def continue_left_to_right(judge: Model, left: Tensor, count: int, temperature: float, seed: int) -> Tensor:
+def continue_left_to_right(model: Model, left: Tensor, count: int, temperature: float, seed: int) -> Tensor:
     """`count` ids after each row of `left` [B, n], by the autoregressive model. Returns [B, n + count]."""
-    allowed = text_tokens(judge.tokenizer)
+    allowed = text_tokens(model.tokenizer)
     generators = [row_generator(seed, b) for b in range(len(left))]
     ids = left
     for _ in range(count):
-        shifted = torch.nn.functional.pad(ids, (1, 0), value=judge.config.mask_id)
-        logits = judge.logits(shifted, visibility="causal")[:, -1].double().masked_fill(~allowed, -math.inf)
+        shifted = torch.nn.functional.pad(ids, (1, 0), value=model.config.mask_id)
+        logits = model.logits(shifted, visibility="causal")[:, -1].double().masked_fill(~allowed, -math.inf)
         uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
         ids = torch.cat((ids, draw(logits, uniform, temperature, 1.0)[:, None]), 1)
     return ids
@@ -194,7 +195,9 @@ def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: arg
                 book.get(key, lambda n=name, t=temperature, m=more: measure(model, judge, options, n, t, m))
 
 
-def infilling(model: Model, judge: Model, data: Dataset, book: Book, options: argparse.Namespace) -> list[dict]:
+def infilling(
+    model: Model, judge: Model, continuer: Model, data: Dataset, book: Book, options: argparse.Namespace
+) -> list[dict]:
     length = model.config.sequence_length
     texts = starts(model, data, options.n_infill, length)
     points = []
@@ -210,7 +213,7 @@ def infilling(model: Model, judge: Model, data: Dataset, book: Book, options: ar
             how = {"seed": options.seed, "temperature": options.fill_temperature}
             surest = denoise(model, canvas, sampler="confidence", **how)
             in_order = denoise(model, canvas, sampler="blocks", block=1, visibility="full", **how)
-            left = continue_left_to_right(judge, texts[:, :at], span, options.fill_temperature, options.seed)
+            left = continue_left_to_right(continuer, texts[:, :at], span, options.fill_temperature, options.seed)
             theirs = torch.cat((left, texts[:, at + span :]), 1)
             # The model itself, left to right and blind to the suffix.
             own = denoise(model, canvas[:, : at + span], sampler="blocks", block=1, **how)
@@ -238,7 +241,8 @@ def infilling(model: Model, judge: Model, data: Dataset, book: Book, options: ar
                 found[f"difference_{name}_stderr"] = float(np.std(paired, ddof=1) / len(paired) ** 0.5)
             return found
 
-        points.append(book.get(f"infill {span} T={options.fill_temperature:g}", compute))
+        against = f" against {options.continuer.name}" if options.continuer else ""
+        points.append(book.get(f"infill {span} T={options.fill_temperature:g}{against}", compute))
 
     def words() -> dict[str, Any]:
         right = right_known = whole = 0
@@ -375,6 +379,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="run folder or .mzt artifact")
     parser.add_argument("--judge", type=Path, help="run folder of the autoregressive judge")
+    parser.add_argument(
+        "--continuer", type=Path, help="run folder of the autoregressive model that goes on from the left [the judge]"
+    )
     parser.add_argument("--data", type=Path, help="prepared data")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default="frontier,infill,latency")
@@ -402,7 +409,8 @@ def main() -> None:
             plot(points, options.out / "frontier.png")
             confirm(model, judge, data, book, points, options)
         if "infill" in parts:
-            infilling(model, judge, data, book, options)
+            continuer = load(options.continuer) if options.continuer else judge
+            infilling(model, judge, continuer, data, book, options)
     print(
         "\n| point | passes | judged bpb | entropy | distinct 4-grams | tokens/s |\n| --- | --- | --- | --- | --- | --- |"
     )
@@ -413,8 +421,8 @@ def main() -> None:
                 f"| {p['distinct4']:.3f} | {p.get('tokens_per_second', 0):.0f} |"
             )
     print(
-        "\n| span | original | surest first | left to right | judge's continuation | own continuation "
-        "| surest less judge's | left to right less judge's |\n" + "| --- " * 8 + "|"
+        "\n| span | original | surest first | left to right | continuation | own continuation "
+        "| surest less continuation | left to right less continuation |\n" + "| --- " * 8 + "|"
     )
     for p in book.points.values():
         if p["name"] == "infill":

@@ -81,6 +81,48 @@ def test_batched_muon_is_the_librarys():
         assert float((p - q).detach().norm()) < 0.03 * moved
 
 
+def test_levelled_neurons_against_loops():
+    """NorMuon's second moments by plain loops over neurons, around the library's Muon."""
+    torch.manual_seed(0)
+    shapes = [(16, 16), (48, 16), (16, 48)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings = {"lr": 0.02, "weight_decay": 0.0, "momentum": 0.9, "adjust_lr_fn": "original"}
+    levelled, plain = BatchedMuon(ours, neuron_decay=0.8, **settings), torch.optim.Muon(theirs, **settings)
+    power = [[0.0] * shape[0] for shape in shapes]
+    for _ in range(5):
+        gradients = [torch.randn(shape) * torch.logspace(-2, 0, shape[0])[:, None] for shape in shapes]
+        before = [p.detach().clone() for p in theirs]
+        start = [p.detach().clone() for p in ours]
+        for p, q, g in zip(ours, theirs, gradients, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        levelled.step()
+        plain.step()
+        for m, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            update = (q - before[m]).detach() / 0.02
+            expected = torch.empty_like(update)
+            for row in range(len(update)):
+                power[m][row] = 0.8 * power[m][row] + 0.2 * float((update[row] ** 2).mean())
+                expected[row] = update[row] / power[m][row] ** 0.5
+            expected *= update.norm() / expected.norm()
+            moved = (p.detach() - start[m]) / 0.02
+            assert float((moved - expected).norm()) < 0.03 * float(expected.norm())
+            assert float((moved - update).norm()) > 0.05 * float(update.norm())  # it is not plain Muon
+
+
+def test_levelling_survives_matrices_without_gradient():
+    """At the first step the matrices behind zero-initialised outputs have gradients of zero."""
+    p = torch.nn.Parameter(torch.randn(8, 8))
+    muon = BatchedMuon([p], neuron_decay=0.95, lr=0.02, weight_decay=0.0)
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    muon.step()
+    assert torch.equal(p.detach(), before)
+    p.grad = torch.randn_like(p)
+    muon.step()
+    assert p.isfinite().all() and not torch.equal(p.detach(), before)
+
+
 def run(steps: int, net: Denoiser, optimizers: Optimizers, start: int = 0) -> None:
     for step in range(start, start + steps):
         torch.manual_seed(step)
@@ -90,7 +132,7 @@ def run(steps: int, net: Denoiser, optimizers: Optimizers, start: int = 0) -> No
 
 
 def test_state_round_trip_is_bit_equal():
-    config = dataclasses.replace(TrainConfig(), warmdown=0.5)
+    config = dataclasses.replace(TrainConfig(), warmdown=0.5, neuron_decay=0.95)
     nets = []
     for split in (False, True):
         torch.manual_seed(0)

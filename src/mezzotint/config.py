@@ -124,6 +124,9 @@ class TrainConfig:
     momentum: float = _option(0.95, "Muon momentum after its warm-up")
     momentum_start: float = _option(0.85, "Muon momentum at the first step")
     momentum_warmup: float = _option(0.1, "share of the run over which the momentum rises")
+    neuron_decay: float = _option(
+        0.0, "decay of the second moments by which Muon levels the neurons of a matrix, as NorMuon does (0: plain Muon)"
+    )
     beta1: float = _option(0.9, "AdamW first-moment decay")
     beta2: float = _option(0.95, "AdamW second-moment decay")
     weight_decay: float = _option(0.04, "decoupled weight decay of matrices and embeddings")
@@ -159,6 +162,7 @@ class TrainConfig:
             "warmup",
             "warmdown",
             "momentum_warmup",
+            "neuron_decay",
             "ema_horizon",
         ):
             if not 0 <= getattr(self, name) <= 1:
@@ -195,7 +199,9 @@ PRESETS: dict[str, Preset] = {
             value_embedding_width=64,
             value_embedding_layers=5,
         ),
-        TrainConfig(batch=8, weighting="reference", causal_share=0.5, short_share=0.5, narrow_share=0.8),
+        TrainConfig(
+            batch=8, weighting="reference", causal_share=0.5, short_share=0.5, narrow_share=0.8, neuron_decay=0.95
+        ),
     ),
     # The seed's exact shape and optimizer: "Masked Text Diffusion (SP1024)", Parameter Golf pull request 1596.
     "reference": Preset(

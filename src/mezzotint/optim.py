@@ -32,7 +32,14 @@ class BatchedMuon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) whose Newton-Schulz iterations take all matrices of a shape at once.
 
     The same update up to bfloat16 rounding; on small matrices it takes about two thirds of the time.
+
+    neuron_decay: above 0, each output neuron's part of an update is divided by the root of its mean square, averaged
+    over steps with this decay, and the whole brought back to its norm (NorMuon, Li et al. 2025, arXiv 2510.05491).
     """
+
+    def __init__(self, *args: Any, neuron_decay: float = 0.0, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.neuron_decay = neuron_decay
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -64,9 +71,22 @@ class BatchedMuon(torch.optim.Muon):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         for p, orthogonal, transposed in zip(parameters, x, tall, strict=True):
+            update = (orthogonal.T if transposed else orthogonal).to(p.dtype)
+            if self.neuron_decay:
+                update = self._level(p, update)
             rate = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_((orthogonal.T if transposed else orthogonal).to(p.dtype), alpha=-rate)
+            p.add_(update, alpha=-rate)
+
+    def _level(self, parameter: nn.Parameter, update: Tensor) -> Tensor:
+        state = self.state[parameter]
+        power = update.square().mean(dim=1, keepdim=True)
+        if "neuron_power" not in state:
+            state["neuron_power"] = torch.zeros_like(power)
+        # No correction for the start at zero: it would be one factor for all neurons, which the norm takes out again.
+        state["neuron_power"].lerp_(power, 1 - self.neuron_decay)
+        levelled = update / (state["neuron_power"].sqrt() + 1e-10)
+        return levelled * (update.norm() / levelled.norm().clamp(min=1e-7))
 
 
 class Optimizers:
@@ -82,6 +102,7 @@ class Optimizers:
             weight_decay=config.weight_decay,
             momentum=config.momentum,
             adjust_lr_fn="original",
+            neuron_decay=config.neuron_decay,
         )
         self.adamw = torch.optim.AdamW(
             [
