@@ -3,9 +3,11 @@
     python benchmarks/block_sizes.py DATA --out DIR [--sizes 1 4 16 64 0] [--steps N | --minutes M] [--preset small]
 
 Block size 0 is the whole window. Every size is trained alike (`--causal-share 0`: no other windows beside), for equal
-steps or equal minutes, then scored on `val`:
+steps or equal minutes, then scored on `val` (`--causal-start 0.5`: sizes between 1 and the window learn next tokens for
+the first half of it):
 
 NELBO        upper bound on decoding a block's tokens one by one in random order, so up to k passes for k tokens
+next tokens  exact code length of block size 1, also on the fewer tokens that the chains are scored on
 m at once    exact code length when m neighbours are decoded in a pass, from left to right, each by its own marginal;
              m = k decodes a block in a single pass
 
@@ -37,6 +39,7 @@ def figures(model: Model, windows: Any, size: int, args: argparse.Namespace) -> 
     length = model.config.sequence_length
     if size == 1:
         yield "next tokens", 1, lambda: causal(model, windows, tokens=args.tokens)
+        yield "next tokens, where chains are", 1, lambda: causal(model, windows, tokens=args.chain_tokens)
         return
     words = {"tokens": args.tokens, "repeats": args.repeats, "seed": args.seed}
     yield "NELBO", 1, lambda: nelbo(model, windows, block_size=size % length, **words)
@@ -80,7 +83,7 @@ def run_size(data: Dataset, size: int, rows: dict[str, dict[str, Any]], args: ar
     keys = []
     for name, per_pass, score in figures(model, windows, size, args):
         scored = f"{args.tokens} tokens {args.repeats} repeats" if name == "NELBO" else f"{args.chain_tokens} tokens"
-        key = f"{folder.name} {name} {args.tokens if name == 'next tokens' else scored}"
+        key = f"{folder.name} {name} {f'{args.tokens} tokens' if name == 'next tokens' else scored}"
         keys.append(key)
         if key in rows:
             continue

@@ -72,21 +72,24 @@ class BatchedMuon(torch.optim.Muon):
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         for p, orthogonal, transposed in zip(parameters, x, tall, strict=True):
             update = (orthogonal.T if transposed else orthogonal).to(p.dtype)
-            if self.neuron_decay:
-                update = self._level(p, update)
             rate = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-rate)
+            if self.neuron_decay:
+                p.addcmul_(update, self._levels(p, update), value=-rate)
+            else:
+                p.add_(update, alpha=-rate)
 
-    def _level(self, parameter: nn.Parameter, update: Tensor) -> Tensor:
+    def _levels(self, parameter: nn.Parameter, update: Tensor) -> Tensor:
+        """The factor of each neuron, a row of `update`. Returns [rows, 1]."""
         state = self.state[parameter]
-        power = update.square().mean(dim=1, keepdim=True)
+        power = torch.linalg.vector_norm(update, dim=1, keepdim=True).square() / update.shape[1]
         if "neuron_power" not in state:
             state["neuron_power"] = torch.zeros_like(power)
         # No correction for the start at zero: it would be one factor for all neurons, which the norm takes out again.
         state["neuron_power"].lerp_(power, 1 - self.neuron_decay)
-        levelled = update / (state["neuron_power"].sqrt() + 1e-10)
-        return levelled * (update.norm() / levelled.norm().clamp(min=1e-7))
+        factors = 1 / (state["neuron_power"].sqrt() + 1e-10)
+        kept = power.sum() / (power * factors.square()).sum().clamp(min=1e-14)  # of the update's squared norm
+        return factors * kept.sqrt()
 
 
 class Optimizers:
