@@ -38,6 +38,7 @@ RICH = dataclasses.replace(
     bigram_width=4,
     value_embedding_width=4,
 )
+SHIFTED = dataclasses.replace(RICH, shifted_output=True)
 
 
 def build(config: ModelConfig, seed: int = 0) -> Denoiser:
@@ -214,8 +215,8 @@ def block_by_block(net: Denoiser, noisy: torch.Tensor, clean: torch.Tensor, size
 
 
 @pytest.mark.parametrize("compiling", [False, True])
-@pytest.mark.parametrize("config", [PLAIN, RICH], ids=["plain", "rich"])
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 11, 12])
+@pytest.mark.parametrize("config", [PLAIN, RICH, SHIFTED], ids=["plain", "rich", "shifted"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 11, 12, 20])
 def test_all_blocks_at_once_equal_one_block_after_another(config, size, compiling, monkeypatch):
     net = build(config)
     random = torch.Generator().manual_seed(5)
@@ -229,10 +230,11 @@ def test_all_blocks_at_once_equal_one_block_after_another(config, size, compilin
             assert not torch.allclose(net.hidden(noisy, f"block({size})")[:, -1], expected[:, -1], atol=1e-3)
 
 
+@pytest.mark.parametrize("config", [RICH, SHIFTED], ids=["rich", "shifted"])
 @pytest.mark.parametrize("size", [1, 3, 4, 5])
-def test_kept_keys_and_values_change_nothing(size):
+def test_kept_keys_and_values_change_nothing(size, config):
     """Several blocks kept at once, a block seen twice before it is, rows that go on at different times."""
-    net = build(RICH)
+    net = build(config)
     ids = torch.randint(0, 12, (3, 12), generator=torch.Generator().manual_seed(6))
     cache = Cache(net, 3, 12)
     with torch.no_grad():
@@ -279,7 +281,7 @@ def test_bad_shapes():
 
 def test_shifted_output_reads_one_mask_more():
     """Token i comes from the state before it; a causal window, which its caller has shifted, is read as ever."""
-    network = build(dataclasses.replace(RICH, shifted_output=True))
+    network = build(SHIFTED)
     plain = Denoiser(RICH).eval()
     plain.load_state_dict(network.state_dict())
     ids = torch.randint(0, 12, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -288,9 +290,20 @@ def test_shifted_output_reads_one_mask_more():
     torch.testing.assert_close(network(ids), expected)
     positions = ids % 2 == 0
     torch.testing.assert_close(network(ids, positions=positions), expected[positions])
-    for visibility in ("causal", "block(4)"):
+    for visibility in ("causal", "block(1)"):
         torch.testing.assert_close(network(ids, visibility=visibility), plain(ids, visibility=visibility))
     assert not torch.allclose(network(ids), plain(ids))
+    # In blocks the window keeps its length: a block's last token is seen by later blocks alone.
+    for size in (2, 4, 5, 12, 20):
+        blocks = f"block({size})"
+        torch.testing.assert_close(network(ids, visibility=blocks), plain(longer[:, :-1], visibility=blocks))
+    with torch.no_grad():
+        before = network(ids, visibility="block(4)")
+        changed = ids.clone()
+        changed[:, 7] = (ids[:, 7] + 1) % 11
+        after = network(changed, visibility="block(4)")
+    torch.testing.assert_close(after[:, :8], before[:, :8])
+    assert not torch.allclose(after[:, 8:], before[:, 8:], atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [None, 1, 3])

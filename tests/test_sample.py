@@ -324,12 +324,13 @@ class Uncached:
         return self.network.hidden(self.ids[rows, : at + ids.shape[1]], f"block({size})")[:, at:]
 
 
-def block_model(size: int, **options) -> Model:
+def block_model(size: int, shifted: bool = False, **options) -> Model:
     """A random network with every part that looks at neighbours, said to be trained in blocks."""
     tokenizer = own_tokenizer()
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, sequence_length=32, layers=2, width=16, heads=2, kv_heads=1, mlp_ratio=2.0,
         neighbour_reach=1, bigram_buckets=9, bigram_width=4, value_embedding_width=4, unet_skips=True,
+        shifted_output=shifted,
     )  # fmt: skip
     torch.manual_seed(0)
     network = Denoiser(config).eval()
@@ -339,10 +340,11 @@ def block_model(size: int, **options) -> Model:
     return Model(config, tokenizer, network, {"train": {"block_size": size, **options}})
 
 
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize(("size", "options"), [(1, {}), (4, {}), (5, {"steps": 12}), (6, {"block": 2}), (31, {})])
-def test_kept_keys_and_values_change_no_token(size, options, monkeypatch):
+def test_kept_keys_and_values_change_no_token(size, options, shifted, monkeypatch):
     """Prompts, rows that end early, given tokens between: the same tokens, and logits, as by whole canvases."""
-    model = block_model(size)
+    model = block_model(size, shifted)
     canvas = torch.full((5, 30), model.config.mask_id)
     canvas[:, :3] = torch.tensor([model.tokenizer.bos_id, 20, 21])
     canvas[2, 3:14], canvas[3, 20] = 22, 23

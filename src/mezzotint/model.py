@@ -337,14 +337,22 @@ class Denoiser(nn.Module):
             hidden = hidden[positions]
         return self.logits(hidden)
 
-    def _shifts(self, length: int, size: int) -> bool:
-        """Whether a window of `length` in blocks of `size` is read behind a MASK, see `hidden`."""
-        return self.config.shifted_output and 1 < length == size
+    def _shifts(self, length: int, visibility: str) -> bool:
+        """Whether a whole window of `length` is read behind a MASK, see `hidden`."""
+        return self.config.shifted_output and visibility == "full" and length > 1
+
+    def shifts_blocks(self, size: int) -> bool:
+        """Whether each input of a window in blocks of `size` is the token before it, see `hidden`."""
+        return self.config.shifted_output and size > 1
+
+    def behind_mask(self, ids: Tensor) -> Tensor:
+        """`ids` [B, T] one to the right behind a MASK, without the last."""
+        return F.pad(ids[:, :-1], (1, 0), value=self.config.mask_id)
 
     def tables(self, length: int, visibility: str, doubled: bool = False) -> Tables:
         """What `hidden`, or with `doubled` `hidden_blocks`, needs for windows of `length` tokens."""
         size = block_size(visibility, length)
-        if self._shifts(length, size):
+        if self._shifts(length, visibility):
             length = size = length + 1
         weight = self.embedding.weight
         cos, sin = self.rotary(length, weight.device, weight.dtype)
@@ -364,13 +372,18 @@ class Denoiser(nn.Module):
         input i predicts token i, which is input i + 1. A causal window, which its caller shifts right behind a MASK,
         is read in the same way, so that both kinds of windows teach one another (the shift operation of Gong et al.
         2025, "Scaling diffusion language models via adaptation from autoregressive models", section 3.2).
+
+        So is a window in blocks, but for their last tokens: a block's inputs are the token before it and its own
+        without the last, which only later blocks see. Blocks of 1 would be left-to-right windows.
         """
         wanted = length = ids.shape[1]
         size = block_size(visibility, length)
         tables = tables or self.tables(length, visibility)
-        if self._shifts(length, size):
+        if self._shifts(length, visibility):
             ids = F.pad(ids, (1, 0), value=self.config.mask_id)
             length = size = length + 1
+        elif visibility != "full" and self.shifts_blocks(size):
+            ids = self.behind_mask(ids)
         see = partial(attend, mask=tables.mask, causal=size == 1 and length > 1)
         return self._layers(self.embed(ids, size), ids, tables.cos, tables.sin, lambda layer: see, wanted)
 
@@ -383,11 +396,14 @@ class Denoiser(nn.Module):
         """
         length = noisy.shape[1]
         if size >= length:
-            return self.hidden(noisy, tables=tables)
+            return self.hidden(noisy, f"block({size})", tables)
         tables = tables or self.tables(length, f"block({size})", doubled=True)
         assert tables.mask is not None and tables.noisy is not None
         see = partial(attend_doubled, size=size, clean=tables.mask, noisy=tables.noisy)
         place = torch.arange(length, device=noisy.device)
+        if self.shifts_blocks(size):
+            clean = self.behind_mask(clean)
+            noisy = torch.where(place % size == 0, clean, self.behind_mask(noisy))
         ids = torch.cat((noisy, clean), dim=1)
         x = self.embedding(ids)
         if self.bigram is not None:
@@ -477,7 +493,12 @@ class Cache:
         self.ids[which, at:stop] = ids
         # What the embedding of these positions looks back on.
         lead = min(at, net.config.neighbour_reach + 1)
-        x = net.embed(self.ids[which, at - lead : stop], size, at - lead)[:, lead:]
+        if net.shifts_blocks(size):
+            back = min(1, at - lead)  # the token before those, where there is one
+            read = net.behind_mask(self.ids[which, at - lead - back : stop])[:, back:]
+        else:
+            read = self.ids[which, at - lead : stop]
+        x, ids = net.embed(read, size, at - lead)[:, lead:], read[:, lead:]
         place = torch.arange(stop, device=ids.device)
         # Where all are of one block they see everything up to its end.
         mask = None if (stop - 1) // size == at // size else visible(block_mask(place[at:], place, size))
