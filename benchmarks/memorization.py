@@ -2,7 +2,7 @@
 
     python benchmarks/memorization.py MODEL DATA [--samples 32] [--length 50] [--seed 0] [--json FILE]
 
-MODEL is an artifact, a run folder or a shipped model's name, DATA the prepared folder it was trained on. The share is
+Texts are drawn as `mezzotint sample` draws them, unless told otherwise. MODEL is an artifact, a run folder or a shipped model's name, DATA the prepared folder it was trained on. The share is
 of all strings of so many bytes in the texts, found verbatim anywhere in the training split.
 """
 
@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from mezzotint.data import Dataset
 from mezzotint.memorization import memorized
@@ -43,15 +44,16 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=256, help="held-out stretches to compare with [256]")
     parser.add_argument("--tokens", type=int, help="tokens of each text [the window]")
     parser.add_argument("--length", type=int, default=50, help="bytes of a string [50]")
-    parser.add_argument("--steps", type=int, help="forward passes per text [one per token]")
-    parser.add_argument("--temperature", type=float, default=1.0, help="[1.0]")
+    parser.add_argument("--steps", type=int, help="forward passes per text [as `sample` has it]")
+    parser.add_argument("--temperature", type=float, help="[as `sample` has it]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
     started = time.monotonic()
+    given: dict[str, Any] = {"steps": options.steps, "temperature": options.temperature}
     result = memorized(
         load(options.model), Dataset.open(options.data), samples=options.samples, held_out=options.held_out, tokens=options.tokens,
-        length=options.length, seed=options.seed, steps=options.steps, temperature=options.temperature,
+        length=options.length, seed=options.seed, **{name: value for name, value in given.items() if value is not None},
         progress=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     print(table(result))

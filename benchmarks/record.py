@@ -27,6 +27,7 @@ from mezzotint.data import Dataset, Windows
 from mezzotint.errors import ArtifactError, CheckpointError, DataError, MezzotintError
 from mezzotint.evaluate import Estimate
 from mezzotint.files import atomic_folder
+from mezzotint.memorization import memorized
 from mezzotint.model import Model
 from mezzotint.sample import fill, sample
 from mezzotint.train import read_run
@@ -99,7 +100,28 @@ def write_samples(model: Model, count: int, length: int | None, seed: int) -> st
     return "\n\n".join(parts) + "\n"
 
 
-def _readme(name: str, looked: dict[str, Any], estimates: Sequence[Estimate], described: dict[str, Any]) -> str:
+def _repeated(found: dict[str, Any]) -> str:
+    """The memorization check in words."""
+    shares = []
+    for key in ("sampled", "held_out"):
+        share = found[key]
+        error = "" if share["stderr"] is None else f" ± {share['stderr']:.3%}"
+        shares.append(f"{share['share']:.3%}{error} of {share['strings']:,} in {share['texts']:,} texts")
+    return f"""
+## Word for word
+
+Strings of {found["length"]} bytes that stand in the training text: in texts drawn as `mezzotint sample` draws them
+{shares[0]}, in held-out real text {shares[1]}.
+"""
+
+
+def _readme(
+    name: str,
+    looked: dict[str, Any],
+    estimates: Sequence[Estimate],
+    described: dict[str, Any],
+    found: dict[str, Any] | None,
+) -> str:
     most = max(e.tokens for e in estimates)
     bounds = [e.bpb for e in estimates if e.method == "nelbo" and e.tokens == most]
     spread = f"; over {len(bounds)} seeds {min(bounds):.4f} to {max(bounds):.4f}" if len(bounds) > 1 else ""
@@ -115,7 +137,7 @@ NELBO {statistics.fmean(bounds):.4f} bits per byte{spread}. All figures are of t
 {_table(estimates)}
 
 Only the NELBO draws masks, so only it has seeds. Standard errors include the choice of windows.
-
+{_repeated(found) if found else ""}
 `data.md` says what it was trained on, `commands.sh` how to make it again, `config.json` every setting, `metrics.jsonl` and
 `train.log` what happened, `figures.json` these figures with their intervals, `samples.md` what it writes.
 """
@@ -133,9 +155,14 @@ def make_record(
     seeds: Sequence[int] = (0, 1, 2),
     samples: int = 4,
     length: int | None = None,
+    memorization: int = 0,
+    string_bytes: int = 50,
     say: Any = lambda line: None,
 ) -> dict[str, Any]:
-    """Write the record folder `out`, whole or not at all; returns what figures.json holds."""
+    """Write the record folder `out`, whole or not at all; returns what figures.json holds.
+
+    memorization: texts to draw for the share of strings of `string_bytes` found in the training text (0: none).
+    """
     if out.exists():
         raise ArtifactError(f"{out} is already there; records are not overwritten")
     described, model, dataset = read_run(run), open_artifact(artifact), Dataset.open(data)
@@ -153,6 +180,9 @@ def make_record(
     estimates = measure(model, windows, tokens, chain_tokens, seeds)
     say("sampling")
     written = write_samples(model, samples, length, 0)
+    found = None
+    if memorization:
+        found = memorized(model, dataset, samples=memorization, length=string_bytes, progress=say)
     looked = inspect_artifact(artifact)
     figures = {
         "model_sha256": looked["sha256"],
@@ -160,6 +190,7 @@ def make_record(
         "parameters": looked["parameters"],
         "bits_per_parameter": looked["bits_per_parameter"],
         "results": [e.to_dict() for e in estimates],
+        "memorization": found,
     }
     # Longest first, as one folder may lie in another.
     places = {str(Path(described.get("data_folder") or data)): "DATA", str(data): "DATA", str(run.resolve()): "RUN"}
@@ -186,7 +217,7 @@ def make_record(
         (folder / "data.md").write_text(statement.read_text("utf-8"), "utf-8")
         (folder / "figures.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", "utf-8")
         (folder / "samples.md").write_text(written, "utf-8")
-        (folder / "README.md").write_text(_readme(out.name, looked, estimates, described), "utf-8")
+        (folder / "README.md").write_text(_readme(out.name, looked, estimates, described, found), "utf-8")
     return figures
 
 
@@ -205,11 +236,13 @@ def main() -> int:
     parser.add_argument("--tokens", type=_tokens, default=131_072, help="for nelbo and causal, or all [131072]")
     parser.add_argument("--chain-tokens", type=_tokens, default=8_192, help="for chain, or all [8192]")
     parser.add_argument("--samples", type=int, default=4, help="texts from nothing [4]")
+    parser.add_argument("--memorization", type=int, default=256, help="texts for the memorization check, or 0 [256]")
     options = parser.parse_args()
     try:
         figures = make_record(
             options.run, options.model, options.data, options.out, options.statement, tokens=options.tokens,
-            chain_tokens=options.chain_tokens, samples=options.samples, say=lambda line: print(line, file=sys.stderr),
+            chain_tokens=options.chain_tokens, samples=options.samples,
+            memorization=options.memorization, say=lambda line: print(line, file=sys.stderr),
         )  # fmt: skip
     except MezzotintError as error:
         print(f"record: {error}", file=sys.stderr)

@@ -41,7 +41,7 @@ def kept(trained, tmp_path_factory):
     (folder / "data.md").write_text("Thirteen words, drawn by a generator. Public domain.\n")
     figures = script("record").make_record(
         trained.run, trained.artifact, trained.data, folder / "2026-01-01_tiny", folder / "data.md", tokens=256,
-        chain_tokens=64, samples=2, length=8,
+        chain_tokens=64, samples=2, length=8, memorization=3, string_bytes=10,
     )  # fmt: skip
     return folder / "2026-01-01_tiny", figures
 
@@ -62,6 +62,9 @@ def test_record_holds_the_run_and_its_figures(kept, trained):
     assert [r["method"] for r in few] == ["chain", "nelbo"] and len({r["bytes"] for r in few}) == 1
     readme = (out / "README.md").read_text()
     assert all(f"| nelbo | upper bound | {r['seed']} | {r['bpb']:.4f} |" in readme for r in bounds)
+    shares = figures["memorization"]
+    assert shares["length"] == 10 and shares["sampled"]["texts"] == 3
+    assert f"of {shares['sampled']['strings']:,} in 3 texts" in readme and "Word for word" in readme
     assert figures["model_sha256"] in readme and "Thirteen words" in (out / "data.md").read_text()
     assert mezzotint.fill(model, "The old ____ was dark.", seed=0) in (out / "samples.md").read_text()
 
