@@ -199,9 +199,7 @@ PRESETS: dict[str, Preset] = {
             value_embedding_width=64,
             value_embedding_layers=5,
         ),
-        TrainConfig(
-            batch=8, weighting="reference", causal_share=0.5, short_share=0.5, narrow_share=0.8, neuron_decay=0.95
-        ),
+        TrainConfig(weighting="reference", causal_share=0.5, short_share=0.5, narrow_share=0.8, neuron_decay=0.95),
     ),
     # The seed's exact shape and optimizer: "Masked Text Diffusion (SP1024)", Parameter Golf pull request 1596.
     "reference": Preset(

@@ -164,6 +164,8 @@ class MaskedLoss(nn.Module):
     def __init__(self, network: Denoiser, compiled: bool) -> None:
         super().__init__()
         self.network = network
+        if compiled:  # each shape is a graph: two lengths, left to right or not, shares that are no whole windows
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         self.hidden = torch.compile(network.hidden, dynamic=False) if compiled else network.hidden
         self.blocks = torch.compile(network.hidden_blocks, dynamic=False) if compiled else network.hidden_blocks
         # One graph for any number of masked positions: softcap and softmax in two passes over the logits, not ten.
