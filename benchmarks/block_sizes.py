@@ -3,8 +3,8 @@
     python benchmarks/block_sizes.py DATA --out DIR [--sizes 1 4 16 64 0] [--steps N | --minutes M] [--preset small]
 
 Block size 0 is the whole window. Every size is trained alike (`--causal-share 0`: no other windows beside), for equal
-steps or equal minutes, then scored on `val` (`--causal-start 0.5`: sizes between 1 and the window learn next tokens for
-the first half of it):
+steps or equal minutes, then scored on `val` (`--causal-start 0.5`: all sizes but 1 learn next tokens for the first half of
+it, as 1 does for the whole):
 
 NELBO        upper bound on decoding a block's tokens one by one in random order, so up to k passes for k tokens
 next tokens  exact code length of block size 1, also on the fewer tokens that the chains are scored on
@@ -59,7 +59,7 @@ def configs(data: Dataset, size: int, args: argparse.Namespace) -> tuple[ModelCo
     more = {k: getattr(args, k) for k in ("batch", "weighting") if getattr(args, k)}
     learnt = 0 if size >= model.sequence_length else size
     more |= {"block_size": learnt, "causal_share": args.causal_share, "seed": args.seed, "compile": args.compile}
-    more |= {"causal_start": args.causal_start if learnt > 1 else 0.0}
+    more |= {"causal_start": args.causal_start if learnt != 1 else 0.0}
     return model, dataclasses.replace(chosen.train, steps=args.steps, minutes=args.minutes, **more)
 
 

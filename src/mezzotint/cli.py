@@ -831,10 +831,10 @@ def _run_fill(arguments: argparse.Namespace, progress: _Progress) -> None:
     model = _load(arguments.model)
     with _watching(arguments, progress) as watch:
         on_step = watch.spans if watch else None
-        filled = infill(model, text, arguments.seed, on_step=on_step, **_sampling_settings(arguments)).text
+        filled = infill(model, text, arguments.seed, on_step=on_step, **_sampling_settings(arguments))
     if arguments.json:
-        return _emit(arguments, {"text": filled})
-    sys.stdout.buffer.write(filled.encode() + (b"" if arguments.text == "-" else b"\n"))
+        return _emit(arguments, filled.to_dict())
+    sys.stdout.buffer.write(filled.text.encode() + (b"" if arguments.text == "-" else b"\n"))
     sys.stdout.flush()
 
 

@@ -17,7 +17,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -835,6 +835,10 @@ class Filled:
     forward_passes: int
     seconds: float
     seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON object."""
+        return asdict(self)
 
 
 def parse_gaps(text: str) -> tuple[list[str], list[int | None]]:

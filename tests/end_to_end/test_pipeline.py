@@ -115,7 +115,10 @@ def test_sample_and_fill(home):
     for sampler in ("ancestral", "confidence"):
         mezzotint("sample", home / "model.mzt", "--length", "8", "--sampler", sampler, "--steps", "4")
     text = "  The old ____ was\tdark — [MASK*2] é\n"
-    filled = figures("fill", home / "model.mzt", text)["text"]
+    answer = figures("fill", home / "model.mzt", text)
+    filled = answer["text"]
+    assert all(gap["text"] in filled and len(gap["confidence"]) == gap["tokens"] for gap in answer["gaps"])
+    assert answer["gaps"] and answer["forward_passes"] > 0
     assert filled.startswith("  The old ") and " was\tdark — " in filled and filled.endswith(" é\n")
     assert "____" not in filled and "[MASK" not in filled
     assert mezzotint("fill", home / "model.mzt", "no gap é").stdout == "no gap é\n"
