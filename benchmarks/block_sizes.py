@@ -60,6 +60,8 @@ def configs(data: Dataset, size: int, args: argparse.Namespace) -> tuple[ModelCo
     learnt = 0 if size >= model.sequence_length else size
     more |= {"block_size": learnt, "causal_share": args.causal_share, "seed": args.seed, "compile": args.compile}
     more |= {"causal_start": args.causal_start if learnt != 1 else 0.0}
+    if learnt:  # a narrowed range of mask rates would leave out the whole blocks that each begins as
+        more |= {"narrow_share": 0.0}
     return model, dataclasses.replace(chosen.train, steps=args.steps, minutes=args.minutes, **more)
 
 
