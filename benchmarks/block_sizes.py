@@ -52,7 +52,7 @@ def figures(model: Model, windows: Any, size: int, args: argparse.Namespace) -> 
 
 
 def configs(data: Dataset, size: int, args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig]:
-    """The preset's settings with the options given; all sizes differ in `block_size` alone."""
+    """The preset's settings with the options given, for blocks of `size`."""
     chosen = PRESETS[args.preset]
     trunk = {k: getattr(args, k) for k in ("layers", "width", "sequence_length") if getattr(args, k)}
     model = dataclasses.replace(chosen.model, vocab_size=data.tokenizer.vocab_size, **trunk)
