@@ -106,12 +106,15 @@ def _repeated(found: dict[str, Any]) -> str:
     for key in ("sampled", "held_out"):
         share = found[key]
         error = "" if share["stderr"] is None else f" ± {share['stderr']:.3%}"
-        shares.append(f"{share['share']:.3%}{error} of {share['strings']:,} in {share['texts']:,} texts")
+        of = f"of {share['strings']:,} in {share['texts']:,} texts"
+        # Where none is found, what can be said is how many texts may still hold one.
+        none = f"none {of} (with 95% confidence, under {share['upper95'] or 1:.1%} of such texts hold one)"
+        shares.append(f"{share['share']:.3%}{error} {of}" if share["found"] else none)
     return f"""
 ## Word for word
 
-Strings of {found["length"]} bytes that stand in the training text: in texts drawn as `mezzotint sample` draws them
-{shares[0]}, in held-out real text {shares[1]}.
+Strings of {found["length"]} bytes that stand in the training text: in texts drawn as `mezzotint sample` draws them,
+{shares[0]}; in held-out real text, {shares[1]}.
 """
 
 
