@@ -373,8 +373,9 @@ class Denoiser(nn.Module):
         is read in the same way, so that both kinds of windows teach one another (the shift operation of Gong et al.
         2025, "Scaling diffusion language models via adaptation from autoregressive models", section 3.2).
 
-        So is a window in blocks, but for their last tokens: a block's inputs are the token before it and its own
-        without the last, which only later blocks see. Blocks of 1 would be left-to-right windows.
+        Under `block(k)` each input is the token before it too, and the window keeps its length: a block reads the token
+        before it and all of its own but the last, which only later blocks see. Blocks of 1 read so would be
+        left-to-right windows.
         """
         wanted = length = ids.shape[1]
         size = block_size(visibility, length)
