@@ -341,14 +341,6 @@ class Denoiser(nn.Module):
         """Whether a whole window of `length` is read behind a MASK, see `hidden`."""
         return self.config.shifted_output and visibility == "full" and length > 1
 
-    def shifts_blocks(self, size: int) -> bool:
-        """Whether each input of a window in blocks of `size` is the token before it, see `hidden`."""
-        return self.config.shifted_output and size > 1
-
-    def behind_mask(self, ids: Tensor) -> Tensor:
-        """`ids` [B, T] one to the right behind a MASK, without the last."""
-        return F.pad(ids[:, :-1], (1, 0), value=self.config.mask_id)
-
     def tables(self, length: int, visibility: str, doubled: bool = False) -> Tables:
         """What `hidden`, or with `doubled` `hidden_blocks`, needs for windows of `length` tokens."""
         size = block_size(visibility, length)
@@ -373,9 +365,7 @@ class Denoiser(nn.Module):
         is read in the same way, so that both kinds of windows teach one another (the shift operation of Gong et al.
         2025, "Scaling diffusion language models via adaptation from autoregressive models", section 3.2).
 
-        Under `block(k)` each input is the token before it too, and the window keeps its length: a block reads the token
-        before it and all of its own but the last, which only later blocks see. Blocks of 1 read so would be
-        left-to-right windows.
+        Under `block(k)` a token is predicted at its own position.
         """
         wanted = length = ids.shape[1]
         size = block_size(visibility, length)
@@ -383,8 +373,6 @@ class Denoiser(nn.Module):
         if self._shifts(length, visibility):
             ids = F.pad(ids, (1, 0), value=self.config.mask_id)
             length = size = length + 1
-        elif visibility != "full" and self.shifts_blocks(size):
-            ids = self.behind_mask(ids)
         see = partial(attend, mask=tables.mask, causal=size == 1 and length > 1)
         return self._layers(self.embed(ids, size), ids, tables.cos, tables.sin, lambda layer: see, wanted)
 
@@ -402,9 +390,6 @@ class Denoiser(nn.Module):
         assert tables.mask is not None and tables.noisy is not None
         see = partial(attend_doubled, size=size, clean=tables.mask, noisy=tables.noisy)
         place = torch.arange(length, device=noisy.device)
-        if self.shifts_blocks(size):
-            clean = self.behind_mask(clean)
-            noisy = torch.where(place % size == 0, clean, self.behind_mask(noisy))
         ids = torch.cat((noisy, clean), dim=1)
         x = self.embedding(ids)
         if self.bigram is not None:
@@ -494,12 +479,7 @@ class Cache:
         self.ids[which, at:stop] = ids
         # What the embedding of these positions looks back on.
         lead = min(at, net.config.neighbour_reach + 1)
-        if net.shifts_blocks(size):
-            back = min(1, at - lead)  # the token before those, where there is one
-            read = net.behind_mask(self.ids[which, at - lead - back : stop])[:, back:]
-        else:
-            read = self.ids[which, at - lead : stop]
-        x, ids = net.embed(read, size, at - lead)[:, lead:], read[:, lead:]
+        x = net.embed(self.ids[which, at - lead : stop], size, at - lead)[:, lead:]
         place = torch.arange(stop, device=ids.device)
         # Where all are of one block they see everything up to its end.
         mask = None if (stop - 1) // size == at // size else visible(block_mask(place[at:], place, size))
