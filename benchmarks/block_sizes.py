@@ -4,7 +4,7 @@
 
 Block size 0 is the whole window. Every size is trained alike (`--causal-share 0`: no other windows beside), for equal
 steps or equal minutes, then scored on `val` (`--causal-start 0.5`: all sizes but 1 learn next tokens for the first half of
-it, as 1 does for the whole):
+it, as 1 does for the whole; blocks shorter than the window see all mask rates from the start):
 
 NELBO        upper bound on decoding a block's tokens one by one in random order, so up to k passes for k tokens
 next tokens  exact code length of block size 1, also on the fewer tokens that the chains are scored on
@@ -84,8 +84,8 @@ def run_size(data: Dataset, size: int, rows: dict[str, dict[str, Any]], args: ar
     windows = data.split("val").windows(model.config.sequence_length)
     keys = []
     for name, per_pass, score in figures(model, windows, size, args):
-        scored = f"{args.tokens} tokens {args.repeats} repeats" if name == "NELBO" else f"{args.chain_tokens} tokens"
-        key = f"{folder.name} {name} {f'{args.tokens} tokens' if name == 'next tokens' else scored}"
+        tokens = args.tokens if name in ("NELBO", "next tokens") else args.chain_tokens
+        key = f"{folder.name} {name} {tokens} tokens" + (f" {args.repeats} repeats" if name == "NELBO" else "")
         keys.append(key)
         if key in rows:
             continue

@@ -2,8 +2,9 @@
 
     python benchmarks/memorization.py MODEL DATA [--samples 32] [--length 50] [--seed 0] [--json FILE]
 
-Texts are drawn as `mezzotint sample` draws them, unless told otherwise. MODEL is an artifact, a run folder or a shipped model's name, DATA the prepared folder it was trained on. The share is
-of all strings of so many bytes in the texts, found verbatim anywhere in the training split.
+Texts are drawn as `mezzotint sample` draws them, unless told otherwise. MODEL is an artifact, a run folder or a shipped
+model's name, DATA the prepared folder it was trained on. The share is of all strings of so many bytes in the texts,
+found verbatim anywhere in the training split.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ reference  the challenge entry's loss, optimizer settings and architecture detai
 mdlm       plain masked diffusion: the NELBO on masked windows, a plain transformer
 ar         autoregression: the preset's trunk, every window left to right
 mezzotint  the preset
-All have the preset's layers, width and window. The first two have half its batch, so that their simpler steps are more:
-at minutes they gain by that.
+All have the preset's layers, width and window. The first two have half its batch, and so more steps for the
+minutes; they were not tried with its own.
 """
 
 from __future__ import annotations

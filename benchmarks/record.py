@@ -105,11 +105,12 @@ def _repeated(found: dict[str, Any]) -> str:
     shares = []
     for key in ("sampled", "held_out"):
         share = found[key]
-        error = "" if share["stderr"] is None else f" ± {share['stderr']:.3%}"
         of = f"of {share['strings']:,} in {share['texts']:,} texts"
-        # Where none is found, what can be said is how many texts may still hold one.
-        none = f"none {of} (with 95% confidence, under {share['upper95'] or 1:.1%} of such texts hold one)"
-        shares.append(f"{share['share']:.3%}{error} {of}" if share["found"] else none)
+        if share["found"]:
+            error = "" if share["stderr"] is None else f" ± {share['stderr']:.3%}"
+            shares.append(f"{share['share']:.3%}{error} {of}")
+        else:  # what can be said is how many texts may still hold one
+            shares.append(f"none {of} (with 95% confidence, under {share['upper95']:.1%} of such texts hold one)")
     return f"""
 ## Word for word
 

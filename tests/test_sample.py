@@ -376,6 +376,15 @@ def test_kept_keys_and_values_change_no_token(size, options, shifted, monkeypatc
         assert torch.equal(denoise(model, canvas, **words).ids, kept.ids)
 
 
+def test_blocks_of_a_whole_window_are_whole_windows():
+    """Training in blocks no shorter than the window is training on whole windows, so it is read as one."""
+    model = block_model(32, shifted=True)
+    canvas = torch.full((2, 30), model.config.mask_id)
+    whole = denoise(model, canvas, sampler="blocks", seed=1, visibility="full")
+    assert torch.equal(denoise(model, canvas, sampler="blocks", seed=1).ids, whole.ids)
+    assert not torch.equal(denoise(model, canvas, sampler="blocks", seed=1, visibility="block(32)").ids, whole.ids)
+
+
 def test_blocks_do_not_depend_on_the_batch(monkeypatch):
     for size in (1, 4):
         model = block_model(size)
