@@ -2,12 +2,13 @@
 
     python benchmarks/block_sizes.py DATA --out DIR [--sizes 1 4 16 64 0] [--steps N | --minutes M] [--preset small]
 
-Block size 0 is the whole window. Every size is trained alike (`--causal-share 0`: no other windows beside), for equal
-steps or equal minutes, then scored on `val` (`--causal-start 0.5`: all sizes but 1 learn next tokens for the first half of
-it, as 1 does for the whole; blocks shorter than the window see all mask rates from the start):
+Block size 0 is the whole window, learnt as the preset says; block size 1 is next tokens. Blocks between learn next tokens
+for the first `--causal-start` of the run and then weigh them by `--causal-share`; they see all mask rates from the start.
+All have equal minutes or equal steps and are then scored on `val`:
 
 NELBO        upper bound on decoding a block's tokens one by one in random order, so up to k passes for k tokens
-next tokens  exact code length of block size 1, also on the fewer tokens that the chains are scored on
+next tokens  exact code length from left to right, of every size that learnt them; also on the fewer tokens that the
+             chains are scored on
 m at once    exact code length when m neighbours are decoded in a pass, from left to right, each by its own marginal;
              m = k decodes a block in a single pass
 
@@ -37,9 +38,10 @@ from mezzotint.train import load_run, train
 def figures(model: Model, windows: Any, size: int, args: argparse.Namespace) -> Iterator[tuple[str, float, Any]]:
     """(name, tokens decoded per forward pass, function that gives the Estimate) of one trained model."""
     length = model.config.sequence_length
-    if size == 1:
+    if model.learnt_next_tokens:
         yield "next tokens", 1, lambda: causal(model, windows, tokens=args.tokens)
         yield "next tokens, where chains are", 1, lambda: causal(model, windows, tokens=args.chain_tokens)
+    if size == 1:
         return
     words = {"tokens": args.tokens, "repeats": args.repeats, "seed": args.seed}
     yield "NELBO", 1, lambda: nelbo(model, windows, block_size=size % length, **words)
@@ -58,10 +60,11 @@ def configs(data: Dataset, size: int, args: argparse.Namespace) -> tuple[ModelCo
     model = dataclasses.replace(chosen.model, vocab_size=data.tokenizer.vocab_size, **trunk)
     more = {k: getattr(args, k) for k in ("batch", "weighting") if getattr(args, k)}
     learnt = 0 if size >= model.sequence_length else size
-    more |= {"block_size": learnt, "causal_share": args.causal_share, "seed": args.seed, "compile": args.compile}
-    more |= {"causal_start": args.causal_start if learnt != 1 else 0.0}
-    if learnt:  # a narrowed range of mask rates would leave out the whole blocks that each begins as
-        more |= {"narrow_share": 0.0}
+    more |= {"block_size": learnt, "seed": args.seed, "compile": args.compile}
+    if learnt == 1:
+        more |= {"causal_share": 1.0}
+    elif learnt:  # a narrowed range of mask rates would leave out the whole blocks that each begins as
+        more |= {"causal_share": args.causal_share, "causal_start": args.causal_start, "narrow_share": 0.0}
     return model, dataclasses.replace(chosen.train, steps=args.steps, minutes=args.minutes, **more)
 
 
@@ -119,9 +122,9 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--weighting", choices=("nelbo", "reference"), help="[the preset's]")
-    parser.add_argument("--causal-share", type=float, default=0.0)
+    parser.add_argument("--causal-share", type=float, default=0.5, help="weight of next tokens beside blocks [0.5]")
     parser.add_argument(
-        "--causal-start", type=float, default=0.0, help="share of the run that learns next tokens first"
+        "--causal-start", type=float, default=0.5, help="share of a run with blocks that learns next tokens alone [0.5]"
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--tokens", type=int, default=32_768, help="validation tokens to score")

@@ -180,11 +180,15 @@ def test_draw_of_a_step_in_blocks():
 
 
 @pytest.mark.parametrize("weighting", ["nelbo", "reference"])
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_gradient_of_blocks_is_that_of_the_stated_loss(data, model, share, weighting):
-    """The step's gradient against the loss written out block by block, each on a canvas of its own."""
+def test_gradient_of_blocks_is_that_of_the_stated_loss(data, model, share, shifted, weighting):
+    """The step's gradient against the loss written out block by block, each on a canvas of its own.
+
+    A model with shifted outputs learns all windows both ways.
+    """
     torch.manual_seed(0)
-    net = Denoiser(dataclasses.replace(model, neighbour_reach=2))
+    net = Denoiser(dataclasses.replace(model, neighbour_reach=2, shifted_output=shifted))
     with torch.no_grad():
         net.neighbour_taps.normal_(0, 0.3)
     config = dataclasses.replace(QUICK, causal_share=share, block_size=6, weighting=weighting, micro_batch=1)
@@ -194,13 +198,15 @@ def test_gradient_of_blocks_is_that_of_the_stated_loss(data, model, share, weigh
     got = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     net.zero_grad()
     ids = torch.from_numpy(loader.batch(3))
-    draw = draw_step(config, 3, ids, model.mask_id)
+    draw = draw_step(config, 3, ids, model.mask_id, causal_share=0.0 if shifted else None)
     masked_tokens = int(draw.masked[~draw.causal].sum())
     expected, bounds = torch.zeros(()), []
     for row in range(4):
+        if draw.causal[row] or (shifted and share):
+            read = torch.nn.functional.pad(ids[row : row + 1, :-1], (1, 0), value=model.mask_id)
+            logp = net(read, visibility="causal")[0].log_softmax(-1)
+            expected = expected - (share if shifted else 1) * logp[range(16), ids[row]].sum() / 64
         if draw.causal[row]:
-            logp = net(draw.corrupted[row : row + 1], visibility="causal")[0].log_softmax(-1)
-            expected = expected - logp[range(16), ids[row]].sum() / 64
             continue
         bounds.append(0.0)
         for start in range(0, 16, 6):
@@ -209,7 +215,10 @@ def test_gradient_of_blocks_is_that_of_the_stated_loss(data, model, share, weigh
             hidden = [i for i in range(start, len(canvas)) if draw.masked[row, i]]
             nll = -sum(logp[i, ids[row, i]] for i in hidden)
             bounds[-1] += float(nll.detach()) * (len(canvas) - start) / len(hidden)
-            weight = (len(canvas) - start) / len(hidden) / 64 if weighting == "nelbo" else (1 - share) / masked_tokens
+            if weighting == "nelbo":  # a mean over all windows, whichever way they are learnt
+                weight = (1 - share if shifted else 1) * (len(canvas) - start) / len(hidden) / 64
+            else:
+                weight = (1 - share) / masked_tokens
             expected = expected + weight * nll
     expected.backward()
     torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in net.parameters()]), atol=1e-6, rtol=1e-4)

@@ -107,7 +107,9 @@ class TrainConfig:
         "training loss: the NELBO, or the reference's mean over all masked tokens (which weights windows by t)",
         ("nelbo", "reference"),
     )
-    causal_share: float = _option(0.0, "share of the windows learnt left to right, as next tokens, by the same weights")
+    causal_share: float = _option(
+        0.0, "share of the windows (or of the loss, where blocks teach both) learnt left to right, as next tokens"
+    )
     causal_start: float = _option(0.0, "share of the run, at its start, that learns all windows left to right")
     block_size: int = _option(
         0, "tokens of the blocks denoised one after another, given those before (0: whole windows; 1: next tokens only)"

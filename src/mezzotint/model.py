@@ -92,13 +92,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 
 def attend_doubled(q: Tensor, k: Tensor, v: Tensor, size: int, clean: Tensor, noisy: Tensor) -> Tensor:
-    """Attention over a doubled window [noisy | clean]. q: [B, H, 2T, D], or the noisy half of it; k, v: [B, H_kv, 2T,
-    D]; returns as q.
+    """Attention over a doubled window [noisy | clean]. q: [B, H, N + T, D], or the noisy part of it; k, v: [B, H_kv,
+    N + T, D]; returns as q.
 
-    clean: [T, T], the clean half's mask. noisy: [T, 2T], the noisy half's: its own noisy block, and the clean ones
-    before. Written out, a noisy query meets the T clean keys and the `size` noisy ones of its own block only.
+    clean: [T, T], the clean part's mask. noisy: [N, N + T], the noisy part's: its own group of `size` noisy inputs, and
+    the clean ones before. Written out, a noisy query meets the T clean keys and the `size` noisy ones of its own group
+    only.
     """
-    length = k.shape[2] // 2
+    length = noisy.shape[0]
     if q.shape[2] > length:
         tidy = attend(q[:, :, length:], k[:, :, length:], v[:, :, length:], clean)
         return torch.cat((attend_doubled(q[:, :, :length], k, v, size, clean, noisy), tidy), dim=2)
@@ -107,45 +108,36 @@ def attend_doubled(q: Tensor, k: Tensor, v: Tensor, size: int, clean: Tensor, no
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     q = q * q.shape[-1] ** -0.5
-    blocks = -(-length // size)
+    groups = -(-length // size)
 
     def cut(x: Tensor) -> Tensor:
-        """[B, H, T, ...] -> [B, H, blocks, size, ...], the last block filled up with zeros."""
-        return F.pad(x, (0, 0, 0, blocks * size - length)).unflatten(2, (blocks, size))
+        """[B, H, N, ...] -> [B, H, groups, size, ...], the last group filled up with zeros."""
+        return F.pad(x, (0, 0, 0, groups * size - length)).unflatten(2, (groups, size))
 
     far = (q @ k[:, :, length:].transpose(-1, -2)).float() + noisy[:, length:]
     near = (cut(q) @ cut(k[:, :, :length]).transpose(-1, -2)).float()
-    if length % size:  # keys that fill up the last block are nobody's
-        there = torch.arange(blocks * size, device=q.device).view(blocks, 1, size) < length
+    if length % size:  # keys that fill up the last group are nobody's
+        there = torch.arange(groups * size, device=q.device).view(groups, 1, size) < length
         near = near.masked_fill(~there, -torch.inf)
     weights = torch.cat((far, near.flatten(2, 3)[:, :, :length]), dim=-1).softmax(-1).to(v.dtype)
-    own = (cut(weights[..., length:]) @ cut(v[:, :, :length])).flatten(2, 3)[:, :, :length]
-    return weights[..., :length] @ v[:, :, length:] + own
+    far, near = weights.split((far.shape[-1], size), dim=-1)
+    own = (cut(near) @ cut(v[:, :, :length])).flatten(2, 3)[:, :, :length]
+    return far @ v[:, :, length:] + own
 
 
-def mix_neighbours(x: Tensor, taps: Tensor, size: int, start: int = 0, earlier: Tensor | None = None) -> Tensor:
-    """Depthwise convolution over positions that respects block visibility. x: [B, T, W]; taps: [2r + 1, W].
+def mix_neighbours(x: Tensor, taps: Tensor, causal: bool = False, before: Tensor | None = None) -> Tensor:
+    """Depthwise convolution over positions. x: [..., T, W]; taps: [2r + 1, W]; before: [..., r, W], left of x (or 0).
 
-    Tap r + d reads the neighbour d to the right. Beyond x there is nothing; beyond the own block, nothing to the
-    right. start: position of x's first column in its window. earlier: [B, T, W], stands in for x in the blocks before
-    a position's own.
+    Tap r + d reads the neighbour d to the right, of which there is none right of x, or with `causal` at all.
     """
-    length, reach = x.shape[1], taps.shape[0] // 2
-    padded = F.pad(x, (0, 0, reach, reach))
-    before = padded if earlier is None else F.pad(earlier, (0, 0, reach, reach))
-    within = (torch.arange(length, device=x.device) + start) % size
+    length, reach = x.shape[-2], taps.shape[0] // 2
+    padded = (
+        F.pad(x, (0, 0, reach, reach)) if before is None else F.pad(torch.cat((before, x), dim=-2), (0, 0, 0, reach))
+    )
     mixed = torch.zeros_like(x)
-    for offset in range(-reach, reach + 1):
-        if offset > 0 and size == 1:
-            break
-        tap = taps[reach + offset].to(x.dtype)
-        here = slice(reach + offset, reach + offset + length)
-        neighbour = padded[:, here]
-        if offset > 0 and size < start + length:
-            neighbour = neighbour * (within + offset < size)[:, None].to(x.dtype)
-        elif offset < 0 and earlier is not None:
-            neighbour = torch.where((within + offset >= 0)[:, None], neighbour, before[:, here])
-        mixed = mixed + neighbour * tap
+    for offset in range(-reach, 1 if causal else reach + 1):
+        start = reach + offset
+        mixed = mixed + padded[..., start : start + length, :] * taps[start].to(x.dtype)
     return mixed
 
 
@@ -337,25 +329,34 @@ class Denoiser(nn.Module):
             hidden = hidden[positions]
         return self.logits(hidden)
 
-    def _shifts(self, length: int, visibility: str) -> bool:
-        """Whether a whole window of `length` is read behind a MASK, see `hidden`."""
-        return self.config.shifted_output and visibility == "full" and length > 1
+    def lead(self, size: int) -> int:
+        """Inputs that a block of `size` positions reads before its own: 1 with `shifted_output`, see `hidden_blocks`."""
+        return int(self.config.shifted_output and size > 1)
 
-    def tables(self, length: int, visibility: str, doubled: bool = False) -> Tables:
-        """What `hidden`, or with `doubled` `hidden_blocks`, needs for windows of `length` tokens."""
+    def tables(self, length: int, visibility: str) -> Tables:
+        """What `hidden`, or for blocks shorter than the window `hidden_blocks`, needs for a window of `length`."""
         size = block_size(visibility, length)
-        if self._shifts(length, visibility):
-            length = size = length + 1
         weight = self.embedding.weight
-        cos, sin = self.rotary(length, weight.device, weight.dtype)
-        if size >= length:
-            return Tables(cos, sin, None)
+        if 1 < size < length:
+            return self._block_tables(length, size)
+        if size > 1:
+            return Tables(*self.rotary(length + self.lead(size), weight.device, weight.dtype), None)
         place = torch.arange(length, device=weight.device)
-        upto = block_mask(place, place, size)
-        if not doubled:
-            return Tables(cos, sin, visible(upto))
-        own = upto & upto.T
-        return Tables(cos, sin, visible(upto), visible(torch.cat((own, upto & ~own), dim=1)))
+        mask = visible(block_mask(place, place, 1)) if length > 1 else None
+        return Tables(*self.rotary(length, weight.device, weight.dtype), mask)
+
+    def _block_tables(self, length: int, size: int) -> Tables:
+        """Tables of the doubled window, cos and sin for both parts of it."""
+        weight, lead = self.embedding.weight, self.lead(size)
+        blocks = -(-length // size)
+        n = torch.arange(length + blocks * lead, device=weight.device)
+        group = n // (size + lead)
+        place = torch.arange(length, device=weight.device)
+        cos, sin = self.rotary(length + lead, weight.device, weight.dtype)
+        positions = torch.cat((n - group * lead, place))
+        before = place < group[:, None] * size
+        noisy = torch.cat((group[:, None] == group, before), dim=1)
+        return Tables(cos[positions], sin[positions], visible(block_mask(place, place, 1)), visible(noisy))
 
     def hidden(self, ids: Tensor, visibility: str = "full", tables: Tables | None = None) -> Tensor:
         """The normalised last hidden state, [B, T, W]. tables: `tables(T, visibility)`, made here where not given.
@@ -365,56 +366,102 @@ class Denoiser(nn.Module):
         is read in the same way, so that both kinds of windows teach one another (the shift operation of Gong et al.
         2025, "Scaling diffusion language models via adaptation from autoregressive models", section 3.2).
 
-        Under `block(k)` a token is predicted at its own position.
+        Under `block(k)` every block sees itself as it stands and the ones before it, read from left to right: this is
+        `hidden_blocks` of `ids` and `ids`. Blocks no shorter than the window are full visibility.
         """
-        wanted = length = ids.shape[1]
+        length = ids.shape[1]
         size = block_size(visibility, length)
+        if 1 < size < length:
+            return self.hidden_blocks(ids, ids, size, tables)
         tables = tables or self.tables(length, visibility)
-        if self._shifts(length, visibility):
+        if self.lead(size):
             ids = F.pad(ids, (1, 0), value=self.config.mask_id)
-            length = size = length + 1
-        see = partial(attend, mask=tables.mask, causal=size == 1 and length > 1)
-        return self._layers(self.embed(ids, size), ids, tables.cos, tables.sin, lambda layer: see, wanted)
+        see = partial(attend, mask=tables.mask, causal=tables.mask is not None)
+        return self._layers(self.embed(ids, size == 1), ids, tables.cos, tables.sin, lambda layer: see, length)
 
-    def hidden_blocks(self, noisy: Tensor, clean: Tensor, size: int, tables: Tables | None = None) -> Tensor:
+    def hidden_blocks(
+        self, noisy: Tensor, clean: Tensor, size: int, tables: Tables | None = None, next_tokens: bool = False
+    ) -> Tensor:
         """All blocks of a window at once, each denoised given the clean ones before it: hidden states [B, T, W].
 
         noisy, clean: int64 [B, T], the same window with and without MASK. In block b (`size` positions, the last one
         perhaps fewer) the result is that of `hidden` under `block(size)` on [clean blocks < b, noisy block b]. One
-        pass over the doubled window [noisy | clean] (Arriola et al. 2025, "Block diffusion", section 3.2).
+        pass over the doubled window [noisy | clean] (Arriola et al. 2025, "Block diffusion", section 3.2), whose clean
+        part is read from left to right.
+
+        With `shifted_output` token i is predicted by the state at the input before it, here too: a block of k positions
+        reads k + 1 inputs, the token before it and its own, and the clean part is a causal window, shifted right behind
+        a MASK. next_tokens: return that window's states too, [2B, T, W]: first the blocks, then the next tokens.
         """
         length = noisy.shape[1]
+        lead = self.lead(size)
+        assert lead or not next_tokens
         if size >= length:
-            return self.hidden(noisy, f"block({size})", tables)
-        tables = tables or self.tables(length, f"block({size})", doubled=True)
+            return self.hidden(noisy, "full", tables)
+        tables = tables or self._block_tables(length, size)
         assert tables.mask is not None and tables.noisy is not None
-        see = partial(attend_doubled, size=size, clean=tables.mask, noisy=tables.noisy)
-        place = torch.arange(length, device=noisy.device)
-        ids = torch.cat((noisy, clean), dim=1)
-        x = self.embedding(ids)
-        if self.bigram is not None:
-            before = previous_ids(clean)
-            first = torch.where(place % size == 0, before, previous_ids(noisy))
-            x = x + self.bigram(ids, torch.cat((first, before), dim=1))
-        if self.neighbour_taps is not None:
-            a, b = x.split(length, dim=1)
-            mixed = (
-                mix_neighbours(a, self.neighbour_taps, size, earlier=b),
-                mix_neighbours(b, self.neighbour_taps, size),
-            )
-            x = x + torch.cat(mixed, dim=1)
-        x = F.rms_norm(x, (self.config.width,))
-        cos, sin = (torch.cat((t, t)) for t in (tables.cos, tables.sin))
-        return self._layers(x, ids, cos, sin, lambda layer: see, length)
+        see = partial(attend_doubled, size=size + lead, clean=tables.mask, noisy=tables.noisy)
+        read = F.pad(clean[:, :-1], (1, 0), value=self.config.mask_id) if lead else clean
+        ids, x = self.embed_blocks(noisy, read, size)
+        wanted = ids.shape[1]
+        x = torch.cat((x, self.embed(read, causal=True)), dim=1)
+        ids = torch.cat((ids, read), dim=1)
+        hidden = self._layers(x, ids, tables.cos, tables.sin, lambda layer: see, None if next_tokens else wanted)
+        denoised = self.ungroup(hidden[:, :wanted], size, length)
+        return torch.cat((denoised, hidden[:, wanted:])) if next_tokens else denoised
 
-    def embed(self, ids: Tensor, size: int, start: int = 0) -> Tensor:
-        """What enters the first layer, [B, T, W], of ids at positions `start` on of a window in blocks of `size`."""
-        x = self.embedding(ids)
-        if self.bigram is not None:
-            x = x + self.bigram(ids, previous_ids(ids))
+    def embed(self, ids: Tensor, causal: bool) -> Tensor:
+        """What enters the first layer, [B, T, W]."""
+        x = self._embedded(ids, previous_ids(ids))
         if self.neighbour_taps is not None:
-            x = x + mix_neighbours(x, self.neighbour_taps, size, start)
+            x = x + mix_neighbours(x, self.neighbour_taps, causal)
         return F.rms_norm(x, (self.config.width,))
+
+    def _embedded(self, ids: Tensor, previous: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        return x if self.bigram is None else x + self.bigram(ids, previous)
+
+    def embed_blocks(self, noisy: Tensor, read: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """What the blocks of `noisy` read: ids [B, N], and what enters the first layer, [B, N, W].
+
+        noisy: int64 [B, T]. read: int64 [B, c + T], the clean inputs at the T positions and c before them. N is T, and
+        with `shifted_output` one more for each block.
+        """
+        length = noisy.shape[1]
+        context, blocks = read.shape[1] - length, -(-length // size)
+        lead = self.lead(size)
+        total = length + blocks * lead
+
+        def first(x: Tensor) -> Tensor:
+            """Of [B, >= c + T, ...] those at the first position of each block."""
+            return x[:, context : context + (blocks - 1) * size + 1 : size]
+
+        def cut(x: Tensor, size: int) -> Tensor:
+            """[B, n, ...] -> [B, blocks, size, ...], the last block filled up with zeros."""
+            pads = (0, 0) * (x.dim() - 2) + (0, blocks * size - x.shape[1])
+            return F.pad(x, pads).unflatten(1, (blocks, size))
+
+        ids = cut(noisy, size)
+        if lead:
+            ids = torch.cat((first(read)[:, :, None], ids), dim=2)
+        previous = torch.cat((first(previous_ids(read))[:, :, None], ids[:, :, :-1]), dim=2)
+        ids, previous = ids.flatten(1)[:, :total], previous.flatten(1)[:, :total]
+        x = self._embedded(ids, previous)
+        if self.neighbour_taps is not None:
+            reach = self.config.neighbour_reach
+            earlier = F.pad(self._embedded(read, previous_ids(read)), (0, 0, reach, 0))
+            before = torch.stack([first(earlier[:, i:]) for i in range(reach)], dim=2)
+            mixed = mix_neighbours(cut(x, size + lead), self.neighbour_taps, before=before)
+            x = x + mixed.flatten(1, 2)[:, :total]
+        return ids, F.rms_norm(x, (self.config.width,))
+
+    def ungroup(self, hidden: Tensor, size: int, length: int) -> Tensor:
+        """States of the inputs of `embed_blocks` -> those that predict its T tokens. [B, N, W] -> [B, T, W]."""
+        if not self.lead(size):
+            return hidden
+        blocks = -(-length // size)
+        filled = F.pad(hidden, (0, 0, 0, blocks * (size + 1) - hidden.shape[1]))
+        return filled.unflatten(1, (blocks, size + 1))[:, :, :size].flatten(1, 2)[:, :length]
 
     def _layers(
         self, x: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, see: Callable[[int], See], wanted: int | None = None
@@ -448,7 +495,8 @@ class Cache:
     """A denoiser under block visibility, the newest positions at a time: keys and values of finished blocks are kept.
 
     `hidden` gives `Denoiser.hidden(..., visibility="block(size)")` at the newest positions, up to rounding, for the
-    cost of these positions. Holds 2 * layers * rows * length * kv_heads * head_width floats.
+    cost of these positions. Finished blocks are read from left to right, so what is kept of them is the same for any
+    size. Holds 2 * layers * rows * length * kv_heads * head_width floats.
     """
 
     def __init__(self, network: Denoiser, rows: int, length: int) -> None:
@@ -459,7 +507,7 @@ class Cache:
         self.values = torch.zeros_like(self.keys)
         self.ids = torch.zeros(rows, length, dtype=torch.int64, device=like.device)
         self.kept = [0] * rows
-        self.cos, self.sin = network.rotary(length, like.device, like.dtype)
+        self.cos, self.sin = network.rotary(length + 1, like.device, like.dtype)
 
     @torch.inference_mode()
     def hidden(self, ids: Tensor, size: int, keep: int, rows: list[int] | None = None) -> Tensor:
@@ -475,24 +523,43 @@ class Cache:
         assert all(self.kept[r] == at for r in numbers)
         # A view, where all rows are meant: no copy of what is kept.
         which: Any = slice(None) if rows is None else torch.tensor(rows, device=ids.device)
-        stop = at + n
-        self.ids[which, at:stop] = ids
+        self.ids[which, at : at + n] = ids
+        lead, blocks = net.lead(size), -(-n // size)
+        # Positions read from left to right: those to keep, and those that later blocks here look back on.
+        clean = n if size == 1 else max(keep, (blocks - 1) * size)
+        stop = at + clean
         # What the embedding of these positions looks back on.
-        lead = min(at, net.config.neighbour_reach + 1)
-        x = net.embed(self.ids[which, at - lead : stop], size, at - lead)[:, lead:]
-        place = torch.arange(stop, device=ids.device)
-        # Where all are of one block they see everything up to its end.
-        mask = None if (stop - 1) // size == at // size else visible(block_mask(place[at:], place, size))
+        context = min(at, net.config.neighbour_reach + 1)
+        read = F.pad(self.ids[which, : at + n], (lead, 0), value=net.config.mask_id)[:, at - context : at + n]
+        x = net.embed(read[:, : context + clean], True)[:, context:]
+        read_ids = read[:, context : context + clean]
+        place = torch.arange(at + n, device=ids.device)
+        mask = block_mask(place[at:stop], place[:stop], 1)
+        positions = place[at:stop]
+        wanted = 0
+        if size > 1:
+            grouped, noisy = net.embed_blocks(ids, read, size)
+            wanted = grouped.shape[1]
+            x, read_ids = torch.cat((noisy, x), dim=1), torch.cat((grouped, read_ids), dim=1)
+            number = torch.arange(wanted, device=ids.device)
+            group = number // (size + lead)
+            positions = torch.cat((at + number - group * lead, positions))
+            before = place[:stop] < at + group[:, None] * size
+            mask = torch.cat((torch.cat((before, group[:, None] == group), dim=1), F.pad(mask, (0, wanted))))
+        seen = visible(mask)
 
         def see(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[layer, which, :, at:stop] = k
-            self.values[layer, which, :, at:stop] = v
-            return attend(q, self.keys[layer, which, :, :stop], self.values[layer, which, :, :stop], mask)
+            self.keys[layer, which, :, at:stop] = k[:, :, wanted:]
+            self.values[layer, which, :, at:stop] = v[:, :, wanted:]
+            k = torch.cat((self.keys[layer, which, :, :stop], k[:, :, :wanted]), dim=2)
+            v = torch.cat((self.values[layer, which, :, :stop], v[:, :, :wanted]), dim=2)
+            return attend(q, k, v, seen[: q.shape[2]])
 
-        hidden = net._layers(x, ids, self.cos[at:stop], self.sin[at:stop], lambda layer: partial(see, layer))
+        cos, sin = self.cos[positions], self.sin[positions]
+        hidden = net._layers(x, read_ids, cos, sin, lambda layer: partial(see, layer), wanted or None)
         for r in numbers:
             self.kept[r] += keep
-        return hidden
+        return net.ungroup(hidden, size, n) if wanted else hidden
 
 
 @dataclass

@@ -158,7 +158,7 @@ class MaskedLoss(nn.Module):
     """Denoiser and cross-entropy in one module: (corrupted, ids, masked) -> NLL [B, T] in nats, zero where not masked.
 
     Only masked positions go through the output layer. Under `block(k)` all blocks are denoised at once, each given the
-    clean ones before it.
+    clean ones before it; with `next_tokens` also gives the NLL of all next tokens, behind the others: [2B, T].
     """
 
     def __init__(self, network: Denoiser, compiled: bool) -> None:
@@ -175,15 +175,19 @@ class MaskedLoss(nn.Module):
     def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return token_nll(self.network.logits(hidden), targets)
 
-    def forward(self, corrupted: Tensor, ids: Tensor, masked: Tensor, visibility: str) -> Tensor:
-        doubled = visibility not in ("full", "causal")
+    def forward(
+        self, corrupted: Tensor, ids: Tensor, masked: Tensor, visibility: str, next_tokens: bool = False
+    ) -> Tensor:
         shape = (ids.shape[1], visibility)
         if shape not in self.tables:
-            self.tables[shape] = self.network.tables(*shape, doubled=doubled)
-        if doubled:
-            hidden = self.blocks(corrupted, ids, block_size(visibility, ids.shape[1]), self.tables[shape])
-        else:
+            self.tables[shape] = self.network.tables(*shape)
+        if visibility in ("full", "causal"):
             hidden = self.hidden(corrupted, visibility, self.tables[shape])
+        else:
+            size = block_size(visibility, ids.shape[1])
+            hidden = self.blocks(corrupted, ids, size, self.tables[shape], next_tokens)
+        if next_tokens:
+            ids, masked = torch.cat((ids, ids)), torch.cat((masked, torch.ones_like(masked)))
         return in_place(self.nll(hidden[masked], ids[masked]), masked)
 
 
@@ -307,7 +311,8 @@ class Trainer:
 
         progress: 0..1 of the run, which decides on the length of windows and the range of mask rates. The NELBO is
         that of the masked windows, or the causal code length where all windows are causal; over a narrowed range of
-        mask rates it is a mean cross-entropy and no bound.
+        mask rates it is a mean cross-entropy and no bound. Windows in blocks of a model with `shifted_output` are
+        learnt both ways, with the causal share as the weight of their next tokens; other windows in one way each.
         """
         config = self.config
         if progress < config.short_share:
@@ -316,16 +321,14 @@ class Trainer:
         batch, length = self.world * len(windows), windows.shape[1]
         all_ids = torch.zeros(batch, length, dtype=torch.int64)
         all_ids[mine] = torch.from_numpy(windows)
-        draw = draw_step(
-            config,
-            step,
-            all_ids,
-            self.network.config.mask_id,
-            self.mask_rates(progress),
-            self.causal_share(progress),
-        )
+        share = self.causal_share(progress)
+        # The clean part of a window in blocks is a causal window as it stands: it teaches its share at no pass of its own.
+        both = 1 < config.block_size < length and 0 < share < 1 and self.network.config.shifted_output
+        rates, mask_id = self.mask_rates(progress), self.network.config.mask_id
+        draw = draw_step(config, step, all_ids, mask_id, rates, 0.0 if both else share)
         visibility = f"block({draw.size})" if draw.size else "full"
-        share = float(draw.causal.double().mean())
+        if not both:
+            share = float(draw.causal.double().mean())
         masked_windows = int((~draw.causal).sum())
         masked_tokens = int(draw.counts[~draw.causal].sum())
         micro = config.micro_batch or len(windows)
@@ -342,12 +345,15 @@ class Trainer:
                 inputs = (t.pin_memory() for t in inputs)
             corrupted, ids, masked, k = (t.to(self.device, non_blocking=True) for t in inputs)
             with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                nll = self.loss(corrupted, ids, masked, "causal" if causal else visibility).float()
+                nll = self.loss(corrupted, ids, masked, "causal" if causal else visibility, both).float()
+                nll, next_tokens = nll.split(len(ids)) if both else (nll, nll)
                 if causal:
                     loss = nll.sum() / (batch * length)
                 else:
                     totals = (masked_windows, masked_tokens, draw.size)
                     loss = (1 - share) * training_loss(nll, k, config.weighting, *totals)
+                if both:
+                    loss = loss + share * next_tokens.sum() / (batch * length)
                 # DistributedDataParallel averages gradients over processes; shares are meant to be summed.
                 (loss * self.world).backward()
             figures[0] += loss.detach().double().cpu()
