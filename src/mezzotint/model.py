@@ -131,9 +131,9 @@ def mix_neighbours(x: Tensor, taps: Tensor, causal: bool = False, before: Tensor
     Tap r + d reads the neighbour d to the right, of which there is none right of x, or with `causal` at all.
     """
     length, reach = x.shape[-2], taps.shape[0] // 2
-    padded = (
-        F.pad(x, (0, 0, reach, reach)) if before is None else F.pad(torch.cat((before, x), dim=-2), (0, 0, 0, reach))
-    )
+    padded = F.pad(x, (0, 0, reach, reach))
+    if before is not None:
+        padded = torch.cat((before, padded[..., reach:, :]), dim=-2)
     mixed = torch.zeros_like(x)
     for offset in range(-reach, 1 if causal else reach + 1):
         start = reach + offset
@@ -347,16 +347,23 @@ class Denoiser(nn.Module):
 
     def _block_tables(self, length: int, size: int) -> Tables:
         """Tables of the doubled window, cos and sin for both parts of it."""
-        weight, lead = self.embedding.weight, self.lead(size)
-        blocks = -(-length // size)
-        n = torch.arange(length + blocks * lead, device=weight.device)
-        group = n // (size + lead)
+        weight = self.embedding.weight
+        block, noisy_place = self.block_inputs(length, size)
         place = torch.arange(length, device=weight.device)
-        cos, sin = self.rotary(length + lead, weight.device, weight.dtype)
-        positions = torch.cat((n - group * lead, place))
-        before = place < group[:, None] * size
-        noisy = torch.cat((group[:, None] == group, before), dim=1)
-        return Tables(cos[positions], sin[positions], visible(block_mask(place, place, 1)), visible(noisy))
+        cos, sin = self.rotary(length + 1, weight.device, weight.dtype)
+        places = torch.cat((noisy_place, place))
+        noisy = torch.cat((block[:, None] == block, place < block[:, None] * size), dim=1)
+        return Tables(cos[places], sin[places], visible(block_mask(place, place, 1)), visible(noisy))
+
+    def block_inputs(self, length: int, size: int) -> tuple[Tensor, Tensor]:
+        """Number of the block, and place, of each input that the blocks of `length` positions read: int64 [N], [N].
+
+        N is `length`, and with `shifted_output` one more for each block. Places are those of a causal window's inputs.
+        """
+        lead, blocks = self.lead(size), -(-length // size)
+        number = torch.arange(length + blocks * lead, device=self.embedding.weight.device)
+        block = number // (size + lead)
+        return block, number - block * lead
 
     def hidden(self, ids: Tensor, visibility: str = "full", tables: Tables | None = None) -> Tensor:
         """The normalised last hidden state, [B, T, W]. tables: `tables(T, visibility)`, made here where not given.
@@ -424,8 +431,8 @@ class Denoiser(nn.Module):
     def embed_blocks(self, noisy: Tensor, read: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """What the blocks of `noisy` read: ids [B, N], and what enters the first layer, [B, N, W].
 
-        noisy: int64 [B, T]. read: int64 [B, c + T], the clean inputs at the T positions and c before them. N is T, and
-        with `shifted_output` one more for each block.
+        noisy: int64 [B, T]. read: int64 [B, c + T], the clean inputs at the T positions and c before them. N: see
+        `block_inputs`.
         """
         length = noisy.shape[1]
         context, blocks = read.shape[1] - length, -(-length // size)
@@ -524,42 +531,44 @@ class Cache:
         # A view, where all rows are meant: no copy of what is kept.
         which: Any = slice(None) if rows is None else torch.tensor(rows, device=ids.device)
         self.ids[which, at : at + n] = ids
-        lead, blocks = net.lead(size), -(-n // size)
         # Positions read from left to right: those to keep, and those that later blocks here look back on.
-        clean = n if size == 1 else max(keep, (blocks - 1) * size)
+        clean = n if size == 1 else max(keep, (n - 1) // size * size)
         stop = at + clean
         # What the embedding of these positions looks back on.
         context = min(at, net.config.neighbour_reach + 1)
-        read = F.pad(self.ids[which, : at + n], (lead, 0), value=net.config.mask_id)[:, at - context : at + n]
-        x = net.embed(read[:, : context + clean], True)[:, context:]
-        read_ids = read[:, context : context + clean]
-        place = torch.arange(at + n, device=ids.device)
-        mask = block_mask(place[at:stop], place[:stop], 1)
-        positions = place[at:stop]
-        wanted = 0
+        lead = net.lead(size)
+        first = at - context - lead  # -1 is the MASK before the window
+        read = self.ids[which, max(first, 0) : at + n - lead]
+        read = F.pad(read, (max(-first, 0), 0), value=net.config.mask_id)
+        x = net.embed(read[:, : context + clean], causal=True)[:, context:]
+        inputs = read[:, context : context + clean]
+        place = torch.arange(stop, device=ids.device)
+        places = place[at:]
+        mask = block_mask(places, place, 1)
+        noisy = 0
         if size > 1:
-            grouped, noisy = net.embed_blocks(ids, read, size)
-            wanted = grouped.shape[1]
-            x, read_ids = torch.cat((noisy, x), dim=1), torch.cat((grouped, read_ids), dim=1)
-            number = torch.arange(wanted, device=ids.device)
-            group = number // (size + lead)
-            positions = torch.cat((at + number - group * lead, positions))
-            before = place[:stop] < at + group[:, None] * size
-            mask = torch.cat((torch.cat((before, group[:, None] == group), dim=1), F.pad(mask, (0, wanted))))
-        seen = visible(mask)
+            grouped, embedded = net.embed_blocks(ids, read, size)
+            block, noisy_places = net.block_inputs(n, size)
+            x, inputs = torch.cat((embedded, x), dim=1), torch.cat((grouped, inputs), dim=1)
+            places = torch.cat((at + noisy_places, places))
+            noisy = len(block)
+            own = torch.cat((place < at + block[:, None] * size, block[:, None] == block), dim=1)
+            mask = torch.cat((own, F.pad(mask, (0, noisy))))
+        seen = None if bool(mask.all()) else visible(mask)
 
         def see(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[layer, which, :, at:stop] = k[:, :, wanted:]
-            self.values[layer, which, :, at:stop] = v[:, :, wanted:]
-            k = torch.cat((self.keys[layer, which, :, :stop], k[:, :, :wanted]), dim=2)
-            v = torch.cat((self.values[layer, which, :, :stop], v[:, :, :wanted]), dim=2)
-            return attend(q, k, v, seen[: q.shape[2]])
+            self.keys[layer, which, :, at:stop] = k[:, :, noisy:]
+            self.values[layer, which, :, at:stop] = v[:, :, noisy:]
+            keys, values = self.keys[layer, which, :, :stop], self.values[layer, which, :, :stop]
+            if noisy:
+                keys, values = torch.cat((keys, k[:, :, :noisy]), dim=2), torch.cat((values, v[:, :, :noisy]), dim=2)
+            return attend(q, keys, values, None if seen is None else seen[: q.shape[2]])
 
-        cos, sin = self.cos[positions], self.sin[positions]
-        hidden = net._layers(x, read_ids, cos, sin, lambda layer: partial(see, layer), wanted or None)
+        cos, sin = self.cos[places], self.sin[places]
+        hidden = net._layers(x, inputs, cos, sin, lambda layer: partial(see, layer), noisy or None)
         for r in numbers:
             self.kept[r] += keep
-        return net.ungroup(hidden, size, n) if wanted else hidden
+        return net.ungroup(hidden, size, n)
 
 
 @dataclass

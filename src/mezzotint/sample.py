@@ -432,7 +432,7 @@ def denoise(
     length = ids.shape[1]
     if visibility is None:
         learnt = trained_block_size(model.info) if options.sampler == "blocks" else 0
-        visibility = f"block({learnt})" if 0 < learnt < model.config.sequence_length else "full"
+        visibility = f"block({learnt})" if learnt else "full"
     size = block_size(visibility, length)
     at_once = max(1, TOKENS_PER_FORWARD // max(1, length))
     keep = options.sampler == "blocks" and size < length
