@@ -3,8 +3,8 @@
     python benchmarks/block_sizes.py DATA --out DIR [--sizes 1 4 16 64 0] [--steps N | --minutes M] [--preset small]
 
 Block size 0 is the whole window, learnt as the preset says; block size 1 is next tokens. Blocks between learn next tokens
-for the first `--causal-start` of the run and then weigh them by `--causal-share`; they see all mask rates from the start.
-All have equal minutes or equal steps and are then scored on `val`:
+for the first `--causal-start` of the run, then weigh them by `--causal-share`, and are else trained as the preset says. All
+have equal minutes or equal steps and are then scored on `val`:
 
 NELBO        upper bound on decoding a block's tokens one by one in random order, so up to k passes for k tokens
 next tokens  exact code length from left to right, of every size that learnt them; also on the fewer tokens that the
@@ -63,8 +63,8 @@ def configs(data: Dataset, size: int, args: argparse.Namespace) -> tuple[ModelCo
     more |= {"block_size": learnt, "seed": args.seed, "compile": args.compile}
     if learnt == 1:
         more |= {"causal_share": 1.0}
-    elif learnt:  # a narrowed range of mask rates would leave out the whole blocks that each begins as
-        more |= {"causal_share": args.causal_share, "causal_start": args.causal_start, "narrow_share": 0.0}
+    elif learnt:
+        more |= {"causal_share": args.causal_share, "causal_start": args.causal_start}
     return model, dataclasses.replace(chosen.train, steps=args.steps, minutes=args.minutes, **more)
 
 
