@@ -159,7 +159,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Tables(NamedTuple):
     """What depends on the length and the visibility of a window alone (`Denoiser.tables`).
 
-    cos, sin: [T, 1, rotated channels / 2]. mask: None, or [T, T] of `visible`. noisy: for a doubled window only, [T, 2T].
+    cos, sin: [inputs, 1, rotated channels / 2]. mask: None, or [T, T] of `visible`. noisy: for a doubled window of N + T
+    inputs only, [N, N + T].
     A compiled graph that makes these itself works them out anew for every element that reads them: a tenth of a step.
     """
 
