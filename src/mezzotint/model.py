@@ -410,27 +410,29 @@ class Denoiser(nn.Module):
         assert tables.mask is not None and tables.noisy is not None
         see = partial(attend_doubled, size=size + lead, clean=tables.mask, noisy=tables.noisy)
         read = F.pad(clean[:, :-1], (1, 0), value=self.config.mask_id) if lead else clean
-        ids, x = self.embed_blocks(noisy, read, size)
+        ids, *embedded = self.embed_blocks(noisy, read, size)
         wanted = ids.shape[1]
-        x = torch.cat((x, self.embed(read, causal=True)), dim=1)
-        ids = torch.cat((ids, read), dim=1)
+        x, ids = torch.cat(embedded, dim=1), torch.cat((ids, read), dim=1)
         hidden = self._layers(x, ids, tables.cos, tables.sin, lambda layer: see, None if next_tokens else wanted)
         denoised = self.ungroup(hidden[:, :wanted], size, length)
         return torch.cat((denoised, hidden[:, wanted:])) if next_tokens else denoised
 
     def embed(self, ids: Tensor, causal: bool) -> Tensor:
         """What enters the first layer, [B, T, W]."""
-        x = self._embedded(ids, previous_ids(ids))
-        if self.neighbour_taps is not None:
-            x = x + mix_neighbours(x, self.neighbour_taps, causal)
-        return F.rms_norm(x, (self.config.width,))
+        return self._mixed(self._embedded(ids, previous_ids(ids)), causal)
 
     def _embedded(self, ids: Tensor, previous: Tensor) -> Tensor:
         x = self.embedding(ids)
         return x if self.bigram is None else x + self.bigram(ids, previous)
 
-    def embed_blocks(self, noisy: Tensor, read: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """What the blocks of `noisy` read: ids [B, N], and what enters the first layer, [B, N, W].
+    def _mixed(self, x: Tensor, causal: bool = False, before: Tensor | None = None) -> Tensor:
+        """Embeddings [..., T, W] with their neighbours mixed in, normalised. causal, before: see `mix_neighbours`."""
+        if self.neighbour_taps is not None:
+            x = x + mix_neighbours(x, self.neighbour_taps, causal, before)
+        return F.rms_norm(x, (self.config.width,))
+
+    def embed_blocks(self, noisy: Tensor, read: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the blocks of `noisy` read: ids [B, N]; what enters the first layer, [B, N, W]; the same for `read`.
 
         noisy: int64 [B, T]. read: int64 [B, c + T], the clean inputs at the T positions and c before them. N: see
         `block_inputs`.
@@ -452,16 +454,17 @@ class Denoiser(nn.Module):
         ids = cut(noisy, size)
         if lead:
             ids = torch.cat((first(read)[:, :, None], ids), dim=2)
-        previous = torch.cat((first(previous_ids(read))[:, :, None], ids[:, :, :-1]), dim=2)
+        before_read = previous_ids(read)
+        previous = torch.cat((first(before_read)[:, :, None], ids[:, :, :-1]), dim=2)
         ids, previous = ids.flatten(1)[:, :total], previous.flatten(1)[:, :total]
-        x = self._embedded(ids, previous)
+        x, clean = self._embedded(ids, previous), self._embedded(read, before_read)
+        before = None
         if self.neighbour_taps is not None:
             reach = self.config.neighbour_reach
-            earlier = F.pad(self._embedded(read, previous_ids(read)), (0, 0, reach, 0))
+            earlier = F.pad(clean, (0, 0, reach, 0))
             before = torch.stack([first(earlier[:, i:]) for i in range(reach)], dim=2)
-            mixed = mix_neighbours(cut(x, size + lead), self.neighbour_taps, before=before)
-            x = x + mixed.flatten(1, 2)[:, :total]
-        return ids, F.rms_norm(x, (self.config.width,))
+        x = self._mixed(cut(x, size + lead), before=before).flatten(1, 2)[:, :total]
+        return ids, x, self._mixed(clean, causal=True)
 
     def ungroup(self, hidden: Tensor, size: int, length: int) -> Tensor:
         """States of the inputs of `embed_blocks` -> those that predict its T tokens. [B, N, W] -> [B, T, W]."""
@@ -541,16 +544,18 @@ class Cache:
         first = at - context - lead  # -1 is the MASK before the window
         read = self.ids[which, max(first, 0) : at + n - lead]
         read = F.pad(read, (max(-first, 0), 0), value=net.config.mask_id)
-        x = net.embed(read[:, : context + clean], causal=True)[:, context:]
-        inputs = read[:, context : context + clean]
+        known = slice(context, context + clean)
+        inputs = read[:, known]
         place = torch.arange(stop, device=ids.device)
         places = place[at:]
         mask = block_mask(places, place, 1)
         noisy = 0
-        if size > 1:
-            grouped, embedded = net.embed_blocks(ids, read, size)
+        if size == 1:
+            x = net.embed(read, causal=True)[:, known]
+        else:
+            grouped, embedded, x = net.embed_blocks(ids, read, size)
             block, noisy_places = net.block_inputs(n, size)
-            x, inputs = torch.cat((embedded, x), dim=1), torch.cat((grouped, inputs), dim=1)
+            x, inputs = torch.cat((embedded, x[:, known]), dim=1), torch.cat((grouped, inputs), dim=1)
             places = torch.cat((at + noisy_places, places))
             noisy = len(block)
             own = torch.cat((place < at + block[:, None] * size, block[:, None] == block), dim=1)

@@ -346,7 +346,7 @@ class Trainer:
             corrupted, ids, masked, k = (t.to(self.device, non_blocking=True) for t in inputs)
             with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 nll = self.loss(corrupted, ids, masked, "causal" if causal else visibility, both).float()
-                nll, next_tokens = nll.split(len(ids)) if both else (nll, nll)
+                nll, next_tokens = nll[: len(ids)], nll[len(ids) :]
                 if causal:
                     loss = nll.sum() / (batch * length)
                 else:
