@@ -29,25 +29,27 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig
-from mezzotint.data import Dataset
-from mezzotint.evaluate import Estimate, causal, chain_rule, nelbo
+from mezzotint.data.dataset import Dataset
 from mezzotint.model import Model
-from mezzotint.train import load_run, train
+from mezzotint.scoring.likelihood import causal, chain_rule, nelbo
+from mezzotint.scoring.statistics import Estimate
+from mezzotint.training.checkpoint import load_run
+from mezzotint.training.run import train
 
 
 def figures(model: Model, windows: Any, size: int, args: argparse.Namespace) -> Iterator[tuple[str, float, Any]]:
     """(name, tokens decoded per forward pass, function that gives the Estimate) of one trained model."""
     length = model.config.sequence_length
-    if model.learnt_next_tokens:
+    if model.trained_causally:
         yield "next tokens", 1, lambda: causal(model, windows, tokens=args.tokens)
         yield "next tokens, where chains are", 1, lambda: causal(model, windows, tokens=args.chain_tokens)
     if size == 1:
         return
     words = {"tokens": args.tokens, "repeats": args.repeats, "seed": args.seed}
     yield "NELBO", 1, lambda: nelbo(model, windows, block_size=size % length, **words)
-    visibility = f"block({size})" if size < length else "full"
+    attention = f"block({size})" if size < length else "full"
     for m in sorted({m for m in args.at_once if m < size and size % m == 0} | {size}):
-        words = {"tokens": args.chain_tokens, "order": f"block({m})", "visibility": visibility}
+        words = {"tokens": args.chain_tokens, "order": f"block({m})", "attention": attention}
         # A last block that is shorter makes the passes fewer than length / m by a fraction.
         passes = sum(math.ceil(min(size, length - start) / m) for start in range(0, length, size))
         yield f"{m} at once", length / passes, lambda words=words: chain_rule(model, windows, **words)

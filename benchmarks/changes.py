@@ -15,10 +15,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mezzotint import evaluate
 from mezzotint.config import ModelConfig, Preset, TrainConfig, preset
-from mezzotint.data import Dataset
-from mezzotint.train import load_run, train
+from mezzotint.data.dataset import Dataset
+from mezzotint.scoring import likelihood
+from mezzotint.training.checkpoint import load_run
+from mezzotint.training.run import train
 
 
 def changed(base: Preset, settings: str) -> Preset:
@@ -61,14 +62,14 @@ def main() -> None:
             made = train(options.data, run, model=recipe.model, config=recipe.train, resume=True)
             model = load_run(run)
             windows = dataset.split("val").windows(model.config.sequence_length)
-            causal = evaluate.causal(model, windows, tokens=options.tokens) if recipe.train.causal_share else None
+            causal = likelihood.causal(model, windows, tokens=options.tokens) if recipe.train.causal_share else None
             figures = {
                 "parameters": made["parameters"],
-                "nelbo": evaluate.nelbo(model, windows, tokens=options.tokens, repeats=2).to_dict(),
+                "nelbo": likelihood.nelbo(model, windows, tokens=options.tokens, repeats=2).to_dict(),
                 "causal": causal and causal.to_dict(),
             }
             if first:
-                there = evaluate.compare(first, model, windows, tokens=options.tokens, repeats=2)
+                there = likelihood.compare(first, model, windows, tokens=options.tokens, repeats=2)
                 figures["difference"] = there.to_dict()
             row.write_text(json.dumps(figures))
         figures = json.loads(row.read_text())

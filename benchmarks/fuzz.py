@@ -45,11 +45,11 @@ import numpy as np
 import sentencepiece
 import torch
 
-from mezzotint import artifact, entropy
 from mezzotint.config import ModelConfig, to_dict
-from mezzotint.data import Tokenizer
+from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError
 from mezzotint.model import Denoiser, Model, count_parameters
+from mezzotint.packing import artifact, entropy, pack
 
 SECONDS, SECONDS_PER_MILLION = 2.0, 0.25
 MEMORY = 256 << 20
@@ -130,10 +130,10 @@ def small_artifacts(tokenizer: Tokenizer, folder: Path) -> dict[str, bytes]:
             parameter.normal_(std=0.3)
     model = Model(config, tokenizer, network, {"steps": 1})
     made = {}
-    for codec in artifact.PACK_CODECS:
-        artifact.pack(model, _Windows(tokenizer.encode(TEXT)), folder / "base.mzt", codec=codec)  # type: ignore[arg-type]
+    for codec in pack.PACK_CODECS:
+        pack.pack(model, _Windows(tokenizer.encode(TEXT)), folder / "base.mzt", codec=codec)  # type: ignore[arg-type]
         made[codec] = (folder / "base.mzt").read_bytes()
-    artifact.store(model, folder / "base.mzt")
+    pack.store(model, folder / "base.mzt")
     made["stored"] = (folder / "base.mzt").read_bytes()
     (folder / "base.mzt").unlink()
     return made

@@ -27,10 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mezzotint.artifact import open_artifact
-from mezzotint.compress import compress_stream, decompress
-from mezzotint.data import Dataset, Windows, documents
-from mezzotint.evaluate import (
+from mezzotint.compression.container import compress_stream, decompress
+from mezzotint.data.dataset import Dataset, Windows
+from mezzotint.data.sources import documents
+from mezzotint.model import Model
+from mezzotint.objective import stratified_counts
+from mezzotint.packing.artifact import open_artifact
+from mezzotint.scoring.likelihood import (
     Pass,
     apply_control,
     causal,
@@ -43,9 +46,7 @@ from mezzotint.evaluate import (
     run_passes,
     token_surprisal,
 )
-from mezzotint.model import Model
-from mezzotint.objective import stratified_counts
-from mezzotint.train import load_run
+from mezzotint.training.checkpoint import load_run
 
 TARGET = 0.005
 

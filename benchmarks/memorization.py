@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mezzotint.data import Dataset
-from mezzotint.memorization import memorized
-from mezzotint.shipped import load
+from mezzotint.data.dataset import Dataset
+from mezzotint.pretrained import load
+from mezzotint.scoring.memorization import memorized
 
 
 def table(result: dict) -> str:

@@ -28,11 +28,14 @@ from typing import Any
 
 import torch
 
-from mezzotint import evaluate
 from mezzotint.config import ModelConfig, Preset, TrainConfig, preset
-from mezzotint.data import Dataset, Loader
+from mezzotint.data.dataset import Dataset
+from mezzotint.data.loader import Loader
 from mezzotint.model import Denoiser
-from mezzotint.train import Trainer, load_run, train
+from mezzotint.scoring import likelihood
+from mezzotint.training.checkpoint import load_run
+from mezzotint.training.run import train
+from mezzotint.training.step import Trainer
 
 
 def recipes(name: str, vocab_size: int) -> dict[str, Preset]:
@@ -78,10 +81,10 @@ def score(run: Path, dataset: Dataset, options: argparse.Namespace) -> dict[str,
     share = model.info["train"]["causal_share"]
     figures: dict[str, Any] = {}
     if share < 1:
-        figures["nelbo"] = evaluate.nelbo(model, windows, tokens=options.tokens, repeats=4).to_dict()
-        figures["chain"] = evaluate.chain_rule(model, windows, tokens=options.chain_tokens).to_dict()
+        figures["nelbo"] = likelihood.nelbo(model, windows, tokens=options.tokens, repeats=4).to_dict()
+        figures["chain"] = likelihood.chain_rule(model, windows, tokens=options.chain_tokens).to_dict()
     if share > 0:
-        figures["causal"] = evaluate.causal(model, windows, tokens=options.tokens).to_dict()
+        figures["causal"] = likelihood.causal(model, windows, tokens=options.tokens).to_dict()
     return figures
 
 

@@ -41,12 +41,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from mezzotint import artifact, entropy, quantize
 from mezzotint.config import ModelConfig, preset, to_dict
-from mezzotint.data import Dataset
+from mezzotint.data.dataset import Dataset
 from mezzotint.model import Denoiser, Model
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
-from mezzotint.train import load_run
+from mezzotint.packing import artifact, entropy, grid, pack, quantize
+from mezzotint.training.checkpoint import load_run
 
 try:
     import brotli
@@ -129,7 +129,7 @@ def general_purpose(tensors: dict[str, Any]) -> tuple[int, str]:
     """Size of the raw codes and scales under the best general-purpose compressor, and its name."""
     parts = []
     for tensor in tensors.values():
-        codes = tensor.codes if isinstance(tensor, quantize.Grid) else np.zeros(0, dtype=np.int16)
+        codes = tensor.codes if isinstance(tensor, grid.Grid) else np.zeros(0, dtype=np.int16)
         # Codes beyond int8 go as their low bytes and then their high bytes, which compress to little.
         wide = np.abs(codes).max(initial=0) > 127
         parts += artifact._raw_parts(tensor)
@@ -147,11 +147,11 @@ def clipped(state: dict[str, np.ndarray], hessians: dict[str, torch.Tensor], dev
     for name, value in state.items():
         hessian = hessians.get(name.removesuffix(".weight"))
         if hessian is not None:
-            rows = (deviations * value.std(axis=1) / quantize.INT6_LIMIT).astype(np.float16)
+            rows = (deviations * value.std(axis=1) / grid.INT6_LIMIT).astype(np.float16)
             tensors[name] = quantize.gptq(torch.from_numpy(value), hessian, rows)
         elif name.endswith("embedding.weight"):
-            rows = (np.abs(value).max(axis=1) / quantize.INT8_LIMIT).astype(np.float16)
-            tensors[name] = quantize.round_to_grid(value, rows, quantize.INT8_LIMIT)
+            rows = (np.abs(value).max(axis=1) / grid.INT8_LIMIT).astype(np.float16)
+            tensors[name] = grid.round_to_grid(value, rows, grid.INT8_LIMIT)
         else:
             tensors[name] = artifact._floats(value)
     return tensors
@@ -165,7 +165,7 @@ def _one_column_scale(original: Any) -> Any:
         rows, columns, ascending = original(weight, item, step, limit, **options)
         middle = float(np.exp(np.log(columns.astype(np.float64)).mean()))
         rows = np.maximum(rows.astype(np.float64) * middle, np.abs(weight).max(axis=1) / (0.8 * limit))
-        return quantize.snap(rows, 8), np.ones_like(columns), ascending
+        return grid.snap(rows, 8), np.ones_like(columns), ascending
 
     return scales
 
@@ -174,11 +174,11 @@ def _plain_rounding(weight, hessian, rows, columns=None, *, limit, **_):
     across = columns.astype(np.float32) if columns is not None else np.float32(1)
     step = rows.astype(np.float32)[:, None] * across
     codes = np.clip(np.rint(weight.numpy() / np.where(step > 0, step, 1)), -limit, limit)
-    return quantize.Grid(codes.astype(np.int16), rows, columns)
+    return grid.Grid(codes.astype(np.int16), rows, columns)
 
 
 @contextlib.contextmanager
-def without(ingredient: str, packer: artifact._Rate, hessians: dict[str, torch.Tensor]) -> Iterator[None]:
+def without(ingredient: str, packer: pack._Rate, hessians: dict[str, torch.Tensor]) -> Iterator[None]:
     """Mezzotint's packing with one ingredient taken away, or with another setting."""
     fit, order = entropy.fit, quantize.rounding_order
     curvature = packer.curvature
@@ -223,7 +223,7 @@ CODER = "range coder (best general-purpose compressor on the same codes)"
 # ------------------------------------------------------------------------------------- what was not built, measured
 
 
-def code_lengths(attempt: artifact._Attempt, classes: dict[str, entropy.Classes]) -> tuple[float, int]:
+def code_lengths(attempt: pack._Attempt, classes: dict[str, entropy.Classes]) -> tuple[float, int]:
     """Bytes of all codes: ideal under the tables, and as coded (without scales, classes and tables)."""
     coded, ideal = 0, 0.0
     for names in artifact._banks(attempt.tensors):
@@ -245,7 +245,7 @@ def _entropy(*columns: np.ndarray) -> float:
     return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
-def context_gain(attempt: artifact._Attempt, classes: dict[str, entropy.Classes]) -> dict[str, float]:
+def context_gain(attempt: pack._Attempt, classes: dict[str, entropy.Classes]) -> dict[str, float]:
     """Bytes that splitting each table by the magnitude of neighbouring codes would save, table costs not counted.
 
     Magnitudes are over their table's mean; six contexts by quantiles. A split always fits the codes at hand better:
@@ -281,7 +281,7 @@ def context_gain(attempt: artifact._Attempt, classes: dict[str, entropy.Classes]
     return gains
 
 
-def ordering_gain(attempt: artifact._Attempt, classes: dict[str, entropy.Classes]) -> tuple[float, str]:
+def ordering_gain(attempt: pack._Attempt, classes: dict[str, entropy.Classes]) -> tuple[float, str]:
     """Bytes that sorting MLP units would save at most, and by what: sorted values cost only their differences.
 
     A unit is a row of `up` and a column of `down`, with a scale and a class in each; permuting units changes nothing
@@ -289,11 +289,11 @@ def ordering_gain(attempt: artifact._Attempt, classes: dict[str, entropy.Classes
     """
     saved: dict[str, float] = {}
     for name, up in attempt.tensors.items():
-        if not (name.endswith("mlp.up.weight") and isinstance(up, quantize.Grid)):
+        if not (name.endswith("mlp.up.weight") and isinstance(up, grid.Grid)):
             continue
         other = name.replace("mlp.up", "mlp.down")
         down = attempt.tensors[other]
-        assert isinstance(down, quantize.Grid) and down.columns is not None
+        assert isinstance(down, grid.Grid) and down.columns is not None
         features = {
             "scale of up": np.unique(up.rows, return_inverse=True)[1],
             "scale of down": np.unique(down.columns, return_inverse=True)[1],
@@ -436,7 +436,7 @@ def timed(model: Model, data: Dataset, path: Path, codec: str = FULL) -> str:
     """Seconds to pack a model on all threads and to open the file on one, in words."""
     threads = torch.get_num_threads()
     begin = time.perf_counter()
-    packed = artifact.pack(model, data.split("train"), path, codec=codec, progress=_say)
+    packed = pack.pack(model, data.split("train"), path, codec=codec, progress=_say)
     seconds = time.perf_counter() - begin
     torch.set_num_threads(1)
     begin = time.process_time()
@@ -480,7 +480,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=float, default=STEPS, help=f"Mezzotint's rates {STEPS}")
     parser.add_argument("--deviations", nargs="+", type=float, default=DEVIATIONS, help=f"the recipe's {DEVIATIONS}")
     parser.add_argument("--drop", nargs="+", type=float, default=DROPS, help=f"shares of +-1 dropped by others {DROPS}")
-    parser.add_argument("--calibration", type=int, default=artifact.CALIBRATION_TOKENS, help="tokens to quantize by")
+    parser.add_argument("--calibration", type=int, default=pack.CALIBRATION_TOKENS, help="tokens to quantize by")
     parser.add_argument("--short", action="store_true", help="leave out contexts, orderings and our codes' compressors")
     parser.add_argument("--time", action="store_true", help="time packing and opening of the run instead")
     parser.add_argument("--time-reference", action="store_true", help="time the reference preset instead")
@@ -492,11 +492,11 @@ def main() -> None:
         return time_reference(model, data, options.out)
     if options.time:
         return print(timed(model, data, options.out / "timed.mzt"))
-    state = artifact._state(model)
+    state = pack._state(model)
     parameters = sum(v.size for v in state.values())
     weights = hashlib.sha256(b"".join(v.tobytes() for v in state.values())).hexdigest()[:16]
     setting = {"weights": weights, "windows": options.windows, "repeats": options.repeats,
-               "price": artifact.BIT_PRICE, "calibration": options.calibration}  # fmt: skip
+               "price": pack.BIT_PRICE, "calibration": options.calibration}  # fmt: skip
     kept = options.out / "points.jsonl"
     points: list[Point] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     if any({k: p.get(k) for k in setting} != setting for p in points):
@@ -506,7 +506,7 @@ def main() -> None:
 
     started = time.perf_counter()
     score = Score(model, data, options.windows, options.repeats)
-    windows, check = artifact._calibration(model, data.split("train"), options.calibration)
+    windows, check = pack._calibration(model, data.split("train"), options.calibration)
     made: dict[str, Any] = {}
 
     def hessians() -> dict[str, torch.Tensor]:
@@ -514,16 +514,16 @@ def main() -> None:
             made["hessians"] = quantize.calibration_hessians(model, windows)
         return made["hessians"]
 
-    def packer() -> artifact._Rate:
+    def packer() -> pack._Rate:
         if "packer" not in made:
-            cost = artifact._Cost(model, check, 0)
-            made["packer"] = artifact._Rate(model, windows, 0, artifact.TOLERANCE, cost, lambda _: None)
+            cost = pack._Cost(model, check, 0)
+            made["packer"] = pack._Rate(model, windows, 0, pack.TOLERANCE, cost, lambda _: None)
         made["packer"].writer.classes = None  # no point depends on those before it
         return made["packer"]
 
-    def pruner(codec: str) -> artifact._Pruned:
+    def pruner(codec: str) -> pack._Pruned:
         if codec not in made:
-            made[codec] = artifact._Pruned(model, windows, 0, codec, lambda _: None)
+            made[codec] = pack._Pruned(model, windows, 0, codec, lambda _: None)
         return made[codec]
 
     def point(name: str, knob: float, pack: Callable[[], tuple[int, dict[str, Any], dict[str, Any]]]) -> None:
@@ -534,7 +534,7 @@ def main() -> None:
         begin = time.perf_counter()
         size, tensors, more = pack()
         seconds = time.perf_counter() - begin
-        rise, divergence = score(artifact._replaced(model, artifact._Attempt(b"", tensors, 0.0, 0)))
+        rise, divergence = score(pack._replaced(model, pack._Attempt(b"", tensors, 0.0, 0)))
         row = {"packing": name, "knob": knob, "bytes": size, "seconds": seconds, **setting,
                "rise": rise.tolist(), "divergence": divergence.tolist(), **more}  # fmt: skip
         points.append(row)

@@ -20,17 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mezzotint import evaluate
-from mezzotint.artifact import BUDGET, inspect_artifact, open_artifact
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig
-from mezzotint.data import Dataset, Windows
+from mezzotint.data.dataset import Dataset, Windows
 from mezzotint.errors import ArtifactError, CheckpointError, DataError, MezzotintError
-from mezzotint.evaluate import Estimate
 from mezzotint.files import atomic_folder
-from mezzotint.memorization import memorized
 from mezzotint.model import Model
-from mezzotint.sample import fill, sample
-from mezzotint.train import read_run
+from mezzotint.packing.artifact import BUDGET, inspect_artifact, open_artifact
+from mezzotint.sampling.generate import sample
+from mezzotint.sampling.infill import fill
+from mezzotint.scoring import likelihood
+from mezzotint.scoring.memorization import memorized
+from mezzotint.scoring.statistics import Estimate
+from mezzotint.training.checkpoint import read_run
 
 FILLS = (
     "The old ____ was dark.",
@@ -66,14 +67,14 @@ def measure(
     model: Model, windows: Windows, tokens: int | None, chain_tokens: int | None, seeds: Sequence[int]
 ) -> list[Estimate]:
     """The NELBO under each seed's masks; the exact scores, which draw nothing, once."""
-    estimates = [evaluate.nelbo(model, windows, tokens=tokens, seed=seed) for seed in seeds]
-    estimates.append(evaluate.chain_rule(model, windows, tokens=chain_tokens))
-    if model.learnt_next_tokens:
-        estimates.append(evaluate.causal(model, windows, tokens=tokens))
+    estimates = [likelihood.nelbo(model, windows, tokens=tokens, seed=seed) for seed in seeds]
+    estimates.append(likelihood.chain_rule(model, windows, tokens=chain_tokens))
+    if model.trained_causally:
+        estimates.append(likelihood.causal(model, windows, tokens=tokens))
     if chain_tokens != tokens:  # the others on the chain's own windows too, to compare them
-        estimates.append(evaluate.nelbo(model, windows, tokens=chain_tokens, seed=seeds[0]))
-        if model.learnt_next_tokens:
-            estimates.append(evaluate.causal(model, windows, tokens=chain_tokens))
+        estimates.append(likelihood.nelbo(model, windows, tokens=chain_tokens, seed=seeds[0]))
+        if model.trained_causally:
+            estimates.append(likelihood.causal(model, windows, tokens=chain_tokens))
     return estimates
 
 

@@ -31,11 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mezzotint.artifact import open_artifact
-from mezzotint.data import Dataset
+from mezzotint import seeding
+from mezzotint.data.dataset import Dataset
 from mezzotint.model import Model
-from mezzotint.sample import denoise, draw, infill, row_generator, text_tokens
-from mezzotint.train import load_run
+from mezzotint.packing.artifact import open_artifact
+from mezzotint.sampling.denoise import denoise, draw
+from mezzotint.sampling.infill import infill
+from mezzotint.sampling.pieces import text_tokens
+from mezzotint.training.checkpoint import load_run
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ancestral": {"sampler": "ancestral"},
@@ -45,7 +48,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "entropy": {"sampler": "entropy"},
     "blocks": {"sampler": "blocks", "block": 32, "order_noise": 4.0},
     "remask": {"sampler": "remask"},
-    "next tokens": {"sampler": "blocks", "block": 1, "visibility": "causal"},
+    "next tokens": {"sampler": "blocks", "block": 1, "attention": "causal"},
 }
 BUDGETS = (0.1, 0.3, 1.0, 3.0, 8.0)  # of `entropy`, whose passes follow from the budget
 SPANS = (1, 2, 4, 8, 16, 32)
@@ -62,7 +65,7 @@ def judged_nats(judge: Model, ids: Tensor) -> Tensor:
     nats = []
     for part in ids.split(16):
         shifted = torch.nn.functional.pad(part[:, :-1], (1, 0), value=judge.config.mask_id)
-        logits = judge.logits(shifted, visibility="causal").double()
+        logits = judge.logits(shifted, block_size=1).double()
         nats.append(-logits.log_softmax(-1).gather(-1, part[..., None])[..., 0])
     return torch.cat(nats)
 
@@ -71,11 +74,11 @@ def judged_nats(judge: Model, ids: Tensor) -> Tensor:
 def continue_left_to_right(model: Model, left: Tensor, count: int, temperature: float, seed: int) -> Tensor:
     """`count` ids after each row of `left` [B, n], by the autoregressive model. Returns [B, n + count]."""
     allowed = text_tokens(model.tokenizer)
-    generators = [row_generator(seed, b) for b in range(len(left))]
+    generators = [seeding.generator(seed, b) for b in range(len(left))]
     ids = left
     for _ in range(count):
         shifted = torch.nn.functional.pad(ids, (1, 0), value=model.config.mask_id)
-        logits = model.logits(shifted, visibility="causal")[:, -1].double().masked_fill(~allowed, -math.inf)
+        logits = model.logits(shifted, block_size=1)[:, -1].double().masked_fill(~allowed, -math.inf)
         uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
         ids = torch.cat((ids, draw(logits, uniform, temperature, 1.0)[:, None]), 1)
     return ids
@@ -182,7 +185,7 @@ def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: arg
     for name in SAMPLERS:
         if options.samplers and name not in options.samplers.split(","):
             continue
-        if name == "next tokens" and not model.learnt_next_tokens:
+        if name == "next tokens" and not model.trained_causally:
             continue
         for temperature in options.temperatures:
             grid: list[dict[str, Any]] = [{"steps": k} for k in options.passes if k <= length]
@@ -212,7 +215,7 @@ def infilling(
             found: dict[str, Any] = {"name": "infill", "span": span}
             how = {"seed": options.seed, "temperature": options.fill_temperature}
             surest = denoise(model, canvas, sampler="confidence", **how)
-            in_order = denoise(model, canvas, sampler="blocks", block=1, visibility="full", **how)
+            in_order = denoise(model, canvas, sampler="blocks", block=1, attention="full", **how)
             left = continue_left_to_right(continuer, texts[:, :at], span, options.fill_temperature, options.seed)
             theirs = torch.cat((left, texts[:, at + span :]), 1)
             # The model itself, left to right and blind to the suffix.

@@ -28,7 +28,7 @@ from torch.nn import functional
 import mezzotint.model
 from mezzotint.config import ModelConfig, TrainConfig, preset
 from mezzotint.model import Denoiser, count_parameters
-from mezzotint.train import MaskedLoss, Trainer
+from mezzotint.training.step import MaskedLoss, Trainer
 
 
 class RandomWindows:
@@ -44,9 +44,9 @@ class RandomWindows:
 class EveryPosition(MaskedLoss):
     """The reference's way: logits of all positions, of which the masked ones are kept."""
 
-    def forward(self, corrupted: Tensor, ids: Tensor, masked: Tensor, visibility: str) -> Tensor:
-        tables = self.network.tables(ids.shape[1], visibility)
-        logits = self.network.logits(self.hidden(corrupted, visibility, tables))
+    def forward(self, corrupted: Tensor, ids: Tensor, masked: Tensor, block_size: int) -> Tensor:
+        tables = self.network.tables(ids.shape[1], block_size)
+        logits = self.network.logits(self.hidden(corrupted, block_size, tables))
         nll = functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
         return nll * masked
 

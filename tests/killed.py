@@ -22,10 +22,13 @@ from typing import Any
 import torch
 
 from mezzotint.config import ModelConfig, TrainConfig
-from mezzotint.data import Dataset, Loader
+from mezzotint.data.dataset import Dataset
+from mezzotint.data.loader import Loader
 from mezzotint.errors import CheckpointError
 from mezzotint.model import Denoiser
-from mezzotint.train import Trainer, load_checkpoint, newest_checkpoint, save_checkpoint, train
+from mezzotint.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mezzotint.training.run import train
+from mezzotint.training.step import Trainer
 
 PTRACE_TRACEME, PTRACE_SYSCALL = 0, 24
 STEPS = 24

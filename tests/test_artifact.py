@@ -21,11 +21,11 @@ import pytest
 import sentencepiece
 import torch
 
-from mezzotint import artifact, entropy, quantize
 from mezzotint.config import ModelConfig, preset, to_dict
-from mezzotint.data import Tokenizer
+from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError
 from mezzotint.model import Denoiser, Model
+from mezzotint.packing import artifact, entropy, grid, pack, quantize
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = Path(__file__).read_text()
@@ -81,14 +81,14 @@ def model(tokenizer: Tokenizer) -> Model:
 @pytest.fixture(scope="module")
 def packed(model: Model, text: Stream, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "model.mzt"
-    artifact.pack(model, text, out)
+    pack.pack(model, text, out)
     return out
 
 
-@pytest.mark.parametrize("codec", artifact.PACK_CODECS)
+@pytest.mark.parametrize("codec", pack.PACK_CODECS)
 def test_pack_and_open(model: Model, text: Stream, tmp_path: Path, codec: str) -> None:
     out = tmp_path / "model.mzt"
-    result = artifact.pack(model, text, out, codec=codec, tolerance=1e-4)
+    result = pack.pack(model, text, out, codec=codec, tolerance=1e-4)
     assert result["verified"] is True
     assert result["artifact_bytes"] == out.stat().st_size == result["total_bytes"]
     opened = artifact.open_artifact(out)
@@ -106,7 +106,7 @@ def test_pack_and_open(model: Model, text: Stream, tmp_path: Path, codec: str) -
 def test_packing_costs_what_was_tolerated(model: Model, text: Stream, tmp_path: Path, tolerance: float) -> None:
     """The divergence on text that neither quantized nor measured is near the tolerance, and so is the reported cost."""
     out = tmp_path / "model.mzt"
-    result = artifact.pack(model, Stream(list(text.ids[: len(text) // 2])), out, tolerance=tolerance)
+    result = pack.pack(model, Stream(list(text.ids[: len(text) // 2])), out, tolerance=tolerance)
     assert 0.7 * tolerance < result["cost_nats_per_token"] < 1.4 * tolerance
     fresh = quantize.Divergence(model, Stream(list(text.ids[len(text) // 2 :])).windows(64), seed=9)
     assert 0.4 * tolerance < fresh(artifact.open_artifact(out)) < 2 * tolerance
@@ -140,28 +140,28 @@ def test_calibration_is_as_training_was(model: Model, text: Stream) -> None:
             assert float(item.weights.sum()) == pytest.approx(len(window))
             if item.causal:
                 assert item.read[0].tolist() == [model.config.mask_id, *window[:-1]]
-                expected_logits = model.logits(item.read, visibility="causal")[0]
+                expected_logits = model.logits(item.read, block_size=1)[0]
             elif item.size is None:
                 expected_logits = model.logits(item.read)[0][item.positions[0]]
             else:
                 clean, rows = torch.tensor(window)[None], []
                 for start in range(0, len(window), 16):
                     seen = torch.cat((clean[:, :start], item.read[:, start:]), dim=1)
-                    rows.append(model.logits(seen, visibility="block(16)")[0, start : start + 16])
+                    rows.append(model.logits(seen, block_size=16)[0, start : start + 16])
                 expected_logits = torch.cat(rows)[item.positions[0]]
             with torch.no_grad():
                 torch.testing.assert_close(item.logits(model.network), expected_logits, atol=1e-4, rtol=1e-4)
 
 
 def test_packing_twice_gives_the_same_bytes(model: Model, text: Stream, packed: Path, tmp_path: Path) -> None:
-    artifact.pack(model, text, tmp_path / "again.mzt")
+    pack.pack(model, text, tmp_path / "again.mzt")
     assert (tmp_path / "again.mzt").read_bytes() == packed.read_bytes()
 
 
 def test_weights_are_the_codes_times_the_scales(tokenizer: Tokenizer, text: Stream, tmp_path: Path) -> None:
     """Every opened weight of an int6 matrix is one of 63 multiples of its row's scale."""
     out = tmp_path / "model.mzt"
-    artifact.pack(make(tokenizer), text, out, codec="int6")
+    pack.pack(make(tokenizer), text, out, codec="int6")
     for name, module in quantize.matrices(artifact.open_artifact(out).network).items():
         weight = module.weight.numpy()
         for row in weight:
@@ -185,14 +185,14 @@ def test_a_tighter_budget_is_met_and_damage_grows(tokenizer: Tokenizer, text: St
         opened = artifact.open_artifact(path)
         return float((opened.logits(ids) - model.logits(ids)).square().mean())
 
-    free = artifact.pack(model, text, tmp_path / "free.mzt", codec=codec, tolerance=1e-4)
+    free = pack.pack(model, text, tmp_path / "free.mzt", codec=codec, tolerance=1e-4)
     code = tmp_path / "code.py"
     code.write_text("#" * 500)
     with pytest.raises(ArtifactError, match="smallest reachable size is") as caught:
-        artifact.pack(model, text, tmp_path / "tight.mzt", codec=codec, budget=10_000, code=[code], tolerance=1e-4)
+        pack.pack(model, text, tmp_path / "tight.mzt", codec=codec, budget=10_000, code=[code], tolerance=1e-4)
     smallest = int(str(caught.value).split("size is ")[1].split(" bytes")[0].replace(",", ""))
     budget = (9 * (free["artifact_bytes"] + 500) + smallest) // 10
-    tight = artifact.pack(model, text, tmp_path / "tight.mzt", codec=codec, budget=budget, code=[code], tolerance=1e-4)
+    tight = pack.pack(model, text, tmp_path / "tight.mzt", codec=codec, budget=budget, code=[code], tolerance=1e-4)
     assert tight["code_bytes"] == 500
     assert tight["total_bytes"] == (tmp_path / "tight.mzt").stat().st_size + 500 <= budget
     assert tight["total_bytes"] > 0.95 * budget
@@ -203,26 +203,26 @@ def test_a_tighter_budget_is_met_and_damage_grows(tokenizer: Tokenizer, text: St
 def test_refuses_with_the_smallest_reachable_size(model: Model, text: Stream, tmp_path: Path) -> None:
     out = tmp_path / "model.mzt"
     with pytest.raises(ArtifactError, match="smallest reachable size is") as caught:
-        artifact.pack(model, text, out, budget=5_000)
+        pack.pack(model, text, out, budget=5_000)
     assert not list(tmp_path.iterdir())
     smallest = int(str(caught.value).split("size is ")[1].split(" bytes")[0].replace(",", ""))
-    assert artifact.pack(model, text, out, budget=smallest)["total_bytes"] <= smallest
+    assert pack.pack(model, text, out, budget=smallest)["total_bytes"] <= smallest
 
 
 def test_refuses_without_text(model: Model, tmp_path: Path) -> None:
     for nothing in (None, Stream([])):
         with pytest.raises(ArtifactError, match="training data"):
-            artifact.pack(model, nothing, tmp_path / "model.mzt")
+            pack.pack(model, nothing, tmp_path / "model.mzt")
     assert not list(tmp_path.iterdir())
 
 
 def test_refuses_bad_requests(model: Model, text: Stream, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="codec"):
-        artifact.pack(model, text, tmp_path / "m.mzt", codec="zip")
+        pack.pack(model, text, tmp_path / "m.mzt", codec="zip")
     with pytest.raises(ArtifactError, match="no such code file"):
-        artifact.pack(model, text, tmp_path / "m.mzt", code=[tmp_path / "none.py"])
+        pack.pack(model, text, tmp_path / "m.mzt", code=[tmp_path / "none.py"])
     with pytest.raises(ArtifactError, match="no such folder"):
-        artifact.pack(model, text, tmp_path / "none" / "m.mzt")
+        pack.pack(model, text, tmp_path / "none" / "m.mzt")
 
 
 def test_refuses_a_diverged_model(tokenizer: Tokenizer, text: Stream, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_refuses_a_diverged_model(tokenizer: Tokenizer, text: Stream, tmp_path: 
     with torch.no_grad():
         model.network.embedding.weight[0, 0] = float("nan")
     with pytest.raises(ArtifactError, match="not finite"):
-        artifact.pack(model, text, tmp_path / "m.mzt", codec="int6")
+        pack.pack(model, text, tmp_path / "m.mzt", codec="int6")
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(
@@ -241,19 +241,19 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ArtifactError, match="no space left") as caught:
-        artifact.pack(model, text, tmp_path / "m.mzt", codec="int6")
+        pack.pack(model, text, tmp_path / "m.mzt", codec="int6")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_would_not_open_again_is_not_kept(model: Model, tmp_path: Path) -> None:
     """Weights of nearly no information would make a file too small for its parameters."""
-    empty = {name: np.zeros_like(value) for name, value in artifact._state(model).items()}
+    empty = {name: np.zeros_like(value) for name, value in pack._state(model).items()}
     network = artifact.network_of(dataclasses.replace(model.config, bigram_buckets=200_000), {
         **empty, "bigram.embedding.weight": np.zeros((200_000, 128), dtype=np.float32),
     })  # fmt: skip
     with pytest.raises(ArtifactError, match="parameters in"):
-        artifact.store(Model(network.config, model.tokenizer, network), tmp_path / "m.mzt")
+        pack.store(Model(network.config, model.tokenizer, network), tmp_path / "m.mzt")
     assert not list(tmp_path.iterdir())
 
 
@@ -317,7 +317,7 @@ def test_sweep_trades_bytes_for_error(tokenizer: Tokenizer, text: Stream) -> Non
     def score(candidate: Model) -> np.ndarray:
         return (candidate.logits(ids) - clean).square().mean(dim=(1, 2)).numpy()
 
-    points = artifact.sweep(model, text, score, tolerances=(1e-4, 1e-2))
+    points = pack.sweep(model, text, score, tolerances=(1e-4, 1e-2))
     assert points[0]["bytes"] > points[1]["bytes"]
     assert points[0]["cost_bpb"] < points[1]["cost_bpb"]
 
@@ -335,7 +335,7 @@ def test_reference_preset_with_random_weights_fits(tmp_path: Path) -> None:
     config = ModelConfig(**options)
     model = Model(config, tokenizer, Denoiser(config).eval())
     stream = Stream(tokenizer.encode(TEXT)[:600])
-    result = artifact.pack(model, stream, tmp_path / "m.mzt", calibration_tokens=600)
+    result = pack.pack(model, stream, tmp_path / "m.mzt", calibration_tokens=600)
     assert result["verified"] and result["total_bytes"] <= artifact.BUDGET
 
 
@@ -503,12 +503,10 @@ def test_reading_takes_no_second_copy_of_a_tensor(
     """NumPy's memory at its peak over the tensors' own, where one tensor of 4 million numbers is nearly all there is."""
     monkeypatch.setattr(entropy, "BLOCK", 1 << 17)
     model = make(tokenizer, bigram_buckets=4_000, bigram_width=1_000)
-    zeros = {n: np.zeros_like(v) for n, v in artifact._state(model).items()}
+    zeros = {n: np.zeros_like(v) for n, v in pack._state(model).items()}
     kinds = {
         "float16": lambda v: v.astype(np.float16),
-        "grid": lambda v: quantize.Grid(
-            v.astype(np.int16), np.ones(len(v), np.float16), np.ones(v.shape[1], np.float16)
-        ),
+        "grid": lambda v: grid.Grid(v.astype(np.int16), np.ones(len(v), np.float16), np.ones(v.shape[1], np.float16)),
     }
     for coding in (artifact.RANGE, artifact.LZMA):
         for kind, convert in kinds.items():
@@ -549,7 +547,7 @@ def mutations(data: bytes, count: int, seed: int):
 def test_fuzz_with_right_checksums(tokenizer: Tokenizer, text: Stream, tmp_path: Path, codec: str) -> None:
     """ArtifactError or a model of finite weights, nothing else. FUZZ_FILES sets how many files (default 300)."""
     out = tmp_path / "model.mzt"
-    artifact.pack(make(tokenizer), text, out, codec=codec)
+    pack.pack(make(tokenizer), text, out, codec=codec)
     data, bad = out.read_bytes(), tmp_path / "bad.mzt"
     artifact.open_artifact(out)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,10 +15,12 @@ from types import ModuleType
 import pytest
 
 import mezzotint
-from mezzotint import cli, evaluate, submission
+from mezzotint.apps import submission
+from mezzotint.cli import main
 from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.errors import ArtifactError, DataError
-from mezzotint.train import read_run
+from mezzotint.scoring import likelihood
+from mezzotint.training.checkpoint import read_run
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -57,7 +59,7 @@ def test_record_holds_the_run_and_its_figures(kept, trained):
     assert [r["seed"] for r in bounds] == [0, 1, 2] and len({r["bpb"] for r in bounds}) == 3
     model = mezzotint.open_artifact(trained.artifact)
     windows = mezzotint.Dataset.open(trained.data).split("val").windows(32)
-    assert bounds[1]["bpb"] == evaluate.nelbo(model, windows, tokens=256, seed=1).bpb
+    assert bounds[1]["bpb"] == likelihood.nelbo(model, windows, tokens=256, seed=1).bpb
     few = [r for r in figures["results"] if r["tokens"] <= 64]
     assert [r["method"] for r in few] == ["chain", "nelbo"] and len({r["bytes"] for r in few}) == 1
     readme = (out / "README.md").read_text()
@@ -79,14 +81,14 @@ def test_record_names_no_folder_of_the_machine(kept, trained):
 def test_commands_give_the_runs_settings(kept, trained):
     """The command line itself, given the first line of commands.sh, arrives at the run's settings."""
     lines = [shlex.split(line) for line in (kept[0] / "commands.sh").read_text().splitlines()]
-    parsed = [cli.build_parser().parse_args(line[1:]) for line in lines]
+    parsed = [main.build_parser().parse_args(line[1:]) for line in lines]
     tokenizer = mezzotint.Tokenizer.load(trained.run / "tokenizer.model")
     described = read_run(trained.run)
-    assert cli._train_configs(parsed[0], tokenizer) == (described["model"], described["train"])
+    assert main._train_configs(parsed[0], tokenizer) == (described["model"], described["train"])
     assert [p.command for p in parsed[1:5]] == ["pack", "score", "score", "score"]
     other = ModelConfig(vocab_size=290, unet_skips=True, width=320), TrainConfig(compile=False, matrix_lr=0.03)
     words = script("record").training_command(*other)
-    assert cli._train_configs(cli.build_parser().parse_args(words[1:]), tokenizer) == other
+    assert main._train_configs(main.build_parser().parse_args(words[1:]), tokenizer) == other
 
 
 def test_record_refuses_what_does_not_belong(kept, trained, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import mezzotint
-from mezzotint import cli
+from mezzotint.cli import main
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig
 from mezzotint.errors import MezzotintError
 
@@ -26,7 +26,7 @@ COMMANDS = (
 
 def one_line(capsys, words: list[str | Path], contains: str, status: int = 2) -> str:
     """The command fails with this status and one line on standard error, which has these words."""
-    assert cli.main([str(w) for w in words]) == status
+    assert main.main([str(w) for w in words]) == status
     printed = capsys.readouterr()
     lines = printed.err.strip().splitlines()
     assert len(lines) == 1 and printed.out == "", printed.err
@@ -38,18 +38,18 @@ def one_line(capsys, words: list[str | Path], contains: str, status: int = 2) ->
 
 
 def parsed(*words: str) -> argparse.Namespace:
-    return cli.build_parser().parse_args(cli._with_dashes(words))
+    return main.build_parser().parse_args(main._with_dashes(words))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_and_json(name, capsys):
-    assert cli.main([name, "--help"]) == 0
+    assert main.main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert "--json" in text and "usage: mezzotint " + name in text
 
 
 def test_every_setting_is_an_option_with_its_help(capsys):
-    cli.main(["train", "--help"])
+    main.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for kind in (ModelConfig, TrainConfig):
         for item in dataclasses.fields(kind):
@@ -63,12 +63,12 @@ def test_dashes_and_underscores_mean_the_same():
         parsed("train", "d", "--out", "r", "--matrix_lr=0.5"),
         parsed("train", "d", "--out", "r", "--matrix-lr", "0.5"),
     )
-    assert cli._settings(one, TrainConfig) == cli._settings(two, TrainConfig) == {"matrix_lr": 0.5}
+    assert main._settings(one, TrainConfig) == main._settings(two, TrainConfig) == {"matrix_lr": 0.5}
 
 
 @pytest.mark.parametrize("text", ["--- a ____ b", "-- the ____ house", "--x____ y", "____ --a_b"])
 def test_text_is_not_mistaken_for_an_option(text):
-    assert cli._with_dashes(["fill", "m", text]) == ["fill", "m", text]
+    assert main._with_dashes(["fill", "m", text]) == ["fill", "m", text]
     assert parsed("fill", "m", text).text == text
 
 
@@ -79,7 +79,7 @@ def test_words_after_two_dashes_stay():
 def test_settings_come_from_the_preset_and_then_the_options(trained):
     tokenizer = mezzotint.Tokenizer.load(trained.run / "tokenizer.model")
     words = parsed("train", "d", "--out", "none", "--preset", "tiny", "--layers", "3", "--no-compile", "--batch", "8")
-    model, train = cli._train_configs(words, tokenizer)
+    model, train = main._train_configs(words, tokenizer)
     assert model == dataclasses.replace(PRESETS["tiny"].model, layers=3, vocab_size=290)
     assert train == dataclasses.replace(PRESETS["tiny"].train, compile=False, batch=8)
 
@@ -87,12 +87,12 @@ def test_settings_come_from_the_preset_and_then_the_options(trained):
 def test_resume_takes_the_runs_own_settings(trained):
     tokenizer = mezzotint.Tokenizer.load(trained.run / "tokenizer.model")
     words = parsed("train", str(trained.data), "--out", str(trained.run), "--resume", "--steps", "40")
-    model, train = cli._train_configs(words, tokenizer)
+    model, train = main._train_configs(words, tokenizer)
     described = json.loads((trained.run / "config.json").read_text())
     assert dataclasses.asdict(model) == described["model"] and model.width == 32
     assert dataclasses.asdict(train) == {**described["train"], "steps": 40}
     minutes = parsed("train", str(trained.data), "--out", str(trained.run), "--resume", "--minutes", "2")
-    assert cli._train_configs(minutes, tokenizer)[1].steps == 0, "minutes given on the command line must count"
+    assert main._train_configs(minutes, tokenizer)[1].steps == 0, "minutes given on the command line must count"
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_errors_become_one_line(error, contains, status, monkeypatch, capsys):
     def fails(arguments, progress):
         raise error
 
-    monkeypatch.setattr(cli, "_run_inspect", fails)
-    monkeypatch.setattr(cli, "_drop_output", lambda: None)
+    monkeypatch.setattr(main, "_run_inspect", fails)
+    monkeypatch.setattr(main, "_drop_output", lambda: None)
     one_line(capsys, ["inspect", "x.mzt"], contains, status)
 
 
@@ -150,18 +150,18 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def fails(arguments, progress):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "_run_inspect", fails)
+    monkeypatch.setattr(main, "_run_inspect", fails)
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["inspect", "x.mzt"])
+        main.main(["inspect", "x.mzt"])
 
 
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
-    from mezzotint.train import Interrupted
+    from mezzotint.errors import Interrupted
 
     def fails(arguments, progress):
         raise Interrupted("stopped at step 3; go on with --resume")
 
-    monkeypatch.setattr(cli, "_run_train", fails)
+    monkeypatch.setattr(main, "_run_train", fails)
     one_line(capsys, ["train", "d", "--out", "r"], "--resume", 130)
 
 
@@ -213,7 +213,7 @@ def test_data_that_has_moved_is_asked_for(trained, tmp_path, capsys):
 
 def test_sweep_writes_a_table_and_a_plot(trained, tmp_path, capsys):
     words = ["pack", str(trained.run), "--sweep", "--out", str(tmp_path), "--tokens", "256", "--json"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     result = json.loads(capsys.readouterr().out)
     points = result["points"]
     sizes, costs = [p["bytes"] for p in points], [p["cost_nats_per_token"] for p in points]
@@ -245,7 +245,7 @@ def test_demo_does_not_touch_other_files(tmp_path, capsys):
 
 
 def test_score_table_says_what_may_be_compared(trained, capsys):
-    assert cli.main(["score", str(trained.artifact), str(trained.data), "--method", "all", "--tokens", "128"]) == 0
+    assert main.main(["score", str(trained.artifact), str(trained.data), "--method", "all", "--tokens", "128"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert rows["chain"].rstrip().endswith("yes") and "exact" in rows["chain"]
     assert rows["nelbo"].rstrip().endswith("yes, as a bound from above") and "upper bound" in rows["nelbo"]
@@ -256,20 +256,20 @@ def test_blocks_are_scored_as_asked(trained, capsys):
     words = ["score", trained.artifact, trained.data, "--tokens", "64", "--json"]
 
     def scored(*more: str) -> dict:
-        assert cli.main([str(w) for w in (*words, *more)]) == 0
+        assert main.main([str(w) for w in (*words, *more)]) == 0
         (result,) = json.loads(capsys.readouterr().out)["results"]
         return result
 
     bound = scored("--block-size", "4", "--repeats", "2")
     assert bound["method"] == "nelbo block(4)" and bound["kind"] == "upper bound"
     assert scored("--block-size", "1")["bpb"] == scored("--method", "causal")["bpb"]
-    chain = scored("--method", "chain", "--visibility", "block(4)")
+    chain = scored("--method", "chain", "--attention", "block(4)")
     assert chain["kind"] == "exact" and chain["forward_passes"] == 2 * 4
-    at_once = scored("--method", "chain", "--visibility", "block(4)", "--order", "block(4)")
+    at_once = scored("--method", "chain", "--attention", "block(4)", "--order", "block(4)")
     assert at_once["forward_passes"] == 2 and at_once["bpb"] != chain["bpb"]
-    one_line(capsys, [*words, "--visibility", "block(4)"], "--method chain")
-    one_line(capsys, [*words, "--method", "chain", "--visibility", "causal"], "--method causal")
-    one_line(capsys, [*words, "--method", "chain", "--visibility", "sideways"], "visibility")
+    one_line(capsys, [*words, "--attention", "block(4)"], "--method chain")
+    one_line(capsys, [*words, "--method", "chain", "--attention", "causal"], "--method causal")
+    one_line(capsys, [*words, "--method", "chain", "--attention", "sideways"], "attention")
     one_line(capsys, [*words, "--method", "chain", "--block-size", "4"], "--block-size")
     one_line(capsys, [*words, "--block-size", "-4"], "blocks")
 
@@ -277,10 +277,10 @@ def test_blocks_are_scored_as_asked(trained, capsys):
 def test_json_is_all_of_standard_output_and_has_no_nan(trained, capsys):
     # One window: the standard error is unknown, which JSON must say as null.
     words = ["score", str(trained.artifact), str(trained.data), "--method", "all", "--tokens", "1", "--json"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     result = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert {r["method"]: r["stderr_bpb"] for r in result["results"]}["chain"] is None
-    assert cli._finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x")}) == {"a": [None, 1.5], "b": [None, "x"]}
+    assert main._finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x")}) == {"a": [None, 1.5], "b": [None, "x"]}
 
 
 def test_fill_reads_and_writes_bytes(trained):
@@ -302,7 +302,7 @@ def test_a_terminal_without_unicode_is_no_error(trained):
 
 
 def test_progress_off_a_terminal_is_plain_lines(capsys):
-    progress = cli._Progress(every=0.0)
+    progress = main._Progress(every=0.0)
     progress.training(
         {"step": 7, "train_nelbo_bpb": 2.5, "tokens_per_second": 1e4, "progress": 0.5, "seconds_left": 75}
     )
@@ -315,5 +315,5 @@ def test_progress_off_a_terminal_is_plain_lines(capsys):
 
 def test_torchrun_is_for_what_can_be_shared(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["sample", "model.mzt"]) == 2
+    assert main.main(["sample", "model.mzt"]) == 2
     assert "run this command by itself" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Whatever goes in comes out, at the size that the model's likelihood promises, or an error says why not."""
 
 import contextlib
-import importlib
 import io
 import lzma
 import math
@@ -13,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import FoldingText, NeighbourModel, ToyText, ToyWindows
 
-from mezzotint.compress import compress, compress_file, decompress, decompress_file, integer_probabilities
+from mezzotint.compression import coder, container
+from mezzotint.compression.coder import integer_probabilities
+from mezzotint.compression.container import compress, compress_file, decompress, decompress_file
 from mezzotint.config import ModelConfig
 from mezzotint.errors import DataError
-from mezzotint.evaluate import causal, chain_rule
 from mezzotint.model import Cache, Denoiser, Model
+from mezzotint.scoring.likelihood import causal, chain_rule
 
-mzz = importlib.import_module("mezzotint.compress")  # the module, whatever the package calls by its name
 MODEL = NeighbourModel(ToyText(), 16)
 FOLDING = NeighbourModel(FoldingText(), 16)
 WORDS = "the quick brown fox jumps over the lazy dog and then the dog sleeps until 1999"
@@ -48,30 +48,33 @@ class TestRoundTrip:
     def test_any_bytes_when_modelling_is_forced(self, data, model):
         """Short inputs are smaller as they are; here the modelled form is used even so."""
         text = b"plain text that goes on\nfor a while " * 3
-        code = mzz._Code("spread(2)", "full", 3)
+        code = coder._Code("spread(2)", "full", 3)
         for whole in (data, data + text, text + data + text, data + text + b"\xff" * 40 + data + text):
             if not whole:
                 continue
-            frame = mzz._modelled(whole, model, code, lambda share: None)
+            frame = container._modelled(whole, model, code, lambda share: None)
             if frame is not None:
-                assert mzz._decode_frame(mzz.MODELLED, frame.body, len(whole), model, code, lambda share: None) == whole
+                assert (
+                    container._decode_frame(container.MODELLED, frame.body, len(whole), model, code, lambda share: None)
+                    == whole
+                )
 
     @pytest.mark.parametrize("data", [b"", b"\0", b"a", b"A", b"a" * 15, b"a" * 16, b"a" * 17, bytes(range(256)) * 9])
     def test_edges(self, data):
         assert decompress(compress(data, MODEL), MODEL) == data
 
-    def test_visibility(self):
+    def test_attention(self):
         data = WORDS.encode() * 3
-        for visibility in ("full", "causal", "block(4)"):
-            assert decompress(compress(data, MODEL, visibility=visibility), MODEL) == data
+        for attention in ("full", "causal", "block(4)"):
+            assert decompress(compress(data, MODEL, attention=attention), MODEL) == data
 
     def test_many_frames(self, monkeypatch):
         """Cuts fall inside words and characters; nothing is lost or doubled."""
-        monkeypatch.setattr(mzz, "FRAME_BYTES", 5000)
+        monkeypatch.setattr(container, "FRAME_BYTES", 5000)
         text = (WORDS + " \u4e2d\u6587 ").encode() * 300
         binary = np.random.default_rng(0).integers(0, 256, 20_000).astype(np.uint8).tobytes()
         data = text[:17_001] + binary + b"\x80" * 9000 + text
-        assert b"".join(mzz._frames(io.BytesIO(data))) == data
+        assert b"".join(container._frames(io.BytesIO(data))) == data
         assert decompress(compress(data, MODEL, order="spread(2)"), MODEL) == data
 
     def test_files(self, tmp_path):
@@ -107,7 +110,7 @@ class TestSize:
         letters = np.random.default_rng(0).integers(1, len(ToyText.alphabet) - 1, 4001)
         data = "".join(ToyText.alphabet[i] for i in letters).encode()
         target = io.BytesIO()
-        report = mzz.compress_stream(io.BytesIO(data), target, model, order=order)
+        report = container.compress_stream(io.BytesIO(data), target, model, order=order)
         ids = np.array([0, *model.tokenizer.encode(data.decode())])
         estimate = chain_rule(model, ToyWindows(ids, 16, model.tokenizer), order=order)
         chain_bits = estimate.bpb * len(data)
@@ -129,7 +132,7 @@ class TestSize:
         noise = np.random.default_rng(0).integers(128, 256, 3000).astype(np.uint8).tobytes()
         mixed = data + noise + trained_like(1)[1]
         target = io.BytesIO()
-        report = mzz.compress_stream(io.BytesIO(mixed), target, model)
+        report = container.compress_stream(io.BytesIO(mixed), target, model)
         assert decompress(target.getvalue(), model) == mixed
         assert 3000 <= report.rest_bytes < 3200 and report.tokens > 7500
 
@@ -175,9 +178,9 @@ class TestNextToken:
     def test_is_the_causal_network(self, options):
         model = everything(**options)
         ids = torch.randint(0, model.config.vocab_size + 1, (3, 24), generator=torch.Generator().manual_seed(1))
-        whole = model.logits(ids, visibility="causal")
+        whole = model.logits(ids, block_size=1)
         cache = Cache(model.network, 3, 24)
-        steps = torch.stack([mzz.next_logits(cache, column) for column in ids.T], dim=1)
+        steps = torch.stack([coder.next_logits(cache, column) for column in ids.T], dim=1)
         assert torch.allclose(steps, whole, atol=2e-4)
         assert whole.std() > 0.1
 
@@ -187,14 +190,14 @@ class TestNextToken:
             model.network.embedding.weight.mul_(0.1)  # no token may cost more than the 24 bits that the coder has
         letters = np.random.default_rng(0).integers(1, len(ToyText.alphabet), 1000)
         data = "".join(ToyText.alphabet[i] for i in letters).encode()
-        coder = mzz._Coder(model, mzz._Code("next", "full", 7), None)
+        session = coder._Coder(model, coder._Code("next", "full", 7), None)
         ids = np.array([0, *model.tokenizer.encode(data.decode())])
-        coder.run(len(ids), ids, lambda share: None)
+        session.run(len(ids), ids, lambda share: None)
         figure = causal(model, ToyWindows(ids, 24, model.tokenizer))
-        assert coder.bits == pytest.approx(figure.bpb * len(data), rel=1e-4)
-        assert coder.passes == figure.forward_passes
-        assert 8 * len(coder.words()) <= coder.bits * 1.0005 + 64
-        decoder = mzz._Coder(model, coder.code, np.frombuffer(coder.words(), dtype="<u4").astype(np.uint32))
+        assert session.bits == pytest.approx(figure.bpb * len(data), rel=1e-4)
+        assert session.passes == figure.forward_passes
+        assert 8 * len(session.words()) <= session.bits * 1.0005 + 64
+        decoder = coder._Coder(model, session.code, np.frombuffer(session.words(), dtype="<u4").astype(np.uint32))
         assert (decoder.run(len(ids), None, lambda share: None) == ids).all()
 
     def test_round_trip(self):
@@ -287,5 +290,5 @@ class TestErrors:
 def test_model_bits_of_uniform_text():
     model = NeighbourModel(ToyText(), 16, scale=0.0)
     target = io.BytesIO()
-    report = mzz.compress_stream(io.BytesIO(WORDS.encode() * 50), target, model)
+    report = container.compress_stream(io.BytesIO(WORDS.encode() * 50), target, model)
     assert report.model_bits == pytest.approx(report.tokens * math.log2(model.config.vocab_size), rel=1e-3)

@@ -24,18 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mezzotint.data as data_module
-from mezzotint.data import (
-    HEADER_BYTES,
-    Dataset,
-    Loader,
-    Prefetch,
-    Tokenizer,
-    TokenStream,
-    documents,
-    permute,
-    prepare,
-    train_tokenizer,
-)
+from mezzotint.data.dataset import HEADER_BYTES, Dataset, TokenStream
+from mezzotint.data.loader import Loader, Prefetch, permute
+from mezzotint.data.prepare import prepare
+from mezzotint.data.sources import documents
+from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
 from mezzotint.errors import DataError
 
 SHARED = Path(os.environ.get("MEZZOTINT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 import mezzotint
-from mezzotint import cli, shipped
+from mezzotint import pretrained
+from mezzotint.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -118,8 +119,8 @@ def test_page(page, house, tmp_path, monkeypatch, capfd):
     shutil.copy(house / "model.mzt", tmp_path / "package" / "models" / "prose.mzt")
     for name in ("report.html", "serve.html"):
         shutil.copy(Path(mezzotint.__file__).parent / name, tmp_path / "package")
-    monkeypatch.setattr(shipped.importlib.resources, "files", lambda name: tmp_path / "package")
-    monkeypatch.setattr("mezzotint.serve.serve", lambda model, **words: None)
+    monkeypatch.setattr(pretrained.importlib.resources, "files", lambda name: tmp_path / "package")
+    monkeypatch.setattr("mezzotint.apps.serve.serve", lambda model, **words: None)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in todo:
@@ -131,9 +132,9 @@ def test_page(page, house, tmp_path, monkeypatch, capfd):
         elif block.language == "sh":
             for words in commands(block.text):
                 if block.excuse:
-                    cli.build_parser().parse_args(cli._with_dashes(words))
+                    main.build_parser().parse_args(main._with_dashes(words))
                     continue
-                status = cli.main(shortened(words))
+                status = main.main(shortened(words))
                 assert status == 0, f"{where}: mezzotint {shlex.join(words)}: {capfd.readouterr().err[-2000:]}"
         elif "mezzotint " in block.text:
             pytest.fail(f"{where}: a block of {block.language or 'no language'} hides its commands from this test")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mezzotint import entropy
+from mezzotint.packing import entropy
 
 
 def spread_plane(rows: int, columns: int, seed: int, limit: int = 31) -> np.ndarray:

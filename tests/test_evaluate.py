@@ -26,10 +26,12 @@ from toy import (
     toy_windows,
 )
 
-from mezzotint.config import ModelConfig
+from mezzotint.config import ModelConfig, parse_attention
 from mezzotint.errors import DataError
-from mezzotint.evaluate import (
-    Journal,
+from mezzotint.model import Denoiser, Model
+from mezzotint.objective import masked_nll, nelbo_per_window
+from mezzotint.scoring.journal import Journal
+from mezzotint.scoring.likelihood import (
     apply_control,
     causal,
     chain_rule,
@@ -38,11 +40,8 @@ from mezzotint.evaluate import (
     nelbo,
     reconstruction_score,
     reveal_order,
-    student_t_quantile,
-    student_t_tail,
 )
-from mezzotint.model import Denoiser, Model
-from mezzotint.objective import masked_nll, nelbo_per_window
+from mezzotint.scoring.statistics import student_t_quantile, student_t_tail
 
 V, T = 3, 3
 
@@ -103,7 +102,7 @@ class TestAnchor:
         total = 0.0
         for x in texts():
             shifted = torch.tensor([[V, *x[:-1]]])
-            logits = model.logits(shifted, visibility="causal")
+            logits = model.logits(shifted, block_size=1)
             nll = float(torch.nn.functional.cross_entropy(logits[0], torch.tensor(x), reduction="sum"))
             total += math.exp(-nll)
             if sum(x):
@@ -156,7 +155,7 @@ class TestBlocks:
                     hidden -= set(group.tolist())
             else:
                 windows = ToyWindows(np.array(x), 4, model.tokenizer)
-                nats = 4 * chain_rule(model, windows, order=order, visibility=f"block({size})").nats_per_token
+                nats = 4 * chain_rule(model, windows, order=order, attention=f"block({size})").nats_per_token
             total += math.exp(-nats)
             bound += math.exp(-enumerated_block_nelbo(model, x, size))
         assert total == pytest.approx(1, abs=1e-9)
@@ -373,7 +372,7 @@ class TestControl:
         windows_of = ToyWindows(random.choice(6, 64 * 40, p=frequency), 64, ToyTokenizer(6))
 
         class Unigram(UniformModel):
-            def logits(self, ids, *, visibility="full", positions=None):
+            def logits(self, ids, *, block_size=0, positions=None):
                 out = torch.from_numpy(np.log(frequency)).expand(*ids.shape, 6)
                 return out if positions is None else out[positions]
 
@@ -426,8 +425,8 @@ class TestOrders:
         with pytest.raises(DataError, match="order"):
             reveal_order(order, 8)
 
-    @pytest.mark.parametrize("visibility", ["causal", "block(3)", "block(4)"])
-    def test_what_cannot_be_seen_is_not_computed(self, visibility):
+    @pytest.mark.parametrize("attention", ["causal", "block(3)", "block(4)"])
+    def test_what_cannot_be_seen_is_not_computed(self, attention):
         """A real network on the cut canvas gives the figure of the whole canvas."""
         torch.manual_seed(0)
         config = ModelConfig(
@@ -456,7 +455,7 @@ class TestOrders:
                 return forward(ids, **more)
 
             network.forward = watched
-            short = chain_rule(model, windows, order=order, visibility=visibility)
+            short = chain_rule(model, windows, order=order, attention=attention)
             network.forward = forward
             # Orders that finish each block before the next take all blocks at once, and no canvas at all.
             at_once = {
@@ -465,8 +464,8 @@ class TestOrders:
                 ("left", "block(4)"): 12,
                 ("block(4)", "block(4)"): 3,
             }
-            if (order, visibility) in at_once:
-                assert not lengths and short.forward_passes == at_once[order, visibility]
+            if (order, attention) in at_once:
+                assert not lengths and short.forward_passes == at_once[order, attention]
             else:
                 assert min(lengths) < 16 or order == "spread(4)"
             nats = 0.0
@@ -474,7 +473,7 @@ class TestOrders:
                 x = torch.from_numpy(windows[w])[None]
                 hidden = torch.ones_like(x, dtype=torch.bool)
                 for group in reveal_order(order, x.shape[1]):
-                    logits = model.logits(x.masked_fill(hidden, 11), visibility=visibility)[0, group]
+                    logits = model.logits(x.masked_fill(hidden, 11), block_size=parse_attention(attention))[0, group]
                     nats += float(torch.nn.functional.cross_entropy(logits, x[0, group], reduction="sum"))
                     hidden[0, group] = False
             assert short.nats_per_token * 40 == pytest.approx(nats, rel=1e-5)

@@ -12,7 +12,7 @@ import torch
 
 import mezzotint
 from mezzotint.errors import ArtifactError
-from mezzotint.exchange import export_folder, import_folder
+from mezzotint.packing.safetensors import export_folder, import_folder
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import torch
 pytest.importorskip("lm_eval")
 
 from mezzotint.config import ModelConfig
-from mezzotint.data import train_tokenizer
+from mezzotint.data.tokenizer import train_tokenizer
 from mezzotint.errors import ConfigError
-from mezzotint.harness import Harness
+from mezzotint.integrations.harness import Harness
 from mezzotint.model import Denoiser, Model
 
 DOCUMENTS = [
@@ -158,16 +158,16 @@ def test_greedy_flag_and_long_continuations(model):
     ((_, greedy),) = harness._loglikelihood_tokens([(("", ""), [bos], [*ids[1:-1], (ids[-1] + 1) % 250])])
     assert not greedy
     long = [5 + i % 200 for i in range(3 * length)]
-    for visibility in ("full", "causal"):
-        ((value, _),) = Harness(model=model, visibility=visibility)._loglikelihood_tokens([(("", ""), [7, 8], long)])
+    for attention in ("full", "causal"):
+        ((value, _),) = Harness(model=model, attention=attention)._loglikelihood_tokens([(("", ""), [7, 8], long)])
         assert math.isfinite(value) and value < 0
 
 
 def test_causal_is_one_pass(model):
-    harness = Harness(model=model, visibility="causal")
+    harness = Harness(model=model, attention="causal")
     ids = [model.tokenizer.bos_id, 9, 8, 7, 6]
     ((value, _),) = harness._loglikelihood_tokens([(("", ""), ids[:2], ids[2:])])
-    logits = model.logits(torch.tensor([[model.config.mask_id, *ids[:-1]]]), visibility="causal")[0].double()
+    logits = model.logits(torch.tensor([[model.config.mask_id, *ids[:-1]]]), block_size=1)[0].double()
     expected = float(logits.log_softmax(1)[torch.arange(2, 5), torch.tensor(ids[2:])].sum())
     assert value == pytest.approx(expected, rel=1e-5)
 
@@ -175,8 +175,8 @@ def test_causal_is_one_pass(model):
 def test_settings():
     with pytest.raises(ConfigError, match="one model"):
         Harness()
-    with pytest.raises(ConfigError, match="visibility"):
-        Harness(path="x", visibility="sideways")
+    with pytest.raises(ConfigError, match="attention"):
+        Harness(path="x", attention="sideways")
 
 
 def test_command_lists_tasks(tasks):

@@ -10,12 +10,12 @@ import pytest
 
 import mezzotint
 from mezzotint.errors import ArtifactError, MezzotintError
-from mezzotint.evaluate import Estimate
+from mezzotint.scoring.statistics import Estimate
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 yaml = pytest.importorskip("yaml")
 
-from mezzotint import hub  # noqa: E402
+from mezzotint.integrations import hub  # noqa: E402
 
 FIGURES = [
     Estimate("nelbo", "upper bound", 2.25, 0.0125, 4.2, 1000, 2700, 1.0, 8, 3),

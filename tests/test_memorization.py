@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import mezzotint
-from mezzotint import memorization
 from mezzotint.errors import ConfigError, DataError
-from mezzotint.memorization import find_strings, memorized, stream_text
-from mezzotint.sample import Samples
+from mezzotint.sampling.generate import Samples
+from mezzotint.scoring import memorization
+from mezzotint.scoring.memorization import find_strings, memorized, stream_text
 
 
 @pytest.mark.parametrize("chunk", [64, 1 << 20])

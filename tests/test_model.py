@@ -8,19 +8,18 @@ import math
 import pytest
 import torch
 
-from mezzotint.config import PRESETS, ModelConfig
+from mezzotint.config import PRESETS, ModelConfig, parse_attention
 from mezzotint.errors import ConfigError
 from mezzotint.model import (
     Cache,
     Denoiser,
+    Model,
+    additive_mask,
     attend,
     block_mask,
     count_parameters,
-    learnt_next_tokens,
     mix_neighbours,
     rotate,
-    trained_block_size,
-    visible,
 )
 
 PLAIN = ModelConfig(vocab_size=11, sequence_length=12, layers=3, width=16, heads=4, kv_heads=2, mlp_ratio=2.0)
@@ -170,20 +169,19 @@ def test_equals_a_plain_second_implementation(config, size):
     with torch.no_grad():
         expected = torch.stack([naive_windows(net, row.tolist(), size) for row in ids])
         for word in words:
-            torch.testing.assert_close(net(ids, visibility=word), expected, atol=2e-4, rtol=1e-4)
+            torch.testing.assert_close(net(ids, block_size=parse_attention(word)), expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("visibility", ["causal", "block(3)"])
-def test_nothing_leaks_from_what_cannot_be_seen(visibility):
+@pytest.mark.parametrize("size", [1, 3])
+def test_nothing_leaks_from_what_cannot_be_seen(size):
     net = build(RICH)
-    size = 1 if visibility == "causal" else 3
     ids = torch.randint(0, 11, (1, 12), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        before = net(ids, visibility=visibility)
+        before = net(ids, block_size=size)
         for changed in range(12):
             other = ids.clone()
             other[0, changed] = (other[0, changed] + 1) % 11
-            same = net(other, visibility=visibility)
+            same = net(other, block_size=size)
             start = changed // size * size
             torch.testing.assert_close(same[:, :start], before[:, :start], atol=0, rtol=0)
             assert not torch.equal(same[:, start:], before[:, start:])
@@ -215,12 +213,12 @@ def test_fresh_network_is_nearly_uniform():
 def test_compiled_attention_equals_the_library_kernel(monkeypatch):
     net = build(RICH)
     ids = torch.randint(0, 12, (2, 12), generator=torch.Generator().manual_seed(4))
-    for visibility in ("full", "causal", "block(5)"):
+    for size in (0, 1, 5):
         with torch.no_grad():
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
-            eager = net(ids, visibility=visibility)
+            eager = net(ids, block_size=size)
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-            torch.testing.assert_close(net(ids, visibility=visibility), eager, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(net(ids, block_size=size), eager, atol=1e-5, rtol=1e-4)
 
 
 def block_by_block(net: Denoiser, noisy: torch.Tensor, clean: torch.Tensor, size: int) -> torch.Tensor:
@@ -270,13 +268,15 @@ def test_kept_keys_and_values_change_nothing(size, config):
 
 
 def test_what_a_model_was_trained_on():
-    assert trained_block_size({}) == 0 == trained_block_size({"train": {"causal_share": 0.5}})
-    assert trained_block_size({"train": {"causal_share": 1.0, "block_size": 0}}) == 1
-    assert trained_block_size({"train": {"causal_share": 0.5, "block_size": 4}}) == 4
-    assert [learnt_next_tokens({"train": t}) for t in ({"causal_share": 0.5}, {"block_size": 1}, {}, [4], {"causal_share": "x"})] == [
-        True, True, False, False, False,
-    ]  # fmt: skip
-    assert trained_block_size({"train": [4]}) == 0 == trained_block_size({"train": {"block_size": "4"}})
+    def model(train):
+        return Model(PLAIN, None, None, {"train": train})
+
+    assert Model(PLAIN, None, None).block_size == 0 == model({"causal_share": 0.5}).block_size
+    assert model({"causal_share": 1.0, "block_size": 0}).block_size == 1
+    assert model({"causal_share": 0.5, "block_size": 4}).block_size == 4
+    assert model({"causal_share": 0.5}).trained_causally and model({"block_size": 1}).trained_causally
+    assert not any(model(train).trained_causally for train in ({}, [4], {"causal_share": "x"}))
+    assert model([4]).block_size == 0 == model({"block_size": "4"}).block_size
 
 
 def test_neighbours_of_one_position_window():
@@ -285,10 +285,10 @@ def test_neighbours_of_one_position_window():
     torch.testing.assert_close(mix_neighbours(x, taps), x * taps[1])
 
 
-@pytest.mark.parametrize("word", ["", "block(0)", "block(x)", "left", "block(-1)"])
-def test_unknown_visibility(word):
-    with pytest.raises(ConfigError, match="visibility"):
-        build(PLAIN)(torch.zeros(1, 3, dtype=torch.int64), visibility=word)
+@pytest.mark.parametrize("word", ["", "block(0)", "block(x)", "left", "block(-1)", "block(²)", f"block({'9' * 30})"])
+def test_unknown_attention(word):
+    with pytest.raises(ConfigError, match="attention"):
+        parse_attention(word)
 
 
 def test_bad_shapes():
@@ -308,7 +308,7 @@ def test_shifted_output_reads_one_mask_more():
     torch.testing.assert_close(network(ids), expected)
     positions = ids % 2 == 0
     torch.testing.assert_close(network(ids, positions=positions), expected[positions])
-    torch.testing.assert_close(network(ids, visibility="causal"), plain(ids, visibility="causal"))
+    torch.testing.assert_close(network(ids, block_size=1), plain(ids, block_size=1))
     assert not torch.allclose(network(ids), plain(ids))
 
 
@@ -316,7 +316,7 @@ def test_shifted_output_reads_one_mask_more():
 def test_attention_by_products_is_attention(size, monkeypatch):
     """What compiled training on a CPU uses, written-out gradients too, against PyTorch's kernel in float64."""
     place = torch.arange(10)
-    mask = None if size is None else visible(block_mask(place, place, size)).double()
+    mask = None if size is None else additive_mask(block_mask(place, place, size)).double()
     found = []
     for compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)

@@ -9,7 +9,7 @@ import torch
 
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig
 from mezzotint.model import Denoiser
-from mezzotint.optim import BatchedMuon, MovingAverage, Optimizers, learning_rate_scale, split_parameters
+from mezzotint.training.optim import BatchedMuon, MovingAverage, Optimizers, learning_rate_scale, split_parameters
 
 MODEL = ModelConfig(vocab_size=11, sequence_length=8, layers=2, width=16, heads=2, kv_heads=1, neighbour_reach=1)
 

@@ -38,8 +38,8 @@ def built(tmp_path_factory) -> Path:
 
 def wanted() -> set[str]:
     """Every source file, and what a user gets besides."""
-    names = {f"mezzotint/{p.name}" for p in SOURCE.glob("*.py")}
-    return names | {f"mezzotint/{n}" for n in ("py.typed", "report.html", "serve.html", "models/prose.mzt")}
+    names = {f"mezzotint/{p.relative_to(SOURCE).as_posix()}" for p in SOURCE.rglob("*.py")}
+    return names | {f"mezzotint/{n}" for n in ("py.typed", "apps/report.html", "apps/serve.html", "models/prose.mzt")}
 
 
 def test_wheel_holds_package_data_and_nothing_else(built):
@@ -82,7 +82,7 @@ def test_base_dependencies_are_what_the_package_imports(built):
     required = [str(line) for line in metadata.get_all("Requires-Dist") or []]
     base = {re.split(r"[\s<>=!~;\[]", line)[0].lower() for line in required if "extra ==" not in line}
     imported: set[str] = set()
-    for path in SOURCE.glob("*.py"):
+    for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}

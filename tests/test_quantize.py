@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mezzotint import quantize
+from mezzotint.packing import quantize
+from mezzotint.packing.grid import Grid, round_to_grid, row_scales, snap
 
 
 def problem(rows: int = 12, columns: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,7 +19,7 @@ def problem(rows: int = 12, columns: int = 20, seed: int = 0) -> tuple[torch.Ten
     return weight, (inputs.T @ inputs / 400).double()
 
 
-def output_error(weight: torch.Tensor, grid: quantize.Grid, hessian: torch.Tensor) -> float:
+def output_error(weight: torch.Tensor, grid: Grid, hessian: torch.Tensor) -> float:
     delta = weight.double() - torch.from_numpy(grid.values()).double()
     return float(torch.trace(delta @ hessian @ delta.T))
 
@@ -50,7 +51,7 @@ def naive_gptq(
 @pytest.mark.parametrize("block", [4, 7, 128])
 def test_gptq_equals_naive_re_solve(block: int, ascending: bool) -> None:
     weight, hessian = problem()
-    rows = quantize.row_scales(weight.numpy(), hessian.diagonal().numpy(), 7)
+    rows = row_scales(weight.numpy(), hessian.diagonal().numpy(), 7)
     grid = quantize.gptq(weight, hessian, rows, limit=7, block=block, ascending=ascending)
     np.testing.assert_array_equal(grid.codes, naive_gptq(weight, hessian, rows, 7, descending=not ascending))
 
@@ -74,8 +75,8 @@ def test_curved_scales_cost_as_said_in_either_order() -> None:
 def test_gptq_beats_plain_rounding_in_output_error() -> None:
     for seed in range(5):
         weight, hessian = problem(seed=seed)
-        rows = quantize.row_scales(weight.numpy(), hessian.diagonal().numpy(), 31)
-        plain = quantize.round_to_grid(weight.numpy(), rows, 31)
+        rows = row_scales(weight.numpy(), hessian.diagonal().numpy(), 31)
+        plain = round_to_grid(weight.numpy(), rows, 31)
         assert output_error(weight, quantize.gptq(weight, hessian, rows), hessian) < 0.8 * output_error(
             weight, plain, hessian
         )
@@ -85,7 +86,7 @@ def test_codes_stay_within_the_limit_and_zero_rows_stay_zero() -> None:
     weight, hessian = problem()
     weight[3] = 0
     weight[5] *= 1e4
-    rows = quantize.row_scales(weight.numpy(), hessian.diagonal().numpy(), 31)
+    rows = row_scales(weight.numpy(), hessian.diagonal().numpy(), 31)
     grid = quantize.gptq(weight, hessian, rows)
     assert np.abs(grid.codes).max() <= 31
     assert not grid.values()[3].any()
@@ -95,7 +96,7 @@ def test_codes_stay_within_the_limit_and_zero_rows_stay_zero() -> None:
 def test_gptq_survives_dead_and_missing_inputs() -> None:
     weight, hessian = problem()
     hessian[4], hessian[:, 4] = 0, 0
-    rows = quantize.row_scales(weight.numpy(), hessian.diagonal().numpy(), 31)
+    rows = row_scales(weight.numpy(), hessian.diagonal().numpy(), 31)
     assert np.isfinite(quantize.gptq(weight, hessian, rows).values()).all()
     assert np.isfinite(quantize.gptq(weight, torch.zeros_like(hessian), rows).values()).all()
 
@@ -108,14 +109,14 @@ def test_row_scales_beat_the_largest_magnitude() -> None:
     largest = (np.abs(weight).max(axis=1) / 7).astype(np.float16)
 
     def error(rows: np.ndarray) -> float:
-        return float(np.square(quantize.round_to_grid(weight, rows, 7).values() - weight).sum())
+        return float(np.square(round_to_grid(weight, rows, 7).values() - weight).sum())
 
-    assert error(quantize.row_scales(weight, ones, 7)) < 0.8 * error(largest)
+    assert error(row_scales(weight, ones, 7)) < 0.8 * error(largest)
 
 
 def test_snapped_scales_are_close_and_few() -> None:
     scales = np.exp(np.random.default_rng(0).uniform(-4, 1, 2_000))
-    snapped = quantize.snap(scales)
+    snapped = snap(scales)
     assert np.abs(snapped.astype(np.float64) / scales - 1).max() < 0.025
     assert len(np.unique(snapped)) < 130
-    assert quantize.snap(np.zeros(3)).tolist() == [0, 0, 0]
+    assert snap(np.zeros(3)).tolist() == [0, 0, 0]

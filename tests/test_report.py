@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from toy import TableModel, conditional_nll, toy_windows
 
-from mezzotint import evaluate, report
-from mezzotint.artifact import inspect_artifact, open_artifact
-from mezzotint.data import Dataset
+from mezzotint.apps import charts, report
+from mezzotint.data.dataset import Dataset
 from mezzotint.errors import ArtifactError, CheckpointError, DataError
+from mezzotint.packing.artifact import inspect_artifact, open_artifact
+from mezzotint.scoring import likelihood, statistics
 
 
 class Page(HTMLParser):
@@ -73,7 +74,7 @@ def test_the_page_is_whole_and_loads_nothing(page):
 
 def test_charts_follow_the_readers_colours(page):
     chart = page[page.index("<svg") : page.rindex("</svg>")]
-    for sentinel in (report.INK, report.MUTED, report.GRID, *report.SERIES):
+    for sentinel in (charts.INK, charts.MUTED, charts.GRID, *charts.SERIES):
         assert sentinel not in page
     assert "var(--ink)" in chart and "var(--muted)" in chart and "var(--s0)" in chart
     assert "prefers-color-scheme: dark" in page
@@ -82,7 +83,7 @@ def test_charts_follow_the_readers_colours(page):
 def test_figures_on_the_page_are_those_of_the_modules(page, trained):
     model = open_artifact(trained.artifact)
     windows = Dataset.open(trained.data).split("val").windows(model.config.sequence_length)
-    bound = evaluate.nelbo(model, windows, tokens=512)
+    bound = likelihood.nelbo(model, windows, tokens=512)
     assert f"≤ {bound.bpb:.3f}" in page and f"{bound.bpb:.4f}" in page and f"{bound.stderr_bpb:.4f}" in page
     assert f"{trained.artifact.stat().st_size:,}" in page and str(model.sha256) in page
     assert "yes, as a bound from above" in page
@@ -105,9 +106,9 @@ def test_text_is_escaped(trained, tmp_path):
 
 
 def test_comparison_names_what_may_stand_beside_an_autoregressive_figure():
-    assert report.comparison(evaluate.EXACT) == (True, "yes")
-    assert report.comparison(evaluate.UPPER_BOUND)[0] and "bound" in report.comparison(evaluate.UPPER_BOUND)[1]
-    assert report.comparison(evaluate.NOT_A_BOUND) == (False, "no")
+    assert charts.comparison(statistics.EXACT) == (True, "yes")
+    assert charts.comparison(statistics.UPPER_BOUND)[0] and "bound" in charts.comparison(statistics.UPPER_BOUND)[1]
+    assert charts.comparison(statistics.NOT_A_BOUND) == (False, "no")
 
 
 def test_mask_rate_curve_against_enumeration():
@@ -116,7 +117,7 @@ def test_mask_rate_curve_against_enumeration():
 
     model = TableModel(vocab_size=3, length=3, seed=4)
     windows = toy_windows(model, 24, seed=2)
-    curve = report.mask_rate_curve(model, windows, bins=3, repeats=400, seed=1)  # type: ignore[arg-type]
+    curve = charts.mask_rate_curve(model, windows, bins=3, repeats=400, seed=1)  # type: ignore[arg-type]
     assert [(round(b.low * 3), round(b.high * 3)) for b in curve] == [(0, 1), (1, 2), (2, 3)]
     size = sum(windows.byte_count(i) for i in range(len(windows)))
     for k, b in enumerate(curve, 1):
@@ -134,14 +135,14 @@ def test_mask_rate_curve_against_enumeration():
 def test_mean_height_of_the_curve_is_the_nelbo():
     model = TableModel(vocab_size=3, length=4, seed=7)
     windows = toy_windows(model, 32)
-    curve = report.mask_rate_curve(model, windows, bins=4, repeats=300)  # type: ignore[arg-type]
-    bound = evaluate.nelbo(model, windows, repeats=300)  # type: ignore[arg-type]
+    curve = charts.mask_rate_curve(model, windows, bins=4, repeats=300)  # type: ignore[arg-type]
+    bound = likelihood.nelbo(model, windows, repeats=300)  # type: ignore[arg-type]
     assert np.mean([b.bpb for b in curve]) == pytest.approx(bound.bpb, abs=0.03)
 
 
 def test_every_byte_of_an_artifact_is_shown_once(trained):
     looked = inspect_artifact(trained.artifact)
-    places = report.bytes_by_group(looked)
+    places = charts.bytes_by_group(looked)
     assert sum(sum(parts.values()) for parts in places.values()) == trained.artifact.stat().st_size
     assert {"embeddings", "layer 1", "layer 2", "file"} <= set(places)
     one = [t["bytes"] for t in looked["tensors"] if t["name"] == "blocks.1.mlp.up.weight"]
@@ -163,16 +164,16 @@ def test_filled_gaps_keep_the_text_around(trained):
 def test_metrics_cut_short_by_a_crash_are_read(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
-    rows = report.read_metrics(run)
+    rows = charts.read_metrics(run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "tok')
-    assert report.read_metrics(run) == rows and rows[-1]["step"] == 30
+    assert charts.read_metrics(run) == rows and rows[-1]["step"] == 30
     (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     with pytest.raises(CheckpointError, match="line 2"):
-        report.read_metrics(run)
+        charts.read_metrics(run)
     (run / "metrics.jsonl").unlink()
     with pytest.raises(CheckpointError, match="no metrics"):
-        report.read_metrics(run)
+        charts.read_metrics(run)
 
 
 def test_what_cannot_be_reported_leaves_nothing(trained, tmp_path):
@@ -195,5 +196,5 @@ def test_what_cannot_be_reported_leaves_nothing(trained, tmp_path):
 
 def test_one_row_of_metrics_draws(tmp_path):
     rows = [json.loads('{"step": 1, "train_nelbo_bpb": 4.0, "seconds": 1.0, "tokens": 10}')]
-    assert report.loss_chart(rows).startswith("<svg")
-    assert "validation text" in report.loss_chart([*rows, {"step": 2, "val_nelbo_bpb": 3.0}])
+    assert charts.loss_chart(rows).startswith("<svg")
+    assert "validation text" in charts.loss_chart([*rows, {"step": 2, "val_nelbo_bpb": 3.0}])

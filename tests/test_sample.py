@@ -17,32 +17,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mezzotint import sample as sampling
-from mezzotint.config import ModelConfig
-from mezzotint.data import Tokenizer, train_tokenizer
+from mezzotint.config import SAMPLERS, ModelConfig, SamplingConfig
+from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Denoiser, Model
-from mezzotint.sample import (
-    SAMPLERS,
-    Sampling,
-    Span,
-    broken_bytes,
-    canvas_spans,
-    denoise,
-    draw,
-    fill,
-    infill,
-    parse_gaps,
-    pieces,
-    sample,
-    text_tokens,
-)
+from mezzotint.sampling import denoise as denoising
+from mezzotint.sampling.denoise import denoise, draw
+from mezzotint.sampling.generate import Span, canvas_spans, sample
+from mezzotint.sampling.infill import fill, infill, parse_gaps
+from mezzotint.sampling.pieces import broken_bytes, pieces, text_tokens
 
 # --- toys -------------------------------------------------------------------------------------------------------------
 
 
 class JointModel:
     """Exact conditionals of a known joint distribution over V^T, so what is drawn can be counted against it."""
+
+    block_size, trained_causally = 0, False
 
     def __init__(self, vocab: int = 3, length: int = 3, seed: int = 0) -> None:
         self.config = SimpleNamespace(vocab_size=vocab, mask_id=vocab, sequence_length=length)
@@ -59,7 +50,7 @@ class JointModel:
         part = part.sum(axis=tuple(i for i in range(len(row)) if i != position))
         return part / part.sum()
 
-    def logits(self, ids, *, visibility="full", positions=None):
+    def logits(self, ids, *, block_size=0, positions=None):
         assert positions is not None
         self.asked.append(positions)
         where = positions.nonzero().tolist()
@@ -75,6 +66,8 @@ class Recall:
 
     p(canvas) = mixture over (text, offset) of prod_i [(1 - e) 1{x_i = text_i} + e / V]: a proper joint distribution.
     """
+
+    block_size, trained_causally = 0, False
 
     def __init__(self, tokenizer: Tokenizer, texts: list[str], window: int = 48, noise: float = 1e-3) -> None:
         self.tokenizer = tokenizer
@@ -93,7 +86,7 @@ class Recall:
         rows = [(r + [-1] * length)[o : o + length] for r in self.rows for o in range(max(1, len(r) - length + 1))]
         return torch.tensor(rows)
 
-    def logits(self, ids, *, visibility="full", positions=None):
+    def logits(self, ids, *, block_size=0, positions=None):
         self.widest = max(self.widest, ids.shape[1])
         v, table, out = self.config.vocab_size, self._table(ids.shape[1]), []
         for row, asked in zip(ids, positions, strict=True):
@@ -280,7 +273,7 @@ def test_entropy_budget_reveals_what_it_may():
             super().__init__(vocab=2, length=5)
             self.p = torch.tensor([0.5, 0.999, 0.9, 0.99, 0.7], dtype=torch.float64)
 
-        def logits(self, ids, *, visibility="full", positions=None):
+        def logits(self, ids, *, block_size=0, positions=None):
             self.asked.append(positions)
             return torch.stack([self.p, 1 - self.p], 1).log().expand(len(ids), 5, 2)[positions]
 
@@ -353,26 +346,26 @@ def test_kept_keys_and_values_change_no_token(size, options, shifted, monkeypatc
     words = {"sampler": "blocks", "seed": 4, "allowed": allowed, "stop_id": model.tokenizer.bos_id, **options}
     answers: list[list[torch.Tensor]] = [[], []]
     results = []
-    for n, kind in enumerate((sampling.Cache, Uncached)):
-        monkeypatch.setattr(sampling, "Cache", kind)
-        original = sampling._Row.answer
+    for n, kind in enumerate((denoising.Cache, Uncached)):
+        monkeypatch.setattr(denoising, "Cache", kind)
+        original = denoising._Row.answer
 
         def noted(self, positions, logits, n=n, original=original):
             answers[n].append(logits.clone())
             original(self, positions, logits)
 
-        monkeypatch.setattr(sampling._Row, "answer", noted)
+        monkeypatch.setattr(denoising._Row, "answer", noted)
         results.append(denoise(model, canvas, **words))
-        monkeypatch.setattr(sampling._Row, "answer", original)
+        monkeypatch.setattr(denoising._Row, "answer", original)
     kept, plain = results
     assert torch.equal(kept.ids, plain.ids) and kept.forward_passes == plain.forward_passes
     assert len(answers[0]) == len(answers[1]) > 20
     for a, b in zip(*answers, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     if size > 1:  # and the same as without any notion of keeping, which the other samplers' way goes
-        monkeypatch.setattr(sampling, "Cache", None)
-        row_by_row = sampling._Network(model, 5, 30, f"block({size})", keep=False)
-        monkeypatch.setattr(sampling, "_Network", lambda *_: row_by_row)
+        monkeypatch.setattr(denoising, "Cache", None)
+        row_by_row = denoising._Network(model, 5, 30, size, keep=False)
+        monkeypatch.setattr(denoising, "_Network", lambda *_: row_by_row)
         assert torch.equal(denoise(model, canvas, **words).ids, kept.ids)
 
 
@@ -380,9 +373,9 @@ def test_blocks_of_a_whole_window_are_whole_windows():
     """Training in blocks no shorter than the window is training on whole windows, so it is read as one."""
     model = block_model(32, shifted=True)
     canvas = torch.full((2, 30), model.config.mask_id)
-    whole = denoise(model, canvas, sampler="blocks", seed=1, visibility="full")
+    whole = denoise(model, canvas, sampler="blocks", seed=1, attention="full")
     assert torch.equal(denoise(model, canvas, sampler="blocks", seed=1).ids, whole.ids)
-    assert torch.equal(denoise(model, canvas, sampler="blocks", seed=1, visibility="block(32)").ids, whole.ids)
+    assert torch.equal(denoise(model, canvas, sampler="blocks", seed=1, attention="block(32)").ids, whole.ids)
 
 
 def test_blocks_do_not_depend_on_the_batch(monkeypatch):
@@ -390,7 +383,7 @@ def test_blocks_do_not_depend_on_the_batch(monkeypatch):
         model = block_model(size)
         canvas = torch.full((5, 24), model.config.mask_id)
         whole = denoise(model, canvas, sampler="blocks", seed=1)
-        monkeypatch.setattr(sampling, "TOKENS_PER_FORWARD", 48)  # two rows at a time
+        monkeypatch.setattr(model, "TOKENS_PER_FORWARD", 48)  # two rows at a time
         assert torch.equal(denoise(model, canvas, sampler="blocks", seed=1).ids, whole.ids)
         watched = denoise(model, canvas, sampler="blocks", seed=1, on_step=lambda *_: None)
         assert torch.equal(watched.ids, whole.ids) and watched.forward_passes == whole.forward_passes
@@ -408,7 +401,7 @@ def test_next_tokens_are_drawn_as_they_are_scored():
         canvas[1, 0] = 30
         ids = denoise(model, canvas, sampler="blocks", temperature=0.0).ids
         shifted = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=model.config.mask_id)
-        logits = model.logits(shifted, visibility="causal").masked_fill(~text_tokens(model.tokenizer), -torch.inf)
+        logits = model.logits(shifted, block_size=1).masked_fill(~text_tokens(model.tokenizer), -torch.inf)
         assert torch.equal(logits.argmax(-1)[:, 1:], ids[:, 1:])
 
 
@@ -420,7 +413,7 @@ def test_texts_are_drawn_by_next_tokens_where_they_were_learnt_and_nothing_else_
     following = sample(model, 2, 20, temperature=0.8)
     assert following.forward_passes == 20 and following.tokens != plain
     assert (
-        following.tokens == sample(model, 2, 20, temperature=0.8, sampler="blocks", block=1, visibility="causal").tokens
+        following.tokens == sample(model, 2, 20, temperature=0.8, sampler="blocks", block=1, attention="causal").tokens
     )
     assert plain == sample(model, 2, 20, temperature=0.8, sampler="confidence").tokens
     assert sample(model, 2, 20, steps=4).forward_passes == 4
@@ -434,7 +427,7 @@ def test_blocks_see_nothing_to_the_right_and_other_samplers_do():
     other[0, 12:] = 40
     same = {"temperature": 0.0, "sampler": "blocks"}
     assert torch.equal(denoise(model, canvas, **same).ids[0, :12], denoise(model, other, **same).ids[0, :12])
-    full = {**same, "visibility": "full"}
+    full = {**same, "attention": "full"}
     assert not torch.equal(denoise(model, canvas, **full).ids[0, :12], denoise(model, other, **full).ids[0, :12])
     asked, plain = (sample(model, 2, 50, **more).tokens for more in ({"sampler": "blocks"}, {}))
     assert asked == plain != sample(model, 2, 50, sampler="confidence").tokens
@@ -478,7 +471,7 @@ def test_bad_settings_are_refused_in_one_line():
         dict(remask=2.0),
     ):
         with pytest.raises(ConfigError) as error:
-            Sampling(**bad)
+            SamplingConfig(**bad)
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError):
         sample(random_model(), 0)

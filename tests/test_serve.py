@@ -19,8 +19,8 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from test_sample import TEXT, Recall, own_tokenizer, random_model
 
+from mezzotint.apps.serve import MAX_BODY, MAX_CHARACTERS, make_server, serve, text_likelihood
 from mezzotint.errors import MezzotintError
-from mezzotint.serve import MAX_BODY, MAX_CHARACTERS, make_server, serve, text_likelihood
 
 
 class Slow(Recall):
@@ -102,7 +102,7 @@ def test_a_text_is_weighed(port):
 
 def test_likelihood_of_text_longer_than_the_window_is_that_of_its_parts():
     class Uniform(Recall):
-        def logits(self, ids, *, visibility="full", positions=None):
+        def logits(self, ids, *, block_size=0, positions=None):
             return torch.zeros(int(positions.sum()), self.config.vocab_size)
 
     model = Uniform(own_tokenizer(), [TEXT], window=16)

@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 import mezzotint
-from mezzotint import cli, shipped
+from mezzotint import pretrained
+from mezzotint.cli import main
 from mezzotint.errors import CheckpointError
 
 
@@ -17,13 +18,13 @@ def package(trained, tmp_path, monkeypatch):
     """An installation whose one shipped model is the small trained one."""
     (tmp_path / "package" / "models").mkdir(parents=True)
     shutil.copy(trained.artifact, tmp_path / "package" / "models" / "prose.mzt")
-    monkeypatch.setattr(shipped.importlib.resources, "files", lambda name: tmp_path / "package")
+    monkeypatch.setattr(pretrained.importlib.resources, "files", lambda name: tmp_path / "package")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def printed(capsys, *words) -> dict:
-    assert cli.main([*map(str, words), "--json"]) == 0
+    assert main.main([*map(str, words), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -80,8 +81,10 @@ def test_commands_without_a_model_use_the_shipped_one(package, trained, capsys):
 def test_serve_without_a_model(package, monkeypatch):
     pytest.importorskip("uvicorn")
     served = []
-    monkeypatch.setattr("mezzotint.serve.serve", lambda model, **words: served.append((model.sha256, words["name"])))
-    assert cli.main(["serve"]) == 0
+    monkeypatch.setattr(
+        "mezzotint.apps.serve.serve", lambda model, **words: served.append((model.sha256, words["name"]))
+    )
+    assert main.main(["serve"]) == 0
     assert served == [(mezzotint.load().sha256, "prose")]
 
 
@@ -101,18 +104,18 @@ def test_serve_without_a_model(package, monkeypatch):
     ],
 )
 def test_where_the_model_of_fill_may_stand(words, model, text):
-    known = cli.build_parser().parse_args(["fill", *words])
+    known = main.build_parser().parse_args(["fill", *words])
     assert (known.model and str(known.model), known.text) == (model, text)
 
 
 @pytest.mark.parametrize("words", [["m", "t", "u"], ["t", "--odd"], ["m", "t", "--seed", "1", "u"], []])
 def test_what_fill_does_not_know_stays_an_error(words, capsys):
-    assert cli.main(["fill", *words]) == 2
+    assert main.main(["fill", *words]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_model_without_a_text_is_noticed(package, trained, capsys):
-    assert cli.main(["fill", str(trained.artifact)]) == 2
+    assert main.main(["fill", str(trained.artifact)]) == 2
     assert "give the text" in capsys.readouterr().err
 
 
@@ -121,15 +124,15 @@ def test_export_and_import_by_command(package, trained, capsys):
     assert made["bytes"] == sum(p.stat().st_size for p in (package / "folder").iterdir())
     assert printed(capsys, "import", "folder", "--out", "again.mzt")["verified"] is True
     assert printed(capsys, "fill", "again.mzt", "the ____")["text"] == printed(capsys, "fill", "the ____")["text"]
-    assert cli.main(["import", "nothing", "--out", "x.mzt"]) == 2
+    assert main.main(["import", "nothing", "--out", "x.mzt"]) == 2
     assert "not an exported model" in capsys.readouterr().err and not (package / "x.mzt").exists()
 
 
 def test_demo_shows_the_shipped_model_first(package, trained):
     """Its text with the gap filled, as `fill` does; an installation without it goes on without."""
     said: list[str] = []
-    shown = cli._fill_with_shipped(said.append)
-    expected = mezzotint.fill(mezzotint.open_artifact(trained.artifact), cli.SHIPPED_TEXT, seed=0)
+    shown = main._fill_with_shipped(said.append)
+    expected = mezzotint.fill(mezzotint.open_artifact(trained.artifact), main.SHIPPED_TEXT, seed=0)
     assert shown == {"model": "prose", "text": expected} and said[-1] == expected and "____" not in expected
     (package / "package" / "models" / "prose.mzt").unlink()
-    assert cli._fill_with_shipped(said.append) is None and len(said) == 2
+    assert main._fill_with_shipped(said.append) is None and len(said) == 2

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import mezzotint
-from mezzotint import submission
-from mezzotint.data import Dataset
+from mezzotint.apps import submission
+from mezzotint.data.dataset import Dataset
 from mezzotint.errors import ArtifactError, CheckpointError, DataError
-from mezzotint.train import read_run
+from mezzotint.training.checkpoint import read_run
 
 BLOCK = """
 import importlib.abc, runpy, sys
@@ -105,10 +105,11 @@ def test_source_can_be_read(record, tmp_path):
     out, _ = record
     alone(out / "train_gpt.py", "--source", tmp_path / "source", cwd=tmp_path)
     package = Path(mezzotint.__file__).parent
-    written = sorted(p.name for p in (tmp_path / "source" / "mezzotint").iterdir())
-    assert {"__init__.py", "train.py", "artifact.py", "evaluate.py", "model.py"} <= set(written)
-    assert not {"cli.py", "report.py", "submission.py"} & set(written)
-    for name in set(written) - {"__init__.py"}:
+    source = tmp_path / "source" / "mezzotint"
+    written = {p.relative_to(source).as_posix() for p in source.rglob("*.py")}
+    assert {"__init__.py", "training/run.py", "packing/artifact.py", "scoring/likelihood.py", "model.py"} <= written
+    assert not any(name.startswith(("cli/", "apps/")) for name in written)
+    for name in written - {"__init__.py"}:
         assert (tmp_path / "source" / "mezzotint" / name).read_text() == (package / name).read_text()
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mezzotint.data import Dataset, prepare
+from mezzotint.data.dataset import Dataset
+from mezzotint.data.prepare import prepare
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 

@@ -16,11 +16,15 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mezzotint.config import ModelConfig, TrainConfig, preset
-from mezzotint.data import Dataset, Loader, prepare
-from mezzotint.errors import CheckpointError, ConfigError, MezzotintError
+from mezzotint.data.dataset import Dataset
+from mezzotint.data.loader import Loader
+from mezzotint.data.prepare import prepare
+from mezzotint.errors import CheckpointError, ConfigError, Interrupted, MezzotintError
 from mezzotint.model import Denoiser
-from mezzotint.optim import MovingAverage, Optimizers
-from mezzotint.train import Interrupted, Trainer, draw_step, load_run, newest_checkpoint, read_run, train
+from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run
+from mezzotint.training.optim import MovingAverage, Optimizers
+from mezzotint.training.run import train
+from mezzotint.training.step import Trainer, draw_step
 
 QUICK = TrainConfig(steps=12, batch=4, compile=False, dtype="float32", log_every=0.0, checkpoint_minutes=60)
 
@@ -204,14 +208,14 @@ def test_gradient_of_blocks_is_that_of_the_stated_loss(data, model, share, shift
     for row in range(4):
         if draw.causal[row] or (shifted and share):
             read = torch.nn.functional.pad(ids[row : row + 1, :-1], (1, 0), value=model.mask_id)
-            logp = net(read, visibility="causal")[0].log_softmax(-1)
+            logp = net(read, block_size=1)[0].log_softmax(-1)
             expected = expected - (share if shifted else 1) * logp[range(16), ids[row]].sum() / 64
         if draw.causal[row]:
             continue
         bounds.append(0.0)
         for start in range(0, 16, 6):
             canvas = torch.cat((ids[row, :start], draw.corrupted[row, start : start + 6]))
-            logp = net(canvas[None], visibility="block(6)")[0].log_softmax(-1)
+            logp = net(canvas[None], block_size=6)[0].log_softmax(-1)
             hidden = [i for i in range(start, len(canvas)) if draw.masked[row, i]]
             nll = -sum(logp[i, ids[row, i]] for i in hidden)
             bounds[-1] += float(nll.detach()) * (len(canvas) - start) / len(hidden)
@@ -241,8 +245,8 @@ def test_gradient_is_that_of_the_stated_loss(data, model, share):
     draw = draw_step(config, 3, ids, model.mask_id)
     expected, bound, masked_rows = torch.zeros(()), 0.0, 0
     for row in range(4):
-        visibility = "causal" if draw.causal[row] else "full"
-        logp = net(draw.corrupted[row : row + 1], visibility=visibility)[0].log_softmax(-1)
+        size = int(draw.causal[row])
+        logp = net(draw.corrupted[row : row + 1], block_size=size)[0].log_softmax(-1)
         nll = -sum(logp[i, ids[row, i]] for i in range(16) if draw.masked[row, i])
         term = nll / int(draw.counts[row])
         expected = expected + term / 4

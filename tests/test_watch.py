@@ -7,8 +7,9 @@ import io
 from rich.console import Console
 from test_sample import TEXT, Recall, own_tokenizer
 
-from mezzotint.sample import Span, infill, sample
-from mezzotint.watch import SCALE, Watch, colour, render
+from mezzotint.apps.watch import SCALE, Watch, colour, render
+from mezzotint.sampling.generate import Span, sample
+from mezzotint.sampling.infill import infill
 
 
 def test_colours_run_from_doubt_to_certainty():

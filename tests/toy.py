@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mezzotint.model import Model
+
 
 @dataclass(frozen=True)
 class ToyConfig:
@@ -43,6 +45,8 @@ class ToyTokenizer:
 class Blocks:
     """`Model.block_logits` by `logits`, a canvas [clean blocks before, noisy block] at a time."""
 
+    block_size, trained_causally = Model.block_size, Model.trained_causally  # what `info` says
+
     def block_logits(
         self, noisy: torch.Tensor, clean: torch.Tensor, size: int, *, positions: torch.Tensor
     ) -> torch.Tensor:
@@ -52,7 +56,7 @@ class Blocks:
             canvas = clean.clone()
             canvas[:, start:] = self.config.mask_id
             canvas[:, start : start + size] = noisy[:, start : start + size]
-            out.append(self.logits(canvas, visibility=f"block({size})")[:, start : start + size])
+            out.append(self.logits(canvas, block_size=size)[:, start : start + size])
         self.rows, self.calls = rows, calls
         return torch.cat(out, dim=1)[positions]
 
@@ -82,16 +86,14 @@ class TableModel(Blocks):
             self.tables[length] = torch.from_numpy(values)
         return self.tables[length]
 
-    def logits(
-        self, ids: torch.Tensor, *, visibility: str = "full", positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, *, block_size: int = 0, positions: torch.Tensor | None = None) -> torch.Tensor:
         self.calls += 1
         self.rows += ids.shape[0]
         base = self.config.vocab_size + 1
         length = ids.shape[1]
-        if visibility != "full":
+        if block_size:
             # What is right of a position's block must not matter: look up with everything after it set to MASK.
-            size = 1 if visibility == "causal" else int(visibility[6:-1])
+            size = block_size
             out = torch.empty(*ids.shape, self.config.vocab_size, dtype=torch.float64)
             for i in range(length):
                 seen = ids.clone()
@@ -111,9 +113,7 @@ class TableModel(Blocks):
 class UniformModel(TableModel):
     """Every token equally likely everywhere, at any length."""
 
-    def logits(
-        self, ids: torch.Tensor, *, visibility: str = "full", positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, *, block_size: int = 0, positions: torch.Tensor | None = None) -> torch.Tensor:
         self.calls += 1
         self.rows += ids.shape[0]
         out = torch.zeros(*ids.shape, self.config.vocab_size, dtype=torch.float64)
@@ -251,14 +251,12 @@ class NeighbourModel(Blocks):
         self.right = torch.from_numpy(random.normal(0, scale, (v + 1, v)).astype(np.float32))
         self.rows = self.calls = 0
 
-    def logits(
-        self, ids: torch.Tensor, *, visibility: str = "full", positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, *, block_size: int = 0, positions: torch.Tensor | None = None) -> torch.Tensor:
         self.rows += ids.shape[0]
         edge = torch.nn.functional.pad(ids, (1, 1), value=self.config.mask_id)
         right = edge[:, 2:].clone()
-        if visibility != "full":
-            size = 1 if visibility == "causal" else int(visibility[6:-1])
+        if block_size:
+            size = block_size
             right[:, size - 1 :: size] = self.config.mask_id
         out = self.left[edge[:, :-2]] + self.right[right]
         return out if positions is None else out[positions]

@@ -2,7 +2,7 @@
 
 import sys
 
-from mezzotint.cli import main
+from mezzotint.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

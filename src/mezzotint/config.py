@@ -20,6 +20,20 @@ def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
     return field(default=default, metadata=metadata)
 
 
+def parse_attention(words: str) -> int:
+    """Who attends to whom, in words -> block size: `full` 0 (the whole window), `causal` 1, `block(k)` k.
+
+    A position attends to its own block and to all before it. Raises ConfigError for any other word.
+    """
+    if words in ("full", "causal"):
+        return int(words == "causal")
+    if words.startswith("block(") and words.endswith(")") and words[6:-1].isdecimal() and len(words) < 18:
+        size = int(words[6:-1])
+        if size >= 1:
+            return size
+    raise ConfigError(f"attention must be full, causal or block(k) with k >= 1, not {words!r}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the denoiser. The MASK id is `vocab_size`, one past the tokenizer's last id."""
@@ -268,3 +282,61 @@ def from_dict(kind: type[Any], values: Any) -> Any:
 def to_dict(config: ModelConfig | TrainConfig) -> dict[str, Any]:
     """The JSON object that `from_dict` reads back."""
     return dataclasses.asdict(config)
+
+
+SAMPLERS = ("ancestral", "confidence", "margin", "entropy", "blocks", "remask")
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How masks are turned into tokens. Raises ConfigError when out of range.
+
+    `ancestral`: positions in random order; with `steps` K, each mask of pass s is revealed with probability
+    1 / (K - s), the last pass revealing the rest (Sahoo et al. 2024, "Simple and effective masked diffusion language
+    models", section 3.2.3, linear schedule). One token a pass draws from the model's own random-order chain.
+    `confidence`: a token is drawn everywhere, the most probable ones stay (Chang et al. 2022, MaskGIT; Nie et al. 2025,
+    LLaDA). `margin`: the positions whose two best tokens differ most (Kim et al. 2025, "Train for the worst, plan for
+    the best"). `entropy`: as many of the least uncertain positions as keep (sum of entropies - largest) within
+    `entropy_budget`, which bounds the error of drawing them independently (Ben-Hamu et al. 2025, EB-Sampler, eq. 8).
+    `blocks`: from left to right in blocks of `block` tokens, each most confident first (semi-autoregressive; block 1 is
+    left to right); of a model that was trained in blocks no further than its own block at a time. `remask`: as
+    ancestral, but every pass also hides again a share `remask` of the drawn tokens, the least confident first (Wang et
+    al. 2025, ReMDM-conf).
+    """
+
+    sampler: str = _option("confidence", f"which positions to reveal first: {', '.join(SAMPLERS)}")
+    steps: int | None = _option(None, "passes at most (default: one token a pass; `entropy` decides for itself)")
+    temperature: float = _option(1.0, "softens (above 1) or sharpens (below 1) the token choice; 0 takes the best")
+    top_p: float = _option(1.0, "draw only from the most probable tokens that together hold this probability")
+    entropy_budget: float = _option(0.5, "nats of joint uncertainty that one pass of `entropy` may reveal")
+    block: int | None = _option(None, "tokens in a block of `blocks` (default: the block the model learnt, else 32)")
+    remask: float = _option(0.05, "share of drawn tokens that each pass of `remask` hides again")
+    order_noise: float = _option(0.0, "Gumbel noise on the order of confidence and margin, fading over the passes")
+    no_repeat: int = _option(0, "no sequence of this many tokens occurs twice (0: no such rule)")
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(f"unknown sampler {self.sampler!r}; known: {', '.join(SAMPLERS)}")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, not {self.steps}")
+        for name, low, high in (
+            ("temperature", 0.0, 100.0),
+            ("top_p", 0.0, 1.0),
+            ("entropy_budget", 0.0, math.inf),
+            ("remask", 0.0, 1.0),
+            ("order_noise", 0.0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high or (name == "top_p" and value == 0):
+                least = "above" if name == "top_p" else "at least"
+                most = f" and at most {high:g}" if high < math.inf else ""
+                raise ConfigError(f"{name} must be {least} {low:g}{most}, not {value!r}")
+        if self.block is not None and self.block < 1:
+            raise ConfigError(f"block must be at least 1 token, not {self.block}")
+        if self.no_repeat < 0 or self.no_repeat == 1:
+            raise ConfigError(f"no_repeat must be 0 or at least 2 tokens, not {self.no_repeat}")
+
+
+REVEAL_OPTIONS = {"sampler", "steps", "entropy_budget", "block", "remask", "order_noise"}
+"""Settings that say how masks are revealed; the others are about which tokens are drawn."""

@@ -22,3 +22,7 @@ class CheckpointError(MezzotintError):
 
 class ArtifactError(MezzotintError):
     """A `.mzt` file is damaged, foreign, too new, or cannot be made to fit."""
+
+
+class Interrupted(MezzotintError):
+    """The run was asked to stop (SIGINT, SIGTERM); its checkpoint is written."""

@@ -16,24 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.config import ModelConfig
-from mezzotint.data import Tokenizer
-from mezzotint.errors import ConfigError
+from mezzotint.data.tokenizer import Tokenizer
 
-
-def block_size(visibility: str, length: int) -> int:
-    """Positions that see one another: `full` is one block of all, `causal` blocks of 1, `block(k)` blocks of k.
-
-    A position sees its own block and all before it. Raises ConfigError for any other word.
-    """
-    if visibility == "full":
-        return length
-    if visibility == "causal":
-        return 1
-    if visibility.startswith("block(") and visibility.endswith(")") and visibility[6:-1].isdigit():
-        size = int(visibility[6:-1])
-        if size >= 1:
-            return size
-    raise ConfigError(f"visibility must be full, causal or block(k) with k >= 1, not {visibility!r}")
+TOKENS_PER_FORWARD = 16_384
+"""Tokens that go through the network together where nobody asks for another number."""
 
 
 def block_mask(queries: Tensor, keys: Tensor, size: int) -> Tensor:
@@ -41,7 +27,7 @@ def block_mask(queries: Tensor, keys: Tensor, size: int) -> Tensor:
     return (queries // size)[:, None] >= (keys // size)[None, :]
 
 
-def visible(mask: Tensor) -> Tensor:
+def additive_mask(mask: Tensor) -> Tensor:
     """What is seen, as a term of the scores: bool -> float32, 0 where seen and -inf elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
 
@@ -78,7 +64,7 @@ class _Products(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Softmax attention with grouped heads. q: [B, H, T, D]; k, v: [B, H_kv, S, D]; mask: [T, S] of `visible`.
+    """Softmax attention with grouped heads. q: [B, H, T, D]; k, v: [B, H_kv, S, D]; mask: [T, S] of `additive_mask`.
 
     `causal` says that the mask is that of blocks of one position, T = S.
     """
@@ -157,9 +143,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Tables(NamedTuple):
-    """What depends on the length and the visibility of a window alone (`Denoiser.tables`).
+    """What depends on the length and the block size of a window alone (`Denoiser.tables`).
 
-    cos, sin: [inputs, 1, rotated channels / 2]. mask: None, or [T, T] of `visible`. noisy: for a doubled window of N + T
+    cos, sin: [inputs, 1, rotated channels / 2]. mask: None, or [T, T] of `additive_mask`. noisy: for a doubled window of N + T
     inputs only, [N, N + T].
     A compiled graph that makes these itself works them out anew for every element that reads them: a tenth of a step.
     """
@@ -318,14 +304,15 @@ class Denoiser(nn.Module):
         angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * rate
         return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
 
-    def forward(self, ids: Tensor, *, visibility: str = "full", positions: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, *, block_size: int = 0, positions: Tensor | None = None) -> Tensor:
         """Logits in float32.
 
-        ids: int64 [B, T], MASK allowed, any T >= 1. visibility: `full`, `causal` or `block(k)`.
+        ids: int64 [B, T], MASK allowed, any T >= 1. block_size: positions attend to their own block of so many
+        and to all before it; 0 for the whole window, 1 for causal attention.
         positions: bool [B, T]; only these go through the output layer, row-major.
         Returns [B, T, V], or [n, V] with `positions`.
         """
-        hidden = self.hidden(ids, visibility)
+        hidden = self.hidden(ids, block_size)
         if positions is not None:
             hidden = hidden[positions]
         return self.logits(hidden)
@@ -334,16 +321,16 @@ class Denoiser(nn.Module):
         """Inputs that a block of `size` positions reads before its own: 1 with `shifted_output`, see `hidden_blocks`."""
         return int(self.config.shifted_output and size > 1)
 
-    def tables(self, length: int, visibility: str) -> Tables:
+    def tables(self, length: int, block_size: int) -> Tables:
         """What `hidden`, or for blocks shorter than the window `hidden_blocks`, needs for a window of `length`."""
-        size = block_size(visibility, length)
+        size = block_size or length
         weight = self.embedding.weight
         if 1 < size < length:
             return self._block_tables(length, size)
         if size > 1:
             return Tables(*self.rotary(length + self.lead(size), weight.device, weight.dtype), None)
         place = torch.arange(length, device=weight.device)
-        mask = visible(block_mask(place, place, 1)) if length > 1 else None
+        mask = additive_mask(block_mask(place, place, 1)) if length > 1 else None
         return Tables(*self.rotary(length, weight.device, weight.dtype), mask)
 
     def _block_tables(self, length: int, size: int) -> Tables:
@@ -354,7 +341,7 @@ class Denoiser(nn.Module):
         cos, sin = self.rotary(length + 1, weight.device, weight.dtype)
         places = torch.cat((noisy_place, place))
         noisy = torch.cat((block[:, None] == block, place < block[:, None] * size), dim=1)
-        return Tables(cos[places], sin[places], visible(block_mask(place, place, 1)), visible(noisy))
+        return Tables(cos[places], sin[places], additive_mask(block_mask(place, place, 1)), additive_mask(noisy))
 
     def block_inputs(self, length: int, size: int) -> tuple[Tensor, Tensor]:
         """Number of the block, and place, of each input that the blocks of `length` positions read: int64 [N], [N].
@@ -366,22 +353,22 @@ class Denoiser(nn.Module):
         block = number // (size + lead)
         return block, number - block * lead
 
-    def hidden(self, ids: Tensor, visibility: str = "full", tables: Tables | None = None) -> Tensor:
-        """The normalised last hidden state, [B, T, W]. tables: `tables(T, visibility)`, made here where not given.
+    def hidden(self, ids: Tensor, block_size: int = 0, tables: Tables | None = None) -> Tensor:
+        """The normalised last hidden state, [B, T, W]. tables: `tables(T, block_size)`, made here where not given.
 
-        With `shifted_output` and full visibility, the network reads one MASK and then the window, and the state at
+        With `shifted_output` and the whole window as one block, the network reads one MASK and then the window, and the state at
         input i predicts token i, which is input i + 1. A causal window, which its caller shifts right behind a MASK,
         is read in the same way, so that both kinds of windows teach one another (the shift operation of Gong et al.
         2025, "Scaling diffusion language models via adaptation from autoregressive models", section 3.2).
 
-        Under `block(k)` every block sees itself as it stands and the ones before it, read from left to right: this is
-        `hidden_blocks` of `ids` and `ids`. Blocks no shorter than the window are full visibility.
+        With blocks every block sees itself as it stands and the ones before it, read from left to right: this is
+        `hidden_blocks` of `ids` and `ids`. Blocks no shorter than the window are the whole window.
         """
         length = ids.shape[1]
-        size = block_size(visibility, length)
+        size = block_size or length
         if 1 < size < length:
             return self.hidden_blocks(ids, ids, size, tables)
-        tables = tables or self.tables(length, visibility)
+        tables = tables or self.tables(length, block_size)
         if self.lead(size):
             ids = F.pad(ids, (1, 0), value=self.config.mask_id)
         see = partial(attend, mask=tables.mask, causal=tables.mask is not None)
@@ -393,7 +380,7 @@ class Denoiser(nn.Module):
         """All blocks of a window at once, each denoised given the clean ones before it: hidden states [B, T, W].
 
         noisy, clean: int64 [B, T], the same window with and without MASK. In block b (`size` positions, the last one
-        perhaps fewer) the result is that of `hidden` under `block(size)` on [clean blocks < b, noisy block b]. One
+        perhaps fewer) the result is that of `hidden` with blocks of `size` on [clean blocks < b, noisy block b]. One
         pass over the doubled window [noisy | clean] (Arriola et al. 2025, "Block diffusion", section 3.2), whose clean
         part is read from left to right.
 
@@ -405,7 +392,7 @@ class Denoiser(nn.Module):
         lead = self.lead(size)
         assert lead or not next_tokens
         if size >= length:
-            return self.hidden(noisy, "full", tables)
+            return self.hidden(noisy, 0, tables)
         tables = tables or self._block_tables(length, size)
         assert tables.mask is not None and tables.noisy is not None
         see = partial(attend_doubled, size=size + lead, clean=tables.mask, noisy=tables.noisy)
@@ -503,9 +490,9 @@ class Denoiser(nn.Module):
 
 
 class Cache:
-    """A denoiser under block visibility, the newest positions at a time: keys and values of finished blocks are kept.
+    """A denoiser under block attention, the newest positions at a time: keys and values of finished blocks are kept.
 
-    `hidden` gives `Denoiser.hidden(..., visibility="block(size)")` at the newest positions, up to rounding, for the
+    `hidden` gives `Denoiser.hidden(..., block_size=size)` at the newest positions, up to rounding, for the
     cost of these positions. Finished blocks are read from left to right, so what is kept of them is the same for any
     size. Holds 2 * layers * rows * length * kv_heads * head_width floats.
     """
@@ -560,7 +547,7 @@ class Cache:
             noisy = len(block)
             own = torch.cat((place < at + block[:, None] * size, block[:, None] == block), dim=1)
             mask = torch.cat((own, F.pad(mask, (0, noisy))))
-        seen = None if bool(mask.all()) else visible(mask)
+        seen = None if bool(mask.all()) else additive_mask(mask)
 
         def see(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer, which, :, at:stop] = k[:, :, noisy:]
@@ -593,9 +580,9 @@ class Model:
         return self.network.embedding.weight.device
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor, *, visibility: str = "full", positions: Tensor | None = None) -> Tensor:
+    def logits(self, ids: Tensor, *, block_size: int = 0, positions: Tensor | None = None) -> Tensor:
         """`Denoiser.forward` without gradients, in float32 arithmetic. Shapes as there."""
-        return self.network(ids.to(self.device), visibility=visibility, positions=positions)
+        return self.network(ids.to(self.device), block_size=block_size, positions=positions)
 
     @torch.inference_mode()
     def block_logits(self, noisy: Tensor, clean: Tensor, size: int, *, positions: Tensor) -> Tensor:
@@ -604,17 +591,18 @@ class Model:
         return self.network.logits(hidden[positions.to(self.device)])
 
     @property
-    def trained_block_size(self) -> int:
+    def block_size(self) -> int:
         """Tokens of the blocks that the model learnt to denoise from left to right; 0: whole windows.
 
         1 for a model that learnt nothing but next tokens.
         """
-        return trained_block_size(self.info)
+        return _trained_block_size(self.info)
 
     @property
-    def learnt_next_tokens(self) -> bool:
-        """Whether causal visibility was trained: some windows, or all, were learnt left to right."""
-        return learnt_next_tokens(self.info)
+    def trained_causally(self) -> bool:
+        """Whether causal attention was trained: some windows, or all, were learnt left to right."""
+        share = _training(self.info).get("causal_share")
+        return (isinstance(share, (int, float)) and share > 0) or self.block_size == 1
 
 
 def _training(info: dict[str, Any]) -> dict[str, Any]:
@@ -623,19 +611,13 @@ def _training(info: dict[str, Any]) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def trained_block_size(info: dict[str, Any]) -> int:
-    """See `Model.trained_block_size`. info: what a model carries about its training; may hold anything."""
+def _trained_block_size(info: dict[str, Any]) -> int:
+    """See `Model.block_size`. info: what a model carries about its training; may hold anything."""
     settings = _training(info)
     size = settings.get("block_size", 0)
     if isinstance(size, int) and size > 0:
         return size
     return 1 if settings.get("causal_share") == 1 else 0
-
-
-def learnt_next_tokens(info: dict[str, Any]) -> bool:
-    """See `Model.learnt_next_tokens`. info: what a model carries about its training; may hold anything."""
-    share = _training(info).get("causal_share")
-    return (isinstance(share, (int, float)) and share > 0) or trained_block_size(info) == 1
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -14,26 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mezzotint.distributed import rank_and_size
 from mezzotint.model import Denoiser, Model
 from mezzotint.objective import block_counts, block_lengths, mask_by_count
-from mezzotint.train import process
-
-INT6_LIMIT = 31
-INT8_LIMIT = 127
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A quantized matrix: codes int16 [R, C]; scales float16, rows [R] and columns [C] (None: all one)."""
-
-    codes: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray | None = None
-
-    def values(self) -> np.ndarray:
-        """The matrix the codes stand for, float32 [R, C]: (code * row) * column, each product rounded to float32."""
-        values = self.codes.astype(np.float32) * self.rows.astype(np.float32)[:, None]
-        return values if self.columns is None else values * self.columns.astype(np.float32)[None, :]
+from mezzotint.packing.grid import INT6_LIMIT, Grid, snap
 
 
 def matrices(network: nn.Module) -> dict[str, nn.Linear]:
@@ -62,7 +46,7 @@ class Calibration:
         device = network.embedding.weight.device
         read, positions = self.read.to(device), self.positions.to(device)
         if self.size is None:
-            return network(read, visibility="causal" if self.causal else "full", positions=positions)
+            return network(read, block_size=int(self.causal), positions=positions)
         return network.logits(network.hidden_blocks(read, self.ids.to(device), self.size)[positions])
 
 
@@ -75,7 +59,7 @@ def calibration(model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> l
     windows = list(windows)
     generator = torch.Generator().manual_seed(seed)
     length = max((len(window) for window in windows), default=1)
-    block = model.trained_block_size
+    block = model.block_size
     size = block if 1 < block < length else None
     settings = model.info.get("train")
     share = settings.get("causal_share", 0.0) if isinstance(settings, dict) else 0.0
@@ -131,13 +115,13 @@ def calibration_hessians(model: Model, windows: Iterable[np.ndarray], seed: int 
 
 def _share(items: list[Calibration]) -> list[tuple[int, Calibration]]:
     """This process's items, with their numbers."""
-    rank, processes = process()
+    rank, processes = rank_and_size()
     return list(enumerate(items))[rank::processes]
 
 
 def _add_up(tensors: Iterable[Tensor]) -> None:
     """Make each tensor its sum over all processes."""
-    if process()[1] > 1:
+    if rank_and_size()[1] > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
@@ -230,41 +214,6 @@ class Divergence:
             rise = (old.exp() * (old - new)).sum(-1, dtype=torch.float64)
             total += float((rise * item.weights).sum())
         return total / self.tokens
-
-
-def snap(scales: np.ndarray, per_octave: int = 16) -> np.ndarray:
-    """Scales rounded to float16 numbers nearest a geometric grid of `per_octave` steps; 0 stays 0.
-
-    Few distinct values make scales cheap to code; 16 steps per octave are within 2.2% of any scale.
-    """
-    with np.errstate(divide="ignore"):
-        exponent = np.rint(np.log2(scales) * per_octave) / per_octave
-    return np.where(scales > 0, np.clip(np.exp2(exponent), 2.0**-24, 60_000), 0).astype(np.float16)
-
-
-def row_scales(weight: np.ndarray, importance: np.ndarray, limit: int) -> np.ndarray:
-    """The float16 scale of each row with the least importance-weighted squared error of plain rounding to +-limit.
-
-    weight [R, C]; importance [C] (a Hessian's diagonal). Searched from the row's largest magnitude downwards, in
-    steps of 2^(1/16), over a factor of 4.
-    """
-    largest = np.abs(weight).max(axis=1)
-    best = np.full(len(weight), np.inf)
-    chosen = np.zeros(len(weight), dtype=np.float16)
-    for step in range(33):
-        scales = snap(largest / limit * 2.0 ** (-step / 16))
-        safe = np.where(scales > 0, scales, 1).astype(np.float32)[:, None]
-        codes = np.clip(np.rint(weight / safe), -limit, limit)
-        error = (np.square(codes * safe - weight) * importance).sum(axis=1)
-        better = error < best
-        best[better], chosen[better] = error[better], scales[better]
-    return chosen
-
-
-def round_to_grid(weight: np.ndarray, rows: np.ndarray, limit: int) -> Grid:
-    """Plain rounding of weight [R, C] to codes in +-limit."""
-    safe = np.where(rows > 0, rows, 1).astype(np.float32)[:, None]
-    return Grid(np.clip(np.rint(weight / safe), -limit, limit).astype(np.int16), rows)
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -399,15 +348,3 @@ def curved_scales(
         if not (least > rows).any():
             break
     return snap(np.maximum(rows, least), 8), across, ascending
-
-
-def percentile_scales(weight: np.ndarray, limit: int) -> np.ndarray:
-    """The reference's row scales: the best of five clip percentiles of |w| by squared error, float16 [R]."""
-    best = np.full(len(weight), np.inf)
-    chosen = np.zeros(len(weight), dtype=np.float16)
-    for percentile in (99.9, 99.95, 99.99, 99.999, 100.0):
-        scales = (np.percentile(np.abs(weight), percentile, axis=1) / limit).astype(np.float16)
-        error = np.square(round_to_grid(weight, scales, limit).values() - weight).sum(axis=1)
-        better = error < best
-        best[better], chosen[better] = error[better], scales[better]
-    return chosen

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from mezzotint.data import Dataset, TokenStream
+from mezzotint.data.dataset import Dataset, TokenStream
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.model import Model
-from mezzotint.sample import sample
+from mezzotint.sampling.generate import sample
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses modulo 2**64
 CHUNK = 1 << 20
@@ -145,7 +145,7 @@ def memorized(
     """Shares of the strings of `length` bytes that stand in `dataset`'s training split: of sampled and of held-out text.
 
     samples: texts drawn, each of at most `tokens` tokens (default: the window); held_out: stretches of real text, which
-    cost little. settings: the fields of `Sampling`. Returns `length`, `seed`, `sampled` and `held_out` (each `Share.to_dict()`), and
+    cost little. settings: the fields of `SamplingConfig`. Returns `length`, `seed`, `sampled` and `held_out` (each `Share.to_dict()`), and
     `ratio` of the two shares, None where held-out text has nothing in common with the training text.
     Raises DataError where tokenizers differ or no text is as long as a string, ConfigError for bad numbers.
     """

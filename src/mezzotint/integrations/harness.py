@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from mezzotint.config import parse_attention
 from mezzotint.errors import ConfigError
-from mezzotint.evaluate import TOKENS_PER_FORWARD
-from mezzotint.model import Model
-from mezzotint.sample import denoise
-from mezzotint.shipped import load
+from mezzotint.model import TOKENS_PER_FORWARD, Model
+from mezzotint.pretrained import load
+from mezzotint.sampling.denoise import denoise
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -28,6 +28,7 @@ try:
 except ImportError as error:
     raise ConfigError("the evaluation harness is not installed: pip install 'mezzotint[eval]'") from error
 
+
 STEP = 32
 
 
@@ -35,7 +36,7 @@ STEP = 32
 class Harness(TemplateLM):
     """A Mezzotint model as the harness sees one.
 
-    path: an artifact, a run folder or a shipped model's name; model: one already in memory, instead. visibility: `full` takes a forward pass
+    path: an artifact, a run folder or a shipped model's name; model: one already in memory, instead. attention: `full` takes a forward pass
     per scored token; `causal`, for weights trained that way, one per request. batch_size: windows per forward pass
     (`auto`, and the harness's default of 1: what holds 16,384 tokens). Raises ConfigError for other settings.
     """
@@ -44,7 +45,7 @@ class Harness(TemplateLM):
         self,
         path: str | None = None,
         model: Model | None = None,
-        visibility: str = "full",
+        attention: str = "full",
         batch_size: int | str = "auto",
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -54,14 +55,14 @@ class Harness(TemplateLM):
         super().__init__()
         if (path is None) == (model is None):
             raise ConfigError("name one model: path=MODEL.mzt or path=RUN")
-        if visibility not in ("full", "causal"):
-            raise ConfigError(f"visibility must be full or causal, not {visibility!r}")
+        if attention not in ("full", "causal"):
+            raise ConfigError(f"attention must be full or causal, not {attention!r}")
         if model is None:
             model = load(str(path))
         if device and (not device.startswith("cuda") or torch.cuda.is_available()):  # the harness asks for cuda unasked
             model.network.to(device)
         self.model = model
-        self.visibility = visibility
+        self.attention = attention
         self.length = model.config.sequence_length
         automatic = max(1, TOKENS_PER_FORWARD // self.length)
         asked = str(batch_size)
@@ -93,7 +94,7 @@ class Harness(TemplateLM):
         """(canvas, positions, targets) of the forward passes that score `piece`."""
         mask = self.model.config.mask_id
         first = len(context)
-        if self.visibility == "causal":
+        if self.attention == "causal":
             canvas = [mask, *context, *piece][: first + len(piece)]
             yield canvas + [mask] * (self.length - len(canvas)), [*range(first, first + len(piece))], piece
             return
@@ -117,7 +118,7 @@ class Harness(TemplateLM):
             with torch.inference_mode():
                 logits = self.model.logits(
                     canvas.to(self.model.device),
-                    visibility=self.visibility,
+                    block_size=parse_attention(self.attention),
                     positions=scored.to(self.model.device),
                 )
             log_p = logits.double().log_softmax(dim=1).cpu()

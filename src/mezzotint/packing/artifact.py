@@ -7,15 +7,13 @@ training or of likelihoods.
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 import hashlib
 import json
 import lzma
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,21 +22,18 @@ import numpy as np
 import torch
 
 from mezzotint import config as configuration
-from mezzotint import entropy, quantize
 from mezzotint.config import ModelConfig
-from mezzotint.data import Tokenizer, TokenStream
+from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError, MezzotintError
-from mezzotint.files import atomic_write
 from mezzotint.model import Denoiser, Model, count_parameters
-from mezzotint.quantize import Grid
-from mezzotint.train import process
+from mezzotint.packing import entropy
+from mezzotint.packing.grid import Grid
 
 BUDGET = 16_000_000  # decimal bytes of artifact and code together: the challenge's limit
 MAGIC = b"\x8fMZT\r\n\x1a\n"  # a byte above 127 and both line ends: a text-mode transfer is noticed
 VERSION = 1
 PREFIX = struct.Struct("<8sHII")  # magic, version, stored header bytes, header bytes
 DIGEST = 32
-
 MAX_HEADER = 1 << 20
 MAX_TOKENIZER = 16 << 20
 MAX_LAYERS = 256
@@ -51,23 +46,10 @@ LONGEST = 500  # characters of an error's text
 TOKENIZER_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1, "lp": 2, "pb": 2,
                       "dict_size": 1 << 20}]  # fmt: skip
 
+
 GRID, GRID_COLUMNS, FLOAT16, FLOAT32 = "grid", "grid+columns", "float16", "float32"
 CODECS = (GRID, GRID_COLUMNS, FLOAT16, FLOAT32)
 RANGE, LZMA = "range", "lzma"
-
-PACK_CODECS = ("mezzotint", "int6", "reference")
-TOLERANCE = 0.001  # nats per token of measured cost: 0.0005 bits per byte at 2.7 bytes a token
-CALIBRATION_TOKENS = 65_536
-CHECK_TOKENS = 8_192  # calibration text on which the cost is measured
-BIT_PRICE = 0.03  # lambda over step^2. ln 2 / 6 = 0.116 follows from D = step^2 / 12, but costs 5% more bytes (LOG.md)
-PRICED_PASSES = 1
-SETTLING = 4  # attempts at most to meet the tolerance
-COARSEST = 64.0  # the coarsest step tried for a budget, over the finest
-
-Progress = Callable[[str], None]
-
-
-# ---------------------------------------------------------------------------------------------------- the tensors
 
 
 def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -203,9 +185,6 @@ class _Writer:
         stored = zlib.compress(text, 9)
         body = b"".join([PREFIX.pack(MAGIC, VERSION, len(stored), len(text)), stored, self.tokenizer, *sections])
         return body + hashlib.sha256(body).digest()
-
-
-# -------------------------------------------------------------------------------------------------------- reading
 
 
 class _Reader:
@@ -610,410 +589,6 @@ def inspect_artifact(path: Path | str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------- packing
-
-
 def _floats(value: np.ndarray) -> np.ndarray:
     """Small tensors: float16, or float32 where float16 would overflow."""
     return value.astype(np.float16 if np.abs(value).max(initial=0) <= 65_000 else np.float32)
-
-
-def _state(model: Model) -> dict[str, np.ndarray]:
-    state = {name: t.detach().float().cpu().numpy() for name, t in model.network.state_dict().items()}
-    for name, value in state.items():
-        if not np.isfinite(value).all():
-            raise ArtifactError(f"{name} holds numbers that are not finite: the run has diverged; train it again")
-    return state
-
-
-def calibration_windows(model: Model, calibration: TokenStream | None, tokens: int) -> list[np.ndarray]:
-    """About `tokens` tokens of windows spread evenly over a stream. Raises ArtifactError if there is no text."""
-    if calibration is None or len(calibration) == 0:
-        raise ArtifactError("packing needs the run's training data for calibration; give its folder (random ids would "
-                            "make a worse artifact)")  # fmt: skip
-    windows = calibration.windows(model.config.sequence_length)
-    count = min(len(windows), max(1, tokens // model.config.sequence_length))
-    return [np.asarray(windows[int(i)]) for i in np.linspace(0, len(windows) - 1, count)]
-
-
-def _calibration(
-    model: Model, calibration: TokenStream | None, tokens: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Windows to quantize by, and windows between them to measure on (the same ones if there is a single window)."""
-    windows = calibration_windows(model, calibration, tokens + CHECK_TOKENS)
-    every = max(2, (tokens + CHECK_TOKENS) // CHECK_TOKENS)
-    check = windows[every // 2 :: every] or windows
-    rest = [w for i, w in enumerate(windows) if i % every != every // 2]
-    return rest or windows, check
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """One way to pack a model: the file's bytes, what its tensors stand for, and what it took."""
-
-    data: bytes
-    tensors: dict[str, Grid | np.ndarray]
-    code_bits: float
-    pruned: int
-    step: float = 0.0
-
-
-class _Cost:
-    """What an attempt costs in likelihood, measured on masked text: nats per token."""
-
-    def __init__(self, model: Model, windows: list[np.ndarray], seed: int) -> None:
-        self.model = model
-        self.divergence = quantize.Divergence(model, windows, seed + 1)
-
-    def __call__(self, attempt: _Attempt) -> float:
-        return self.divergence(_replaced(self.model, attempt))
-
-
-def _replaced(model: Model, attempt: _Attempt) -> Model:
-    """`model` with the weights that the attempt's bytes stand for."""
-    network = network_of(model.config, {name: _values(tensor) for name, tensor in attempt.tensors.items()})
-    return dataclasses.replace(model, network=network.to(model.device))
-
-
-class _Rate:
-    """Rate-distortion quantization: GPTQ on curvature grids whose roundings pay for their bits. One knob, the step."""
-
-    def __init__(
-        self, model: Model, windows: list[np.ndarray], seed: int, tolerance: float, cost: _Cost, say: Progress
-    ) -> None:
-        say(f"curvature from {sum(map(len, windows)):,} tokens")
-        self.curvature = quantize.curvature(model, windows, seed)
-        self.state = _state(model)
-        self.writer = _Writer(model, RANGE)
-        self.tolerance = tolerance
-        self.cost = cost
-        self.say = say
-        weights = sum(v.size for n, v in self.state.items() if n.removesuffix(".weight") in self.curvature)
-        # By the curvature. The cost measured has been 1.5 to 12 times as much.
-        self.predicted = math.sqrt(24 * tolerance / weights)
-
-    def attempt(self, step: float) -> _Attempt:
-        """Pack at one step: plain GPTQ, then GPTQ under the code lengths that the codes before it gave."""
-        scales: dict[str, tuple[np.ndarray, np.ndarray, bool]] = {}
-        tensors: dict[str, Grid | np.ndarray] = {}
-        for name, value in self.state.items():
-            module = name.removesuffix(".weight")
-            if module in self.curvature:
-                scales[name] = quantize.curved_scales(value, self.curvature[module], step, entropy.MAX_MAGNITUDE)
-            tensors[name] = _floats(value)
-        models: dict[str, tuple[np.ndarray, entropy.Classes]] = {}
-        for _ in range(1 + PRICED_PASSES):
-            for name, (rows, columns, ascending) in scales.items():
-                curvature = self.curvature[name.removesuffix(".weight")]
-                price = None
-                if models:
-                    lengths, classes = models[name]
-                    price = quantize.Price(lengths, classes.tables(len(lengths)), curvature.rows, BIT_PRICE * step**2)
-                tensors[name] = quantize.gptq(
-                    torch.from_numpy(self.state[name]), curvature.inputs, rows, columns,
-                    limit=entropy.MAX_MAGNITUDE, price=price, ascending=ascending,
-                )  # fmt: skip
-            models = {}
-            for names in _banks(tensors):
-                planes = [grid.codes for name in names if isinstance(grid := tensors[name], Grid)]
-                bank, classes_of = entropy.fit(planes)
-                lengths = bank.lengths()
-                models.update({n: (lengths, c) for n, c in zip(names, classes_of, strict=True)})
-        self.writer.classes = {name: classes for name, (_, classes) in models.items()}
-        data = self.writer.write(tensors)
-        self.say(f"{len(data):,} bytes at step {step:.3g}")
-        return _Attempt(data, tensors, self.writer.code_bits, 0, step)
-
-    def settle(self, limit: int | None = None) -> _Attempt:
-        """An attempt that costs about the tolerance by measurement; the first larger than `limit` bytes ends the search.
-
-        The cost goes with the square of the step or a little more, so that few attempts do.
-        """
-        step, best, nearest = self.predicted, None, math.inf
-        for _ in range(SETTLING):
-            attempt = self.attempt(step)
-            if limit is not None and len(attempt.data) > limit:
-                return attempt
-            ratio = max(self.cost(attempt) / self.tolerance, 1e-9)
-            self.say(f"measured cost: {ratio * self.tolerance:.2g} nats per token")
-            if abs(math.log(ratio)) < nearest:
-                best, nearest = attempt, abs(math.log(ratio))
-            if 0.8 <= ratio <= 1.1:
-                break
-            step *= min(8.0, max(0.125, ratio**-0.5))
-        assert best is not None
-        return best
-
-    def fit(self, limit: int) -> tuple[_Attempt | None, int]:
-        """The finest attempt found of at most `limit` bytes, if any, and the smallest size seen.
-
-        Size falls smoothly with the logarithm of the step, so false position with a bisection every third time gets
-        within 0.3% of the limit in few attempts.
-        """
-        first = self.settle(limit)
-        if len(first.data) <= limit:
-            return first, len(first.data)
-        fine, coarse = 0.0, math.log(COARSEST)
-        last = self.attempt(first.step * COARSEST)
-        if len(last.data) > limit:
-            return None, len(last.data)
-        fine_size, best = len(first.data), last
-        for number in range(8):
-            if limit - len(best.data) <= 0.003 * limit or coarse - fine < 0.002:
-                break
-            # Logarithms of sizes are closer to straight lines than sizes are.
-            top, bottom = math.log(fine_size), math.log(len(best.data))
-            share = (top - math.log(limit * 0.9985)) / max(1e-9, top - bottom)
-            share = 0.5 if number % 3 == 2 else min(0.97, max(0.03, share))
-            middle = fine + (coarse - fine) * share
-            tried = self.attempt(first.step * math.exp(middle))
-            if len(tried.data) <= limit:
-                coarse, best = middle, tried
-            else:
-                fine, fine_size = middle, len(tried.data)
-        return best, len(last.data)
-
-
-class _Pruned:
-    """int6 codes on a row grid, made to fit by zeroing the codes of +-1 whose loss does the least damage."""
-
-    def __init__(self, model: Model, windows: list[np.ndarray], seed: int, codec: str, say: Progress) -> None:
-        say(f"Hessians from {sum(map(len, windows)):,} tokens")
-        hessians = quantize.calibration_hessians(model, windows, seed)
-        self.say = say
-        self.tensors: dict[str, Grid | np.ndarray] = {}
-        self.where: dict[str, np.ndarray] = {}
-        costs = []
-        for name, value in _state(model).items():
-            hessian = hessians.get(name.removesuffix(".weight"))
-            grid, damage = (_int6 if codec == "int6" else _reference)(name, value, hessian)
-            self.tensors[name] = grid
-            if damage is not None and isinstance(grid, Grid):
-                self.where[name] = np.flatnonzero(np.abs(grid.codes).ravel() == 1)
-                costs.append(damage.ravel()[self.where[name]])
-        self.costs = np.concatenate(costs) if costs else np.zeros(0, dtype=np.float32)
-        self.order = np.argsort(self.costs, kind="stable")
-        self.writer = _Writer(model, RANGE if codec == "int6" else LZMA)
-
-    def attempt(self, count: int) -> _Attempt:
-        """Pack with the `count` cheapest codes of +-1 zeroed."""
-        gone = np.zeros(len(self.costs), dtype=bool)
-        gone[self.order[:count]] = True
-        tensors = dict(self.tensors)
-        start = 0
-        for name, where in self.where.items():
-            stop = start + len(where)
-            grid = tensors[name]
-            if gone[start:stop].any() and isinstance(grid, Grid):
-                codes = grid.codes.copy()
-                codes.ravel()[where[gone[start:stop]]] = 0
-                tensors[name] = dataclasses.replace(grid, codes=codes)
-            start = stop
-        data = self.writer.write(tensors)
-        self.say(f"{len(data):,} bytes with {count:,} codes of +-1 dropped")
-        return _Attempt(data, tensors, self.writer.code_bits, count)
-
-    def fit(self, limit: int) -> tuple[_Attempt | None, int]:
-        """About the fewest codes dropped that fit `limit` bytes, if any do, and the smallest size seen.
-
-        Size falls almost linearly with the count, so interpolation safeguarded by bisection takes few attempts.
-        """
-        first = self.attempt(0)
-        if len(first.data) <= limit:
-            return first, len(first.data)
-        best = self.attempt(len(self.costs))
-        smallest = len(best.data)
-        if smallest > limit:
-            return None, smallest
-        low, low_size, high = 0, len(first.data), len(self.costs)
-        for number in range(12):
-            if high - low <= 1 or limit - len(best.data) <= limit // 2000:
-                break
-            share = (low_size - limit * 0.9998) / max(1, low_size - len(best.data))
-            middle = low + int((high - low) * (min(0.95, max(0.05, share)) if number % 3 < 2 else 0.5))
-            tried = self.attempt(min(high - 1, max(low + 1, middle)))
-            if len(tried.data) <= limit:
-                high, best = tried.pruned, tried
-            else:
-                low, low_size = tried.pruned, len(tried.data)
-        return best, smallest
-
-
-def _int6(name: str, value: np.ndarray, hessian: torch.Tensor | None) -> tuple[Grid | np.ndarray, np.ndarray | None]:
-    """One tensor under int6 GPTQ (int8 embeddings), and what zeroing each entry costs: scale^2 times H's diagonal."""
-    if hessian is not None:
-        diagonal = hessian.diagonal().numpy()
-        weigh = diagonal if diagonal.sum() > 0 else np.ones_like(diagonal)
-        rows = quantize.row_scales(value, weigh, quantize.INT6_LIMIT)
-        damage = np.square(rows.astype(np.float64))[:, None] * weigh[None, :]
-        return quantize.gptq(torch.from_numpy(value), hessian, rows), damage.astype(np.float32)
-    if name.endswith("embedding.weight"):
-        rows = quantize.row_scales(value, np.ones(value.shape[1]), quantize.INT8_LIMIT)
-        return quantize.round_to_grid(value, rows, quantize.INT8_LIMIT), None
-    return _floats(value), None
-
-
-def _reference(
-    name: str, value: np.ndarray, hessian: torch.Tensor | None
-) -> tuple[Grid | np.ndarray, np.ndarray | None]:
-    """One tensor as the seed packs it, and its damage: squared row scale. Hessians are from real text, though."""
-    if value.size <= 65_536 or value.ndim != 2:
-        return _floats(value), None
-    if hessian is not None:
-        rows = quantize.percentile_scales(value, quantize.INT6_LIMIT)
-        damage = np.broadcast_to(np.square(rows.astype(np.float32))[:, None], value.shape)
-        return quantize.gptq(torch.from_numpy(value), hessian, rows), damage
-    rows = (np.abs(value).max(axis=1) / quantize.INT8_LIMIT).astype(np.float16)
-    return quantize.round_to_grid(value, rows, quantize.INT8_LIMIT), None
-
-
-def pack(
-    model: Model,
-    calibration: TokenStream | None,
-    out: Path | str,
-    *,
-    budget: int = BUDGET,
-    code: Sequence[Path | str] = (),
-    codec: str = "mezzotint",
-    tolerance: float = TOLERANCE,
-    calibration_tokens: int = CALIBRATION_TOKENS,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Quantize, code and write `model` to `out` so that the file and the `code` files fit `budget` decimal bytes.
-
-    calibration: the training split's tokens; masked text from it gives curvature and Hessians. codec: `mezzotint`
-    (rate-distortion GPTQ), `int6` (GPTQ to int6 on a row grid, range-coded, +-1 dropping) or `reference` (the seed's
-    quantization and LZMA). tolerance (`mezzotint` only): the cost in nats per token below which bytes are not worth
-    spending, so that an artifact need not fill its budget; measured (`quantize.Divergence`) on text between the
-    calibration's. The written file is reopened and every weight compared before this returns.
-
-    Returns `artifact_bytes`, `code_bytes`, `total_bytes`, `budget_bytes`, `parameters`, `bits_per_parameter` (of the
-    artifact), `pruned_codes`, `entropy_bits_per_code` (ideal code length per quantized weight; for `reference` the
-    LZMA stream's), `cost_nats_per_token` (measured as above), `verified`. In a process group all processes share the calibration; the first alone goes on and
-    writes, the others return {}. Raises ArtifactError if there is no calibration text, if the budget cannot be met
-    (naming the smallest reachable size) or if the file cannot be written; `out` is then untouched.
-    """
-    say = progress or (lambda _: None)
-    out = Path(out)
-    if codec not in PACK_CODECS:
-        raise ArtifactError(f"unknown codec {codec!r}; known: {', '.join(PACK_CODECS)}")
-    if not 0 < tolerance < 10:
-        raise ArtifactError(f"tolerance is a small positive number of nats per token, not {tolerance!r}")
-    code_bytes = 0
-    for item in code:
-        if not Path(item).is_file():
-            raise ArtifactError(f"{item}: no such code file to count")
-        code_bytes += Path(item).stat().st_size
-    if not out.parent.is_dir():
-        raise ArtifactError(f"{out.parent}: no such folder to write {out.name} to")
-    windows, check = _calibration(model, calibration, calibration_tokens)
-    cost = _Cost(model, check, seed)
-    packer = (
-        _Rate(model, windows, seed, tolerance, cost, say)
-        if codec == "mezzotint"
-        else _Pruned(model, windows, seed, codec, say)
-    )
-    if process()[0] > 0:
-        return {}
-    attempt, smallest = packer.fit(budget - code_bytes)
-    if attempt is None:
-        raise ArtifactError(f"a budget of {budget:,} bytes cannot be met: the smallest reachable size is "
-                            f"{smallest + code_bytes:,} bytes ({code_bytes:,} of them code)")  # fmt: skip
-    _write_verified(out, attempt.data, attempt.tensors)
-    return _report(model, attempt, code_bytes, budget, cost(attempt))
-
-
-def store(model: Model, out: Path | str) -> dict[str, Any]:
-    """Write `model` to `out` as it is, unquantized: every weight in float16 where that is exact, else in float32.
-
-    Returns what `pack` returns. Raises ArtifactError if the file cannot be written; `out` is then untouched.
-    """
-    out = Path(out)
-    if not out.parent.is_dir():
-        raise ArtifactError(f"{out.parent}: no such folder to write {out.name} to")
-    tensors: dict[str, Grid | np.ndarray] = {}
-    for name, value in _state(model).items():
-        with np.errstate(over="ignore"):
-            half = value.astype(np.float16)
-        tensors[name] = half if half.astype(np.float32).tobytes() == value.tobytes() else value
-    data = _Writer(model, RANGE).write(tensors)
-    _write_verified(out, data, tensors)
-    return _report(model, _Attempt(data, tensors, 0.0, 0), 0, BUDGET, 0.0)
-
-
-def _report(model: Model, attempt: _Attempt, code_bytes: int, budget: int, cost: float) -> dict[str, Any]:
-    parameters = count_parameters(model.network)
-    codes = sum(tensor.codes.size for tensor in attempt.tensors.values() if isinstance(tensor, Grid))
-    return {
-        "artifact_bytes": len(attempt.data),
-        "code_bytes": code_bytes,
-        "total_bytes": len(attempt.data) + code_bytes,
-        "budget_bytes": budget,
-        "parameters": parameters,
-        "bits_per_parameter": 8 * len(attempt.data) / parameters,
-        "pruned_codes": attempt.pruned,
-        "entropy_bits_per_code": attempt.code_bits / max(1, codes),
-        "cost_nats_per_token": cost,
-        "verified": True,
-    }
-
-
-def sweep(
-    model: Model,
-    calibration: TokenStream | None,
-    score: Callable[[Model], np.ndarray],
-    *,
-    tolerances: Sequence[float] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
-    calibration_tokens: int = CALIBRATION_TOKENS,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[dict[str, float]]:
-    """Bytes against likelihood: pack at each tolerance and score what the file's bytes stand for.
-
-    score: bits per byte of each of a fixed set of windows under fixed masks, so that differences to the unpacked model
-    pair up. The first point costs about the first of `tolerances` (increasing; nats per token) by measurement, the
-    others' steps follow from its. Returns one dict per tolerance: `tolerance`, `bytes`, `bits_per_parameter`,
-    `cost_nats_per_token` (measured as by `pack`, on calibration text), `nelbo_bpb`, `cost_bpb` (over the unpacked
-    model) and `cost_stderr_bpb`.
-    """
-    say = progress or (lambda _: None)
-    windows, check = _calibration(model, calibration, calibration_tokens)
-    before = np.asarray(score(model), dtype=np.float64)
-    measured = _Cost(model, check, seed)
-    packer = _Rate(model, windows, seed, tolerances[0], measured, say)
-    points = []
-    first = packer.settle()
-    for tolerance in tolerances:
-        attempt = first
-        if tolerance != tolerances[0]:
-            attempt = packer.attempt(first.step * math.sqrt(tolerance / tolerances[0]))
-        after = np.asarray(score(_replaced(model, attempt)), dtype=np.float64)
-        cost = after - before
-        points.append({
-            "tolerance": tolerance, "bytes": len(attempt.data),
-            "bits_per_parameter": 8 * len(attempt.data) / count_parameters(model.network),
-            "cost_nats_per_token": measured(attempt),
-            "nelbo_bpb": float(after.mean()), "cost_bpb": float(cost.mean()),
-            "cost_stderr_bpb": float(cost.std(ddof=1) / math.sqrt(len(cost))),
-        })  # fmt: skip
-        say(f"{len(attempt.data):,} bytes: {points[-1]['cost_bpb']:+.5f} bits per byte")
-    return points
-
-
-def _write_verified(out: Path, data: bytes, tensors: Mapping[str, Grid | np.ndarray]) -> None:
-    """Write atomically, reopen, compare every weight bit for bit. Raises ArtifactError and leaves nothing if not."""
-    try:
-        atomic_write(out, data)
-    except OSError as error:
-        reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise ArtifactError(f"cannot write {out}: {reason}") from error
-    try:
-        state = open_artifact(out).network.state_dict()
-    except ArtifactError:
-        out.unlink(missing_ok=True)
-        raise
-    for name, tensor in tensors.items():
-        if state[name].numpy().tobytes() != _values(tensor).tobytes():
-            out.unlink(missing_ok=True)
-            raise ArtifactError(f"{out}: {name} did not come back as written; nothing was kept")

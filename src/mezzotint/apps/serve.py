@@ -25,10 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from mezzotint import seeding
+from mezzotint.config import SAMPLERS
 from mezzotint.errors import MezzotintError
 from mezzotint.model import Model, count_parameters
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
-from mezzotint.sample import SAMPLERS, Span, infill, parse_gaps, row_generator
+from mezzotint.sampling.generate import Span
+from mezzotint.sampling.infill import infill, parse_gaps
 
 try:
     import uvicorn
@@ -41,6 +44,7 @@ try:
     from starlette.types import Receive, Scope, Send
 except ImportError as error:
     raise MezzotintError("the page needs the extra: pip install 'mezzotint[serve]'") from error
+
 
 MAX_BODY = 64_000
 MAX_CHARACTERS = 8_000
@@ -98,7 +102,7 @@ def text_likelihood(
     mean = variance = 0.0
     for number, start in enumerate(range(0, len(ids), window)):
         part = torch.tensor(ids[start : start + window])
-        generator = row_generator(seed, number)
+        generator = seeding.generator(seed, number)
         counts = stratified_counts(masks, len(part), generator)
         rows = part.expand(masks, -1)
         hidden, masked = mask_by_count(rows, counts, model.config.mask_id, generator)
@@ -268,7 +272,7 @@ def create_app(
     "steps", "temperature", "top_p", "no_repeat"} and POST /api/likelihood {"text", "seed"}, both answered by events
     `step`, `done` and `error`.
     """
-    page = importlib.resources.files("mezzotint").joinpath("serve.html").read_text("utf-8")
+    page = importlib.resources.files("mezzotint.apps").joinpath("serve.html").read_text("utf-8")
     desk: list[Desk] = []  # made in the running loop
 
     async def home(_: Request) -> Response:

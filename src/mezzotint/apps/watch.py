@@ -16,8 +16,9 @@ from rich.style import Style
 from rich.text import Text
 from torch import Tensor
 
-from mezzotint.data import Tokenizer
-from mezzotint.sample import OnStep, Span, canvas_spans
+from mezzotint.data.tokenizer import Tokenizer
+from mezzotint.sampling.denoise import OnStep
+from mezzotint.sampling.generate import Span, canvas_spans
 
 # From doubtful to sure; told apart by lightness too, so that colour-blind eyes and grey terminals can read it.
 SCALE = ((0.0, (224, 79, 120)), (0.35, (230, 140, 70)), (0.7, (205, 200, 90)), (1.0, (110, 215, 160)))

@@ -14,12 +14,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from mezzotint.artifact import checked_config, layout, network_of
 from mezzotint.config import to_dict
-from mezzotint.data import Tokenizer
+from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError, DataError
 from mezzotint.files import atomic_folder
 from mezzotint.model import Model
+from mezzotint.packing.artifact import checked_config, layout, network_of
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
 VERSION = 1

@@ -9,7 +9,7 @@ made or stored.
 File format `.mzz`, version 1; integers are LEB128 varints unless a width is given:
 
     "MZZ1"                                                        magic and version
-    model 16 bytes | "order visibility": length, ASCII | rows | threads        what is needed to decode
+    model 16 bytes | "order attention": length, ASCII | rows | threads        what is needed to decode
     numerics 8 bytes                                              see below
     frame*                                                        each of at most 1 MiB of input
     0 | SHA-256 of the whole input, 32 bytes                      the end
@@ -37,35 +37,29 @@ import hashlib
 import io
 import lzma
 import os
-import re
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import constriction
 import numpy as np
 import torch
-from torch import Tensor
 
+from mezzotint.compression.coder import DAMAGED, NEXT, _Code, _Coder, numerics
+from mezzotint.compression.text import COMMON, REST, TEXT, apply_edits, decode_runs, encode_runs, folds, segments
+from mezzotint.config import parse_attention
 from mezzotint.errors import ConfigError, DataError
-from mezzotint.evaluate import TOKENS_PER_FORWARD, canvas_length, model_digest, reveal_order
 from mezzotint.files import sync_folder
-from mezzotint.model import Cache, Model, block_size, learnt_next_tokens
+from mezzotint.model import TOKENS_PER_FORWARD, Model
+from mezzotint.scoring.journal import model_digest
+from mezzotint.scoring.likelihood import reveal_order
 
 MAGIC = b"MZZ1"
 FRAME_BYTES = 1 << 20
-NEXT = "next"
-_stream: Any = getattr(constriction, "stream")  # noqa: B009 - a compiled submodule that type checkers cannot see
-TOTAL = 1 << 24
 STORED, LZMA, MODELLED = 0, 1, 2
-TEXT, REST = 0, 1
-SHORTEST = 24
-DAMAGED = "the compressed file is damaged"
-
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all; 0 if unknown)."""
 
@@ -89,370 +83,6 @@ class CompressionReport:
     def bpb(self) -> float:
         """Bits of the whole file per byte of input; 0 for empty input."""
         return 8 * self.output_bytes / self.input_bytes if self.input_bytes else 0.0
-
-
-# --- probabilities and the coder ------------------------------------------------------------------------------------
-
-
-def integer_probabilities(logits: Tensor) -> np.ndarray:
-    """Softmax rounded to integers of at least 1 that sum to 2^24. logits: [n, V]; returns float32 [n, V], exact."""
-    x = logits.double().cpu().numpy()
-    x = np.exp(x - x.max(axis=1, keepdims=True))
-    x /= x.sum(axis=1, keepdims=True)
-    counts = np.floor(x * (TOTAL - x.shape[1])).astype(np.int64) + 1
-    # What rounding down left over, at most V, goes to the likeliest token.
-    counts[np.arange(len(counts)), counts.argmax(axis=1)] += TOTAL - counts.sum(axis=1)
-    return counts.astype(np.float32)
-
-
-def _parts(logits: Tensor, symbols: np.ndarray) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Logits and symbols a bounded number of rows at a time: float64 copies of all would be large."""
-    step = max(1, (1 << 23) // logits.shape[1])
-    for start in range(0, len(symbols), step):
-        yield logits[start : start + step], symbols[start : start + step]
-
-
-@torch.inference_mode()
-def next_logits(cache: Cache, ids: Tensor) -> Tensor:
-    """Logits [rows, V], float32, of the token after the new input `ids`, int64 [rows]: first MASK, then each token."""
-    return cache.network.logits(cache.hidden(ids[:, None], size=1, keep=1)[:, 0])
-
-
-@dataclass(frozen=True)
-class _Code:
-    """How windows are coded: the order of revelation, what sees what, and how many windows go together."""
-
-    order: str
-    visibility: str
-    rows: int
-
-
-class _Coder:
-    """Codes the tokens of windows step by step; encodes without `words`, decodes with them."""
-
-    def __init__(self, model: Model, code: _Code, words: np.ndarray | None) -> None:
-        self.model, self.code = model, code
-        # The coder adds 1 to the weights that it is given and scales them to 2^24 in all: so ours, less 1, stay.
-        self.family = _stream.model.Categorical(perfect=False)
-        self.encoder = _stream.queue.RangeEncoder() if words is None else None
-        self.decoder = None if words is None else _stream.queue.RangeDecoder(words)
-        self.bits = 0.0
-        self.passes = 0
-
-    def run(self, count: int, tokens: np.ndarray | None, tick: Callable[[float], None]) -> np.ndarray:
-        """Encode `tokens`, or decode `count` of them. int64 [count]. `tick` is told the share done."""
-        length = self.model.config.sequence_length
-        out = np.zeros(count, dtype=np.int64) if tokens is None else tokens
-        full = count // length
-        blocks = [
-            out[start * length : min(start + self.code.rows, full) * length].reshape(-1, length)
-            for start in range(0, full, self.code.rows)
-        ]
-        if count % length:
-            blocks.append(out[full * length :].reshape(1, -1))
-        done = 0
-        for block in blocks:
-            for symbols in self._windows(block):
-                done += symbols
-                tick(done / count)
-        return out
-
-    def _windows(self, block: np.ndarray) -> Iterator[int]:
-        """One batch of windows [B, T], in place. Both directions do exactly the same arithmetic."""
-        rows, length = block.shape
-        self.passes += rows * (1 if self.code.order == NEXT else len(reveal_order(self.code.order, length)))
-        for group, logits in self._steps(block):
-            known = block[:, group].reshape(-1)
-            found = [self._symbols(part, symbols) for part, symbols in _parts(logits, known)]
-            block[:, group] = np.concatenate(found).reshape(rows, len(group))
-            yield len(known)
-
-    def _steps(self, block: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """(positions, logits of them, row by row) from what `block` holds of the groups yielded before."""
-        rows, length = block.shape
-        model, code, mask_id = self.model, self.code, self.model.config.mask_id
-        if code.order == NEXT:
-            cache = Cache(model.network, rows, length)
-            given = torch.full((rows,), mask_id)
-            for i in range(length):
-                yield np.array([i]), next_logits(cache, given)
-                given = torch.from_numpy(block[:, i].copy())
-            return
-        canvas = torch.full((rows, length), mask_id, dtype=torch.long)
-        for group in reveal_order(code.order, length):
-            stop = canvas_length(code.visibility, length, int(group.max()))
-            scored = torch.zeros(rows, stop, dtype=torch.bool)
-            scored[:, group] = True
-            with torch.inference_mode():
-                logits = model.logits(
-                    canvas[:, :stop].to(model.device), visibility=code.visibility, positions=scored.to(model.device)
-                )
-            yield group, logits
-            canvas[:, group] = torch.from_numpy(np.ascontiguousarray(block[:, group]))
-
-    def _symbols(self, logits: Tensor, known: np.ndarray) -> np.ndarray:
-        weights = integer_probabilities(logits)
-        if self.encoder is None:
-            assert self.decoder is not None
-            return self.decoder.decode(self.family, weights - 1).astype(np.int64)
-        self.encoder.encode(known.astype(np.int32), self.family, weights - 1)
-        self.bits += float(np.log2(TOTAL / weights[np.arange(len(known)), known].astype(np.float64)).sum())
-        return known
-
-    def words(self) -> bytes:
-        """The coded words, little-endian."""
-        assert self.encoder is not None
-        return self.encoder.get_compressed().astype("<u4").tobytes()
-
-
-def numerics(model: Model, code: _Code) -> bytes:
-    """Eight bytes that differ where a model's probabilities come out differently: coded probe windows, hashed.
-
-    The probes have the shapes that coding uses (fewer rows) and are half revealed at random.
-    """
-    length = model.config.sequence_length
-    draw = np.random.Generator(np.random.PCG64(0))
-    digest = hashlib.sha256()
-    for batch in sorted({1, min(code.rows, 4)}):
-        ids = draw.integers(0, model.config.vocab_size + 1, size=(batch, length))
-        with torch.inference_mode():
-            if code.order == NEXT:
-                cache = Cache(model.network, batch, min(length, 16))
-                logits = torch.cat([next_logits(cache, torch.from_numpy(i)) for i in ids.T[:16]])
-            else:
-                scored = torch.zeros(batch, length, dtype=torch.bool)
-                scored[:, :: max(1, length // 16)] = True
-                ids[scored.numpy()] = model.config.mask_id
-                canvas, where = torch.from_numpy(ids).to(model.device), scored.to(model.device)
-                logits = model.logits(canvas, visibility=code.visibility, positions=where)
-        weights = integer_probabilities(logits)
-        symbols = draw.integers(0, model.config.vocab_size, size=len(weights)).astype(np.int32)
-        encoder = _stream.queue.RangeEncoder()
-        encoder.encode(symbols, _stream.model.Categorical(perfect=False), weights - 1)
-        digest.update(weights.tobytes() + encoder.get_compressed().astype("<u4").tobytes())
-    return digest.digest()[:8]
-
-
-# --- text and the rest ----------------------------------------------------------------------------------------------
-
-
-Edit = tuple[int, int, bytes]
-"""(bytes to keep since the edit before, bytes to drop, bytes to put in their place)"""
-
-
-def align(known: bytes, wanted: bytes) -> list[Edit] | None:
-    """Edits that turn `known` into `wanted`, or None where they differ too much.
-
-    Walks both; at a difference takes the shortest edit after which six bytes agree. Quick where edits are few; not
-    always the fewest.
-    """
-    edits: list[Edit] = []
-    p = q = kept = 0
-    budget = len(wanted) // 2 + 16
-    while True:
-        step = 4096
-        while step:
-            if known[p : p + step] == wanted[q : q + step] and max(p + step - len(known), q + step - len(wanted)) <= 0:
-                p, q, kept = p + step, q + step, kept + step
-            else:
-                step //= 4
-        if p == len(known) and q == len(wanted):
-            return edits
-        found = _resume(known, wanted, p, q)
-        if found is None:
-            return None
-        drop, put = found
-        edits.append((kept, drop, wanted[q : q + put]))
-        p, q, kept = p + drop, q + put, 0
-        budget -= 3 + put
-        if budget < 0:
-            return None
-
-
-def _resume(known: bytes, wanted: bytes, p: int, q: int) -> tuple[int, int] | None:
-    """The least (drop, put) after which the texts agree for six bytes or to their ends."""
-    for both in range(1, 65):
-        for drop in range(both + 1):
-            i, j = p + drop, q + both - drop
-            if i > len(known) or j > len(wanted):
-                continue
-            a, b = known[i : i + 6], wanted[j : j + 6]
-            if a == b and (len(a) == 6 or (i + len(a) == len(known) and j + len(b) == len(wanted))):
-                return drop, both - drop
-    return None
-
-
-def apply_edits(known: bytes, edits: list[Edit]) -> bytes:
-    """What `align` aligned `known` to. Raises DataError where an edit lies outside."""
-    out = []
-    at = 0
-    for keep, drop, put in edits:
-        if at + keep + drop > len(known):
-            raise DataError(DAMAGED)
-        out += [known[at : at + keep], put]
-        at += keep + drop
-    return b"".join([*out, known[at:]])
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of the input; `ids` None: not text. `edits` turn the ids' own bytes into `folded`, which is `data`
-    with each run of whitespace as one space where `runs` is given."""
-
-    data: bytes
-    ids: list[int] | None = None
-    edits: tuple[Edit, ...] = ()
-    folded: bytes = b""
-    runs: tuple[bytes, ...] = ()
-
-
-RUN = re.compile(rb"[ \t\r\n]+")
-
-
-def folds(model: Model) -> bool:
-    """Whether the tokenizer turns line ends into spaces, so that whitespace is better kept beside it."""
-    probe = "a b\nc"
-    return model.tokenizer.decode_bytes(model.tokenizer.encode(probe)) != probe.encode()
-
-
-def _text(model: Model, data: bytes, fold: bool) -> Segment | None:
-    """`data` as text, or None where it is none or the tokenizer makes too much of a change."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    ids = model.tokenizer.encode(text)
-    if model.tokenizer.bos_id in ids or len(ids) > 2 * len(data):
-        return None
-    folded = RUN.sub(b" ", data) if fold else data
-    edits = align(model.tokenizer.decode_bytes(ids), folded)
-    if edits is None:
-        return None
-    return Segment(data, ids, tuple(edits), folded, tuple(RUN.findall(data)) if fold else ())
-
-
-def segments(model: Model, data: bytes, fold: bool) -> list[Segment]:
-    """Split `data` into stretches of text and of the rest; their bytes concatenate to `data`.
-
-    Halves what cannot be text, near line or word ends, down to some bytes; neighbouring texts are joined again.
-    """
-    pieces: list[Segment] = []
-    stack = [data]
-    while stack:
-        part = stack.pop()
-        found = _text(model, part, fold)
-        if found is not None or len(part) <= SHORTEST:
-            pieces.append(found or Segment(part))
-        else:
-            middle = _cut(part)
-            stack += [part[middle:], part[:middle]]
-    texts: list[Segment] = []
-    for piece in pieces:
-        if texts and piece.ids is not None and texts[-1].ids is not None:
-            both = _text(model, texts[-1].data + piece.data, fold)
-            if both is not None:
-                texts[-1] = both
-                continue
-        texts.append(piece)
-    # A short stretch of text among the rest is not worth its BOS and its place in the table.
-    out: list[Segment] = []
-    rest: list[bytes] = []
-    for piece in texts:
-        if piece.ids is None or (len(piece.data) < SHORTEST and len(texts) > 1):
-            rest.append(piece.data)
-            continue
-        if rest:
-            out.append(Segment(b"".join(rest)))
-            rest = []
-        out.append(piece)
-    if rest:
-        out.append(Segment(b"".join(rest)))
-    return out
-
-
-COMMON = 15
-
-
-def _run_contexts(folded: list[bytes]) -> np.ndarray:
-    """A small number for every space of the folded texts, the same for spaces that are alike.
-
-    Alike in the two bytes before and the byte after, of which letters count as upper or lower only; or in fewer of
-    these, where so much occurs fewer than 100 times: what a context costs must not exceed what it saves.
-    """
-    parts = []
-    for text in folded:
-        padded = np.frombuffer(b"\0\0" + text + b"\0", dtype=np.uint8).astype(np.int64)
-        at = np.flatnonzero(padded[2:-1] == 32) + 2
-        after = padded[at + 1]
-        after = np.where((after >= 65) & (after <= 90), 65, np.where((after >= 97) & (after <= 122), 97, after))
-        parts.append(np.stack((padded[at - 2], padded[at - 1], after)))
-    two, one, after = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), dtype=np.int64)
-    contexts = (two * 257 + one) * 257 + after
-    for coarser in ((256 * 257 + one) * 257 + after, (256 * 257 + one) * 257 + 256, np.full_like(one, -1)):
-        _, which, counts = np.unique(contexts, return_inverse=True, return_counts=True)
-        contexts = np.where(counts[which] < 100, coarser, contexts)
-    return np.unique(contexts, return_inverse=True)[1]
-
-
-def encode_runs(folded: list[bytes], kinds: np.ndarray, classes: int) -> bytes:
-    """Range-code which kind of run (0..classes - 1) each space of the folded texts stands for.
-
-    Context by context and kind by kind: how many of the places left are of it (uniform), then which (at that rate).
-    """
-    encoder = _stream.queue.RangeEncoder()
-    contexts = _run_contexts(folded)
-    for context in range(int(contexts.max()) + 1 if len(contexts) else 0):
-        left = kinds[contexts == context]
-        for kind in range(classes - 1):
-            if not len(left):
-                break
-            hit = (left == kind).astype(np.int32)
-            encoder.encode(int(hit.sum()), _stream.model.Uniform(len(left) + 1))
-            if 0 < hit.sum() < len(left):
-                encoder.encode(hit, _rate(len(left), int(hit.sum())))
-            left = left[hit == 0]
-    return encoder.get_compressed().astype("<u4").tobytes()
-
-
-def decode_runs(folded: list[bytes], coded: bytes, classes: int) -> np.ndarray:
-    """The kinds that `encode_runs` was given."""
-    decoder = _stream.queue.RangeDecoder(np.frombuffer(coded, dtype="<u4").astype(np.uint32))
-    contexts = _run_contexts(folded)
-    kinds = np.full(len(contexts), classes - 1)
-    for context in range(int(contexts.max()) + 1 if len(contexts) else 0):
-        left = np.flatnonzero(contexts == context)
-        for kind in range(classes - 1):
-            if not len(left):
-                break
-            many = int(decoder.decode(_stream.model.Uniform(len(left) + 1)))
-            hit = np.full(len(left), many == len(left))
-            if 0 < many < len(left):
-                hit = decoder.decode(_rate(len(left), many), len(left)) == 1
-            kinds[left[hit]] = kind
-            left = left[~hit]
-    return kinds
-
-
-def _rate(places: int, hits: int) -> Any:
-    weights = np.array([places - hits, hits], dtype=np.float64)
-    return _stream.model.Categorical(weights / places, perfect=False)
-
-
-def _cut(data: bytes) -> int:
-    """Where to halve: after the newline, else the space, nearest the middle, else between characters."""
-    middle = len(data) // 2
-    for mark in (b"\n", b" "):
-        after, before = data.find(mark, middle, len(data) - 1), data.rfind(mark, 0, middle)
-        candidates = [at + 1 for at in (after, before) if at >= 0]
-        if candidates:
-            return min(candidates, key=lambda at: abs(at - middle))
-    at = middle
-    while at > middle - 4 and at > 1 and data[at] & 0xC0 == 0x80:
-        at -= 1
-    return at
-
-
-# --- the file -------------------------------------------------------------------------------------------------------
 
 
 def _varint(value: int) -> bytes:
@@ -541,7 +171,7 @@ def compress_stream(
     model: Model,
     *,
     order: str | None = None,
-    visibility: str = "full",
+    attention: str = "full",
     rows: int | None = None,
     progress: Progress | None = None,
     size: int = 0,
@@ -550,16 +180,16 @@ def compress_stream(
 
     order: `next`, the code of `evaluate.causal`, for weights trained on next tokens too: with keys and values kept it
     costs one forward pass per window; or an order of `evaluate.reveal_order`, of which `left` is usually smallest and
-    costs a pass per token. Default: `next` for such weights, else `left`. visibility: of the canvas, for orders other
+    costs a pass per token. Default: `next` for such weights, else `left`. attention: of the canvas, for orders other
     than `next`. rows: windows that go through the network together (default: what holds 16,384 tokens). size: the
-    input's length, for `progress` alone. Raises DataError for an unknown order, ConfigError for a visibility.
+    input's length, for `progress` alone. Raises DataError for an unknown order, ConfigError for a attention.
     """
     length = model.config.sequence_length
     if order is None:
-        order = NEXT if learnt_next_tokens(model.info) else "left"
-    code = _Code(order, visibility, rows or max(1, TOKENS_PER_FORWARD // length))
+        order = NEXT if model.trained_causally else "left"
+    code = _Code(order, attention, rows or max(1, TOKENS_PER_FORWARD // length))
     _check(code, length)
-    name = f"{order} {visibility}".encode("ascii")
+    name = f"{order} {attention}".encode("ascii")
     header = MAGIC + _model_id(model) + _varint(len(name)) + name
     header += _varint(code.rows) + _varint(torch.get_num_threads()) + numerics(model, code)
     target.write(header)
@@ -591,10 +221,10 @@ def _model_id(model: Model) -> bytes:
 
 
 def _check(code: _Code, length: int) -> None:
-    """Raise the error that an order, visibility or number of rows deserves before anything is computed."""
+    """Raise the error that an order, attention or number of rows deserves before anything is computed."""
     if code.order != NEXT:
         reveal_order(code.order, length)
-    block_size(code.visibility, length)
+    parse_attention(code.attention)
     if not 1 <= code.rows <= 4096:
         raise DataError("rows must be between 1 and 4096")
 
@@ -672,8 +302,8 @@ def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progr
     if reader.bytes(16) != _model_id(model):
         raise DataError("the file was compressed with another model: name that one")
     name = reader.bytes(reader.varint(64)).decode("ascii", "replace")
-    order, _, visibility = name.partition(" ")
-    code = _Code(order, visibility, reader.varint(4096))
+    order, _, attention = name.partition(" ")
+    code = _Code(order, attention, reader.varint(4096))
     try:
         _check(code, model.config.sequence_length)
     except (DataError, ConfigError) as error:
@@ -785,11 +415,11 @@ def _decode_modelled(body: bytes, size: int, model: Model, code: _Code, tick: Ca
 
 
 def compress(
-    data: bytes, model: Model, *, order: str | None = None, visibility: str = "full", rows: int | None = None
+    data: bytes, model: Model, *, order: str | None = None, attention: str = "full", rows: int | None = None
 ) -> bytes:
     """The compressed form of `data`. See `compress_stream`."""
     target = io.BytesIO()
-    compress_stream(io.BytesIO(data), target, model, order=order, visibility=visibility, rows=rows)
+    compress_stream(io.BytesIO(data), target, model, order=order, attention=attention, rows=rows)
     return target.getvalue()
 
 
@@ -806,7 +436,7 @@ def compress_file(
     model: Model,
     *,
     order: str | None = None,
-    visibility: str = "full",
+    attention: str = "full",
     rows: int | None = None,
     progress: Progress | None = None,
 ) -> CompressionReport:
@@ -817,7 +447,7 @@ def compress_file(
             out,
             model,
             order=order,
-            visibility=visibility,
+            attention=attention,
             rows=rows,
             progress=progress,
             size=Path(source).stat().st_size,

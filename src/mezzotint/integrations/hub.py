@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mezzotint import exchange
-from mezzotint.artifact import inspect_artifact, open_artifact
 from mezzotint.errors import ConfigError, MezzotintError
-from mezzotint.evaluate import Estimate
 from mezzotint.model import Model, count_parameters
+from mezzotint.packing import safetensors
+from mezzotint.packing.artifact import inspect_artifact, open_artifact
+from mezzotint.scoring.statistics import Estimate
 
 try:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
@@ -24,12 +24,13 @@ try:
 except ImportError as error:
     raise ConfigError("the Hub's client is not installed: pip install 'mezzotint[hub]'") from error
 
+
 ARTIFACT = "model.mzt"
 # What the client raises when the Hub refuses or cannot be reached; HTTPError is its HTTP library's, which has changed.
 REFUSALS = (EntryNotFoundError, HFValidationError, HTTPError, OSError)
-
 Figure = Estimate | Mapping[str, Any]
 """An Estimate, or one of the `results` that `mezzotint score --json` prints."""
+
 
 _CARD = """\
 ---
@@ -141,7 +142,7 @@ class HubModel(ModelHubMixin, library_name="mezzotint", tags=["masked-diffusion"
 
     def _save_pretrained(self, save_directory: Path) -> None:
         shutil.copyfile(self.artifact, save_directory / ARTIFACT)
-        exchange.write_files(self.model, save_directory)
+        safetensors.write_files(self.model, save_directory)
 
     @classmethod
     def _from_pretrained(

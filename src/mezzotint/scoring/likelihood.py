@@ -12,10 +12,6 @@ window. `Estimate` reports both errors apart and together.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import io
-import json
 import math
 import re
 import time
@@ -23,123 +19,33 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from mezzotint.data import Windows
+from mezzotint import seeding
+from mezzotint.config import parse_attention
+from mezzotint.data.dataset import Windows
 from mezzotint.errors import DataError
-from mezzotint.files import atomic_write
-from mezzotint.model import Model, block_size, trained_block_size
+from mezzotint.model import TOKENS_PER_FORWARD, Model
 from mezzotint.objective import block_lengths, mask_by_count, masked_nll, nelbo_per_window, stratified_counts
-from mezzotint.train import process
-
-EXACT = "exact"
-UPPER_BOUND = "upper bound"
-NOT_A_BOUND = "not a bound"
+from mezzotint.scoring.journal import Journal
+from mezzotint.scoring.statistics import (
+    EXACT,
+    NOT_A_BOUND,
+    UPPER_BOUND,
+    Comparison,
+    Estimate,
+    _estimate,
+    student_t_tail,
+)
 
 Progress = Callable[[int, int], None]
 """Called with (forward passes done, forward passes in all)."""
 
-TOKENS_PER_FORWARD = 16_384
+
 RECONSTRUCTION_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-@functools.cache
-def _gauss_nodes() -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(200)
-
-
-def student_t_tail(t: float, degrees: float) -> float:
-    """P(|X| > t) for Student's t with `degrees` of freedom (infinite: the normal distribution).
-
-    Integrates the density after x = sqrt(degrees) tan(angle), which makes the range finite.
-    """
-    t = abs(t)
-    if math.isinf(degrees) or degrees > 1e6:
-        return math.erfc(t / math.sqrt(2))
-    start = math.atan(t / math.sqrt(degrees))
-    stop = math.pi / 2
-    if degrees > 30:  # cos^(degrees - 1) is negligible past here; keep the nodes where the mass is
-        stop = min(stop, start + 40 / math.sqrt(degrees))
-    nodes, weights = _gauss_nodes()
-    angles = start + (nodes + 1) * (stop - start) / 2
-    log_norm = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.lgamma(0.5)
-    density = np.exp(log_norm + (degrees - 1) * np.log(np.maximum(np.cos(angles), 1e-300)))
-    return float(min(1.0, 2 * np.dot(weights, density) * (stop - start) / 2))
-
-
-@functools.lru_cache(maxsize=1024)
-def student_t_quantile(confidence: float, degrees: float) -> float:
-    """The t with P(|X| <= t) = `confidence`; infinity for 0 degrees of freedom."""
-    if degrees <= 0:
-        return math.inf
-    low, high = 0.0, 1.0
-    while student_t_tail(high, degrees) > 1 - confidence:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t_tail(middle, degrees) > 1 - confidence else (low, middle)
-    return (low + high) / 2
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A likelihood figure with its kind and error.
-
-    kind: `exact` (a normalised distribution's own code length), `upper bound` (its expectation is at least the
-    model's -log p), or `not a bound`. bpb: bits per byte. stderr_bpb: standard error in all; its parts are
-    mask_stderr_bpb (the masks drawn, given the windows) and window_stderr_bpb (which windows were scored; 0 when all
-    were), nan where they were not told apart. forward_passes: how often the network ran over one window.
-    degrees_of_freedom: of Student's t in the interval (infinite where nothing was estimated from few repeats).
-    """
-
-    method: str
-    kind: str
-    bpb: float
-    stderr_bpb: float
-    nats_per_token: float
-    tokens: int
-    bytes: int
-    seconds: float
-    forward_passes: int
-    seed: int
-    mask_stderr_bpb: float = 0.0
-    window_stderr_bpb: float = 0.0
-    degrees_of_freedom: float = math.inf
-
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Two-sided interval in bits per byte, by Student's t."""
-        if self.stderr_bpb == 0:
-            return self.bpb, self.bpb
-        half = student_t_quantile(confidence, self.degrees_of_freedom) * self.stderr_bpb
-        return self.bpb - half, self.bpb + half
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON object; the interval is the 95% one, and null where it is unbounded."""
-        low, high = self.interval()
-        return {
-            "method": self.method,
-            "kind": self.kind,
-            "bpb": self.bpb,
-            "stderr_bpb": _finite(self.stderr_bpb),
-            "interval95_bpb": [low, high] if math.isfinite(high - low) else None,
-            "mask_stderr_bpb": _finite(self.mask_stderr_bpb),
-            "window_stderr_bpb": _finite(self.window_stderr_bpb),
-            "nats_per_token": self.nats_per_token,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "seconds": self.seconds,
-            "forward_passes": self.forward_passes,
-            "seed": self.seed,
-        }
 
 
 def choose_windows(windows: Windows, tokens: int | None) -> list[int]:
@@ -170,7 +76,7 @@ class Pass:
 
 
 def run_passes(
-    model: Model, passes: Iterable[Pass], *, visibility: str = "full", batch: int | None = None, size: int | None = None
+    model: Model, passes: Iterable[Pass], *, block_size: int = 0, batch: int | None = None, size: int | None = None
 ) -> Iterator[np.ndarray]:
     """Run canvases through the network, many at a time, and yield the NLL of each pass in order.
 
@@ -192,7 +98,7 @@ def run_passes(
             if size:
                 logits = model.block_logits(canvas, ids, size, positions=scored)
             else:
-                logits = model.logits(canvas, visibility=visibility, positions=scored)
+                logits = model.logits(canvas, block_size=block_size, positions=scored)
             nll = masked_nll(logits, ids, scored).double().cpu().numpy()
         pending.clear()
         yield from nll
@@ -207,174 +113,13 @@ def run_passes(
     yield from flush()
 
 
-def _generator(*key: int) -> torch.Generator:
-    """A generator of its own for every key, so that a draw does not depend on what was drawn before it."""
-    state = np.random.SeedSequence([k & 0xFFFFFFFFFFFFFFFF for k in key]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def _sampling_error(nats: np.ndarray, sizes: np.ndarray, total_windows: int) -> float:
-    """Standard error, in nats per byte, of sum(nats) / sum(sizes) from having scored only some windows.
-
-    The ratio estimator with finite-population correction (Cochran 1977, "Sampling techniques", eq. 6.13), treating
-    the evenly spaced windows as a random draw; infinite from a single window.
-    """
-    n = len(nats)
-    share_left = 1 - n / total_windows
-    if share_left <= 0:
-        return 0.0
-    if n < 2:
-        return math.inf
-    residual = nats - nats.sum() / sizes.sum() * sizes
-    return math.sqrt(share_left * n / (n - 1) * float(residual @ residual)) / float(sizes.sum())
-
-
-def _estimate(
-    method: str,
-    kind: str,
-    windows: Windows,
-    chosen: Sequence[int],
-    repeats: np.ndarray,
-    started: float,
-    forward_passes: int,
-    seed: int,
-) -> Estimate:
-    """Assemble an Estimate from nats [repeats, windows]; a single row means that no masks were drawn."""
-    sizes = np.array([windows.byte_count(i) for i in chosen], dtype=np.float64)
-    tokens = sum(len(windows[i]) for i in chosen)
-    if sizes.sum() == 0:
-        raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
-    per_window = repeats.mean(axis=0)
-    totals = repeats.sum(axis=1)
-    scale = 1 / (float(sizes.sum()) * math.log(2))
-    r, n = repeats.shape
-    mask_error = 0.0 if r == 1 else float(totals.std(ddof=1)) / math.sqrt(r) * scale
-    degrees = math.inf if r == 1 else r - 1
-    window_error = _sampling_error(per_window, sizes, len(windows)) / math.log(2)
-    error = mask_error
-    if window_error:
-        # Two-stage sampling (Cochran 1977, eq. 10.15): the spread between scored windows already holds their mask
-        # error, so only the sampled share of it is added.
-        error = math.sqrt(window_error**2 + n / len(windows) * mask_error**2)
-        degrees = max(n - 1, 1)
-    return Estimate(
-        method=method,
-        kind=kind,
-        bpb=float(totals.mean() * scale),
-        stderr_bpb=error,
-        nats_per_token=float(totals.mean() / tokens),
-        tokens=tokens,
-        bytes=int(sizes.sum()),
-        seconds=time.perf_counter() - started,
-        forward_passes=forward_passes,
-        seed=seed,
-        mask_stderr_bpb=mask_error,
-        window_stderr_bpb=window_error,
-        degrees_of_freedom=degrees,
-    )
-
-
 def _tensor(windows: Windows, i: int) -> Tensor:
     return torch.from_numpy(np.array(windows[i], dtype=np.int64))
 
 
-def model_digest(model: Model) -> str:
-    """SHA-256 that tells models apart: the artifact's own, or of all weights."""
-    if model.sha256:
-        return model.sha256
-    digest = hashlib.sha256()
-    for name, value in sorted(model.network.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-class Journal:
-    """Figures of finished units of work: shared by processes, and kept in a file when there is one.
-
-    Unit u belongs to process u mod (number of processes). Every process computes its own and writes its own file
-    (`path`, or `path.r` for rank r > 0), at most every `interval` seconds; whoever opens the journal later reads all of
-    them, so a run may go on with another number of processes. The file names what it is about; a journal of another
-    model, data or setting is refused with DataError.
-    """
-
-    interval = 30.0
-
-    def __init__(
-        self,
-        path: Path | None,
-        model: Model,
-        windows: Windows,
-        settings: dict[str, Any],
-        units: int,
-        columns: int = 1,
-    ) -> None:
-        self.rank, self.processes = process()
-        self.device = model.device
-        self.values = np.full((units, columns), np.nan)
-        self.path = None
-        self.saved = time.monotonic()
-        if path is None:
-            return
-        path = Path(path)
-        sample = hashlib.sha256(str(len(windows)).encode())
-        for i in sorted({j * (len(windows) - 1) // 63 for j in range(64)}):
-            sample.update(np.asarray(windows[i], dtype=np.int64).tobytes())
-        self.key = json.dumps(
-            {**settings, "model": model_digest(model), "windows": sample.hexdigest(), "units": units}, sort_keys=True
-        )
-        parts = [path, *path.parent.glob(f"{path.name}.*")]
-        for part in parts:
-            if part.is_file() and (part == path or part.suffix[1:].isdigit()):
-                known = self._load(part)
-                self.values = np.where(np.isnan(self.values), known, self.values)
-        if self.processes > 1:
-            dist.barrier()  # nobody writes before everybody has read
-        self.path = path if self.rank == 0 else path.with_name(f"{path.name}.{self.rank}")
-
-    def _load(self, part: Path) -> np.ndarray:
-        try:
-            with np.load(part, allow_pickle=False) as stored:
-                key, values = str(stored["key"]), stored["values"]
-        except Exception as error:  # zip, header and key errors alike: it is not ours
-            raise DataError(f"{part} is not a scoring journal: delete it or name another file") from error
-        if key != self.key or values.shape != self.values.shape or values.dtype != np.float64:
-            raise DataError(f"{part} belongs to another model, data or setting: delete it or name another file")
-        return values
-
-    def mine(self) -> list[int]:
-        """The units that this process has yet to compute."""
-        return [u for u in range(self.rank, len(self.values), self.processes) if np.isnan(self.values[u, 0])]
-
-    def record(self, unit: int, *values: float) -> None:
-        """Note a finished unit, and save if it is time."""
-        self.values[unit] = values
-        if time.monotonic() - self.saved >= self.interval:
-            self.save()
-
-    def save(self) -> None:
-        """Write this process's file, whole or not at all."""
-        if self.path is not None:
-            buffer = io.BytesIO()
-            np.savez(buffer, key=np.array(self.key), values=self.values)
-            atomic_write(self.path, buffer.getvalue())
-        self.saved = time.monotonic()
-
-    def result(self) -> np.ndarray:
-        """All units of all processes, float64 [units, columns], the same on every process."""
-        self.save()
-        if self.processes == 1:
-            return self.values
-        own = np.zeros_like(self.values)
-        own[self.rank :: self.processes] = self.values[self.rank :: self.processes]
-        shared = torch.from_numpy(own).to(self.device)
-        dist.all_reduce(shared)
-        return shared.cpu().numpy()
-
-
 def nelbo_counts(lengths: Sequence[int], seed: int, repeat: int) -> Tensor:
     """Mask counts of one repeat, int64 [windows]: stratified over the windows of each length."""
-    draw = _generator(seed, repeat)
+    draw = seeding.generator(seed, repeat)
     counts = torch.zeros(len(lengths), dtype=torch.long)
     for length in sorted(set(lengths), reverse=True):
         rows = torch.tensor([n for n, size in enumerate(lengths) if size == length])
@@ -399,7 +144,7 @@ def nelbo_pass(
     With `size`, `count` of each of its blocks, int64 [blocks].
     """
     counts = torch.as_tensor(count).view(1, -1)
-    _, masked = mask_by_count(ids[None], counts, mask_id, _generator(seed, repeat, 1 + window), size)
+    _, masked = mask_by_count(ids[None], counts, mask_id, seeding.generator(seed, repeat, 1 + window), size)
     return Pass(ids, masked[0], masked[0])
 
 
@@ -535,7 +280,7 @@ def nelbo(
 
 def _nelbo_size(model: Model, asked: int | None) -> int | None:
     """Tokens of a block, None for whole windows."""
-    size = trained_block_size(model.info) if asked is None else asked
+    size = model.block_size if asked is None else asked
     if size < 0:
         raise DataError(f"blocks have at least 1 token, or 0 for whole windows, not {size}")
     return size if 0 < size < model.config.sequence_length else None
@@ -598,36 +343,6 @@ def _nelbo_book(
     return Journal(journal, model, windows, settings, repeats * len(chosen), columns=4)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Model b against model a on the same windows and masks.
-
-    difference_bpb: b's bits per byte minus a's, negative where b is better. stderr_bpb: of the difference, with the
-    same parts as in `Estimate`. p_value: two-sided, of no difference, by Student's t; 0 or 1 where nothing was drawn.
-    """
-
-    difference_bpb: float
-    stderr_bpb: float
-    p_value: float
-    degrees_of_freedom: float
-    mask_stderr_bpb: float
-    window_stderr_bpb: float
-    a: Estimate
-    b: Estimate
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON object."""
-        half = student_t_quantile(0.95, self.degrees_of_freedom) * self.stderr_bpb if self.stderr_bpb else 0.0
-        return {
-            "difference_bpb": self.difference_bpb,
-            "stderr_bpb": _finite(self.stderr_bpb),
-            "interval95_bpb": [self.difference_bpb - half, self.difference_bpb + half] if _finite(half) else None,
-            "p_value": self.p_value,
-            "a": self.a.to_dict(),
-            "b": self.b.to_dict(),
-        }
-
-
 def compare(
     a: Model,
     b: Model,
@@ -665,7 +380,7 @@ def compare(
             passes = nats.size
         elif method == "chain":
             book = Journal(None, model, windows, {}, len(chosen))
-            nats, passes = _chain_matrix(model, windows, chosen, "left", "full", batch, book, tick)
+            nats, passes = _chain_matrix(model, windows, chosen, "left", 0, batch, book, tick)
             kind, name = EXACT, method
         else:
             raise DataError(f"unknown method {method!r}: models are compared by nelbo or chain")
@@ -717,12 +432,12 @@ def reveal_order(order: str, length: int) -> list[np.ndarray]:
     raise DataError(f"unknown order {order!r}: use left, random(seed), block(size) or spread(passes)")
 
 
-def canvas_length(visibility: str, length: int, last: int) -> int:
+def canvas_length(block_size: int, length: int, last: int) -> int:
     """How much of a window of `length` tokens the network must be given to predict positions up to `last`.
 
     What a position cannot see cannot matter: under `causal` or `block(k)` the canvas ends with the last block.
     """
-    size = block_size(visibility, length)
+    size = block_size or length
     return min(length, (last // size + 1) * size)
 
 
@@ -732,7 +447,7 @@ def chain_rule(
     *,
     tokens: int | None = None,
     order: str = "left",
-    visibility: str = "full",
+    attention: str = "full",
     seed: int = 0,
     batch: int | None = None,
     journal: Path | None = None,
@@ -742,7 +457,7 @@ def chain_rule(
 
     chain(x, order) = sum_i -log p(x_i | the groups before i's, the rest masked): a normalised distribution over
     windows, which `compress` turns into a file of this size. One forward pass per group, so T for a window of T
-    tokens from left to right. Under `block(k)` visibility, an order that finishes each block before the next (`left`,
+    tokens from left to right. With `block(k)` attention, an order that finishes each block before the next (`left`,
     or `block(k)`, a block in a single pass) takes all blocks at once: k passes from left to right, over the doubled
     window of `Denoiser.hidden_blocks`. For other orders only the part of the canvas that can be seen is computed.
     `causal` is `block(1)`, where a token is predicted at a MASK of its own, unlike in the function `causal`. No masks are drawn, so over all windows the error is 0; `seed` is only recorded.
@@ -750,10 +465,12 @@ def chain_rule(
     """
     started = time.perf_counter()
     chosen = choose_windows(windows, tokens)
-    settings = {"method": "chain", "order": order, "visibility": visibility, "tokens": tokens}
+    settings = {"method": "chain", "order": order, "visibility": attention, "tokens": tokens}
     book = Journal(journal, model, windows, settings, len(chosen))
-    nats, total = _chain_matrix(model, windows, chosen, order, visibility, batch, book, progress or _silent)
-    method = "chain" if (order, visibility) == ("left", "full") else f"chain {order} {visibility}"
+    nats, total = _chain_matrix(
+        model, windows, chosen, order, parse_attention(attention), batch, book, progress or _silent
+    )
+    method = "chain" if (order, attention) == ("left", "full") else f"chain {order} {attention}"
     return _estimate(method, EXACT, windows, chosen, nats, started, total, seed)
 
 
@@ -762,17 +479,17 @@ def _chain_matrix(
     windows: Windows,
     chosen: Sequence[int],
     order: str,
-    visibility: str,
+    block_size: int,
     batch: int | None,
     book: Journal,
     tick: Progress,
 ) -> tuple[np.ndarray, int]:
     """(nats, float64 [1, windows], forward passes in all)."""
     orders = {length: reveal_order(order, length) for length in {len(windows[i]) for i in chosen}}
-    size: int | None = block_size(visibility, max(orders))
+    size: int | None = block_size or max(orders)
     merged = {length: merge_blocks(groups, size) for length, groups in orders.items()} if size < max(orders) else {}
     if merged and all(merged.values()):
-        orders, visibility = merged, "full"
+        orders, block_size = merged, 0
     else:
         size = None
     rows = batch or max(1, TOKENS_PER_FORWARD // max(orders) // (2 if size else 1))
@@ -784,8 +501,8 @@ def _chain_matrix(
         group = todo[start : start + rows]
         nats = dict.fromkeys(group, 0.0)
         owners: deque[int] = deque()
-        passes = _chain_passes(windows, chosen, group, orders, visibility, owners)
-        for nll in run_passes(model, passes, visibility=visibility, batch=batch, size=size):
+        passes = _chain_passes(windows, chosen, group, orders, block_size, owners)
+        for nll in run_passes(model, passes, block_size=block_size, batch=batch, size=size):
             nats[owners.popleft()] += float(nll.sum())
             done += 1
             tick(done, share)
@@ -814,7 +531,7 @@ def _chain_passes(
     chosen: Sequence[int],
     group: Sequence[int],
     orders: Mapping[int, Sequence[np.ndarray]],
-    visibility: str,
+    block_size: int,
     owners: deque[int],
 ) -> Iterator[Pass]:
     """Every step of every window in `group`; appends to `owners` which window each pass belongs to."""
@@ -826,7 +543,7 @@ def _chain_passes(
             if step >= len(groups):
                 continue
             positions = torch.from_numpy(groups[step])
-            length = canvas_length(visibility, len(ids), int(groups[step].max()))
+            length = canvas_length(block_size, len(ids), int(groups[step].max()))
             scored = torch.zeros(len(ids), dtype=torch.bool)
             scored[positions] = True
             owners.append(n)
@@ -843,7 +560,7 @@ def causal(
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> Estimate:
-    """Exact next-token code length of a model trained with causal visibility: one forward pass per window.
+    """Exact next-token code length of a model trained with causal attention: one forward pass per window.
 
     The input is the window shifted right behind one MASK, so that the output at position i, which sees x_<i, predicts
     x_i. A normalised distribution for any weights, but a poor one for weights never trained this way.
@@ -871,7 +588,7 @@ def _causal_matrix(
         everything = torch.ones_like(ids, dtype=torch.bool)
         shifted = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=model.config.mask_id)
         with torch.inference_mode():
-            logits = model.logits(shifted, visibility="causal", positions=everything)
+            logits = model.logits(shifted, block_size=1, positions=everything)
             nats[0, group] = masked_nll(logits, ids, everything).double().sum(dim=1).cpu().numpy()
         done += len(group)
         tick(done, len(chosen))
@@ -903,7 +620,7 @@ def reconstruction_score(
         for r, rate in enumerate(rates):
             for n, i in enumerate(chosen):
                 ids = _tensor(windows, i)
-                masked = torch.rand(len(ids), generator=_generator(seed, r, 1 + i), dtype=torch.float64) < rate
+                masked = torch.rand(len(ids), generator=seeding.generator(seed, r, 1 + i), dtype=torch.float64) < rate
                 counts[r, n] = int(masked.sum())
                 yield Pass(ids, masked, masked)
 

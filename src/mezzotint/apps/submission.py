@@ -23,21 +23,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mezzotint import evaluate
-from mezzotint.artifact import BUDGET, open_artifact
 from mezzotint.config import to_dict
-from mezzotint.data import Dataset
+from mezzotint.data.dataset import Dataset
 from mezzotint.errors import ArtifactError, CheckpointError, DataError
-from mezzotint.evaluate import Estimate
 from mezzotint.files import atomic_folder
 from mezzotint.model import Model, count_parameters
-from mezzotint.train import read_run
+from mezzotint.packing.artifact import BUDGET, open_artifact
+from mezzotint.scoring import likelihood, statistics
+from mezzotint.scoring.statistics import Estimate
+from mezzotint.training.checkpoint import read_run
 
 Progress = Callable[[str], None]
-
 TRAIN_SCRIPT, SCORE_SCRIPT, ARTIFACT = "train_gpt.py", "score.py", "model.mzt"
 TRACK = "track_non_record_16mb"
-
 _LOADER = '''\
 #!/usr/bin/env python3
 """{doc}
@@ -60,7 +58,7 @@ class Embedded(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
     def find_spec(self, name, path=None, target=None):
         if name in SOURCES:
-            spec = importlib.util.spec_from_loader(name, self, is_package=name == "mezzotint")
+            spec = importlib.util.spec_from_loader(name, self, is_package=any(n.startswith(name + ".") for n in SOURCES))
             spec.origin, spec.has_location = f"{{__file__}}/{{name}}", True
             return spec
 
@@ -70,6 +68,7 @@ class Embedded(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
 sys.meta_path.insert(0, Embedded())
 '''
+
 
 _TRAIN_MAIN = """
 RUN = json.loads({run})
@@ -89,11 +88,13 @@ def main():
         return write_source(options.source)
     if not options.data:
         parser.error("--data is needed")
-    from mezzotint.artifact import open_artifact, pack
     from mezzotint.config import ModelConfig, TrainConfig, from_dict
-    from mezzotint.data import Dataset
-    from mezzotint.evaluate import nelbo
-    from mezzotint.train import load_run, train
+    from mezzotint.data.dataset import Dataset
+    from mezzotint.packing.artifact import open_artifact
+    from mezzotint.packing.pack import pack
+    from mezzotint.scoring.likelihood import nelbo
+    from mezzotint.training.checkpoint import load_run
+    from mezzotint.training.run import train
 
     settings = dict(RUN["train"])
     if options.minutes is not None:
@@ -121,6 +122,7 @@ def main():
     print(json.dumps(figures))
 """
 
+
 _SCORE_MAIN = """
 
 def main():
@@ -137,9 +139,9 @@ def main():
         return write_source(options.source)
     if not options.data:
         parser.error("--data is needed")
-    from mezzotint.artifact import open_artifact
-    from mezzotint.data import Dataset
-    from mezzotint.evaluate import chain_rule, nelbo, reconstruction_score
+    from mezzotint.packing.artifact import open_artifact
+    from mezzotint.data.dataset import Dataset
+    from mezzotint.scoring.likelihood import chain_rule, nelbo, reconstruction_score
 
     methods = {{"nelbo": nelbo, "chain": chain_rule, "reconstruction": reconstruction_score}}
     model, data = open_artifact(options.model), Dataset.open(options.data)
@@ -151,11 +153,13 @@ def main():
     print(json.dumps({{"results": [estimate.to_dict()], "model_sha256": model.sha256}}))
 """
 
+
 _END = """
 
 def write_source(folder):
     for name, text in SOURCES.items():
-        path = folder / (name.replace(".", "/") + ("/__init__.py" if name == "mezzotint" else ".py"))
+        package = any(n.startswith(name + ".") for n in SOURCES)
+        path = folder / (name.replace(".", "/") + ("/__init__.py" if package else ".py"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
@@ -196,6 +200,7 @@ def module_sources(roots: Sequence[str]) -> dict[str, str]:
         if text is None:
             continue  # `from mezzotint import NAME` of a name that is no module
         sources[name] = text
+        waiting += [name.rpartition(".")[0]] if name.count(".") > 1 else []  # its folder
         waiting += [n for n in _imported(ast.parse(text)) if n.startswith("mezzotint.")]
     init = f'"""Modules of Mezzotint that a record needs."""\n\n__version__ = {_version()!r}\n'
     return {"mezzotint": init, **dict(sorted(sources.items()))}
@@ -239,13 +244,13 @@ def scripts(run: Path | str) -> dict[str, str]:
         TRAIN_SCRIPT: _script(
             TRAIN_SCRIPT,
             "Trains the model of this record, packs it with this code under 16,000,000 bytes and scores the artifact.",
-            ("train", "artifact", "evaluate"),
+            ("training.run", "packing.pack", "scoring.likelihood"),
             train,
         ),
         SCORE_SCRIPT: _script(
             SCORE_SCRIPT,
             "Reopens the artifact of this record, checks it and scores it on validation text.",
-            ("artifact", "evaluate", "data"),
+            ("packing.artifact", "scoring.likelihood"),
             score,
         ),
     }
@@ -257,9 +262,9 @@ def code_bytes(run: Path | str) -> int:
 
 
 _KINDS = {
-    evaluate.EXACT: "exact code length of a normalised distribution",
-    evaluate.UPPER_BOUND: "upper bound on the code length (NELBO)",
-    evaluate.NOT_A_BOUND: "not a bound on anything; only for comparison with scores computed alike",
+    statistics.EXACT: "exact code length of a normalised distribution",
+    statistics.UPPER_BOUND: "upper bound on the code length (NELBO)",
+    statistics.NOT_A_BOUND: "not a bound on anything; only for comparison with scores computed alike",
 }
 
 
@@ -383,7 +388,7 @@ def submit(
             raise DataError("this data was prepared with another tokenizer than the model's: use the run's own data")
         say("scoring the artifact")
         windows = dataset.split("val").windows(model.config.sequence_length)
-        estimates = [evaluate.nelbo(model, windows, tokens=tokens, seed=seed)]
+        estimates = [likelihood.nelbo(model, windows, tokens=tokens, seed=seed)]
     best = estimates[0]
     name = name or f"Mezzotint: masked diffusion, {model.config.layers}x{model.config.width}"
     blurb = blurb or (

@@ -1,38 +1,26 @@
-"""The HTML report of a run: loss curve, cross-entropy against mask rate, bytes per tensor, scores, samples, gaps.
+"""The charts of a report, as SVG, and the figures behind them.
 
-One self-contained file with inline SVG; it loads nothing, and a content policy in it forbids that it could. Knows how
-to draw and lay out; scores, samples and artifact tables come from the modules that own them.
+Knows nothing of the page they stand on.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.resources
 import io
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import mezzotint
-from mezzotint import evaluate
-from mezzotint.artifact import BUDGET, inspect_artifact, open_artifact
-from mezzotint.config import ModelConfig, TrainConfig
-from mezzotint.data import Dataset, Windows
+from mezzotint.data.dataset import Windows
 from mezzotint.errors import CheckpointError, DataError
-from mezzotint.evaluate import Estimate
-from mezzotint.files import atomic_write
-from mezzotint.model import Model, count_parameters
-from mezzotint.sample import denoise, sample
-from mezzotint.train import load_run, read_run
-
-Progress = Callable[[str], None]
+from mezzotint.model import Model
+from mezzotint.scoring import likelihood, statistics
+from mezzotint.scoring.statistics import Estimate
 
 # Colours that stand for the page's CSS variables, so that the charts follow the reader's light or dark scheme.
 INK, MUTED, GRID = "#010203", "#040506", "#070809"
@@ -42,9 +30,9 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", **{color: f"s{i}" for i,
 
 def comparison(kind: str) -> tuple[bool, str]:
     """Whether a figure of this kind may stand beside an autoregressive model's bits per byte, and in what words."""
-    if kind == evaluate.EXACT:
+    if kind == statistics.EXACT:
         return True, "yes"
-    if kind == evaluate.UPPER_BOUND:
+    if kind == statistics.UPPER_BOUND:
         return True, "yes, as a bound from above"
     return False, "no"
 
@@ -74,19 +62,19 @@ def mask_rate_curve(
     """Cross-entropy of a hidden token, by the share of its window that is hidden: the NELBO's integrand.
 
     NELBO per token = E_k[mean masked NLL at k of T] (objective.py), so the curve's area is the NELBO. Masks are those
-    that `evaluate.nelbo` draws for the same seed. Empty bins are left out. Raises DataError if there is nothing to
+    that `likelihood.nelbo` draws for the same seed. Empty bins are left out. Raises DataError if there is nothing to
     score.
     """
-    chosen = evaluate.choose_windows(windows, tokens)
+    chosen = likelihood.choose_windows(windows, tokens)
     rates: list[float] = []
 
     def passes() -> Any:
         for repeat in range(repeats):
-            for item, k in evaluate.nelbo_passes(windows, chosen, model.config.mask_id, seed, repeat):
+            for item, k in likelihood.nelbo_passes(windows, chosen, model.config.mask_id, seed, repeat):
                 rates.append(k / len(item.ids))
                 yield item
 
-    means = [float(nll.sum()) for nll in evaluate.run_passes(model, passes())]
+    means = [float(nll.sum()) for nll in likelihood.run_passes(model, passes())]
     lengths = np.array([len(windows[i]) for i in chosen] * repeats)
     share = np.array(rates)
     nats = np.array(means) / np.rint(share * lengths)
@@ -102,9 +90,6 @@ def mask_rate_curve(
             mean = float(inside.mean())
             found.append(RateBin(b / bins, (b + 1) / bins, mean, mean * scale, error * scale, len(inside)))
     return found
-
-
-# --- the run's own files --------------------------------------------------------------------------------------------
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -125,9 +110,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{run}/metrics.jsonl, line {number + 1}, is not a metrics row") from error
         rows.append(row)
     return rows
-
-
-# --- charts ---------------------------------------------------------------------------------------------------------
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -291,203 +273,3 @@ def bytes_chart(looked: dict[str, Any]) -> str:
     figure.legend(frameon=False, labelcolor=INK, fontsize=9, loc="outside upper center", ncols=7, handlelength=0.9,
                   columnspacing=1.1)  # fmt: skip
     return _svg(figure, "bytes")
-
-
-# --- the page -------------------------------------------------------------------------------------------------------
-
-
-def _clean(text: str) -> str:
-    """Control characters, which a page cannot show, as U+FFFD."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text)
-
-
-def _text(model: Model, ids: Any) -> bytes:
-    return model.tokenizer.decode_bytes([int(i) for i in ids])
-
-
-def filled_gaps(model: Model, windows: Windows, count: int = 2, seed: int = 0) -> list[dict[str, str]]:
-    """Fill a hidden stretch (an eighth, at least 4 tokens) in the middle of `count` evenly spaced windows.
-
-    Returns `before`, `filled`, `after`, `original` for each, with the windows cut to a readable length.
-    """
-    gaps = []
-    full = [i for i in range(len(windows)) if len(windows[i]) >= 16]
-    for j in range(min(count, len(full))):
-        ids = np.asarray(windows[full[(2 * j + 1) * len(full) // (2 * count)]])[:160]
-        start = len(ids) // 2 - max(2, len(ids) // 16)
-        stop = start + max(4, len(ids) // 8)
-        canvas = torch.from_numpy(ids.astype(np.int64))[None].clone()
-        canvas[0, start:stop] = model.config.mask_id
-        done = denoise(model, canvas, seed=seed + j).ids[0].cpu().numpy()
-        # Ids are decoded from the window's start and cut by length: a piece's leading space depends on its left.
-        head, original = len(_text(model, ids[:start])), len(_text(model, ids[:stop]))
-        filled = len(_text(model, done[:stop]))
-        parts = {
-            "before": _text(model, ids)[:head],
-            "filled": _text(model, done)[head:filled],
-            "after": _text(model, ids)[original:],
-            "original": _text(model, ids)[head:original],
-        }
-        gaps.append({name: _clean(part.decode("utf-8", "replace")) for name, part in parts.items()})
-    return gaps
-
-
-def _settings(name: str, config: ModelConfig | TrainConfig) -> dict[str, Any]:
-    rows = [(f.name, getattr(config, f.name), f.metadata.get("help", "")) for f in dataclasses.fields(config)]
-    return {"name": name, "rows": rows}
-
-
-def _tensor_table(looked: dict[str, Any]) -> dict[str, Any]:
-    rows = [
-        (t["name"], " × ".join(map(str, t["shape"])), t["codec"], f"{t['bytes']:,}", f"{t['bits_per_weight']:.2f}",
-         f"{100 * t['zeros']:.1f}%")
-        for t in looked["tensors"]
-    ]  # fmt: skip
-    rows += [(name, "", "", f"{size:,}", "", "") for name, size in looked["sections"].items()]
-    heads = ("tensor or section", "shape", "codec", "bytes", "bits per weight", "zeros")
-    return {"summary": f"All {len(looked['tensors'])} tensors", "heads": heads, "rows": rows}
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def report(
-    run: Path | str,
-    out: Path | str,
-    *,
-    artifact: Path | str | None = None,
-    dataset: Dataset | None = None,
-    estimates: Sequence[Estimate] = (),
-    tokens: int | None = 32_768,
-    samples: int = 3,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write the report of a run folder to `out`, one HTML file.
-
-    artifact: the packed model; adds the bytes per tensor, and the figures and texts are then the artifact's rather than
-    the run's. dataset: adds validation figures, the mask-rate chart and filled gaps; its NELBO is scored on about
-    `tokens` tokens unless `estimates` already holds one. samples: texts from nothing (0: none).
-
-    Returns `file`, `bytes`, `sections` (the titles of what is in it). Raises CheckpointError, ArtifactError, DataError
-    and OSError; `out` is then untouched.
-    """
-    import jinja2
-    from markupsafe import Markup
-
-    say = progress or (lambda _: None)
-    run, out = Path(run), Path(out)
-    described = read_run(run)
-    rows = read_metrics(run)
-    looked = inspect_artifact(Path(artifact)) if artifact is not None else None
-    model = open_artifact(artifact) if artifact is not None else load_run(run)
-    estimates = list(estimates)
-    curve: list[RateBin] = []
-    gaps: list[dict[str, str]] = []
-    if dataset is not None:
-        if dataset.tokenizer.sha256 != model.tokenizer.sha256:
-            raise DataError("this data was prepared with another tokenizer than the model's: use the run's own data")
-        windows = dataset.split("val").windows(model.config.sequence_length)
-        if not any(e.method.startswith("nelbo") for e in estimates):
-            say("scoring")
-            estimates.insert(0, evaluate.nelbo(model, windows, tokens=tokens, seed=seed))
-        if not model.trained_block_size:  # a model of blocks has not learnt masks that see both sides
-            say("measuring cross-entropy against mask rate")
-            curve = mask_rate_curve(model, windows, tokens=tokens, repeats=4, seed=seed)
-            say("filling gaps")
-            gaps = filled_gaps(model, windows, seed=seed)
-    texts: list[str] = []
-    sampling = ""
-    if samples:
-        say("sampling")
-        drawn = sample(model, samples, seed=seed)
-        texts = [_clean(text) for text in drawn.texts]
-        sampling = f"{drawn.forward_passes} forward passes, seed {seed}"
-
-    bound = next((e for e in estimates if e.method.startswith("nelbo") and e.kind == evaluate.UPPER_BOUND), None)
-    parameters = count_parameters(model.network)
-    last = rows[-1] if rows else {}
-    tiles = []
-    if bound is not None:
-        tiles.append({"value": f"≤ {bound.bpb:.3f}", "label": "bits per byte of validation text (NELBO)"})
-    exact = next((e for e in estimates if e.kind == evaluate.EXACT), None)
-    if exact is not None:
-        tiles.append({"value": f"{exact.bpb:.3f}", "label": f"bits per byte, exact ({exact.method})"})
-    if looked is not None:
-        tiles.append({"value": f"{looked['bytes']:,}", "label": f"bytes in the artifact, of {BUDGET:,} allowed"})
-    tiles.append({"value": f"{parameters:,}", "label": "parameters"})
-    if looked is not None:
-        tiles.append(
-            {"value": f"{looked['bits_per_parameter']:.2f}", "label": "bits per parameter, everything counted"}
-        )
-    if last:
-        tiles.append({"value": f"{last['step']:,}", "label": f"steps in {_duration(float(last.get('seconds', 0)))}"})
-        tiles.append({"value": f"{last.get('tokens', 0):,}", "label": "tokens read"})
-
-    scores = []
-    for e in estimates:
-        comparable, words = comparison(e.kind)
-        error = f"{e.stderr_bpb:.4f}" if math.isfinite(e.stderr_bpb) else "unknown"
-        scores.append({"method": e.method, "kind": e.kind, "bpb": f"{e.bpb:.4f}", "stderr": error,
-                       "tokens": f"{e.tokens:,}", "comparable": comparable, "comparison": words})  # fmt: skip
-
-    charts = []
-    if any(isinstance(r.get("train_nelbo_bpb"), (int, float)) for r in rows):
-        charts.append({
-            "title": "Loss",
-            "note": "The curve is the NELBO of the masked windows of each step: the same quantity as the score below, on "
-            "training text.",
-            "svg": Markup(loss_chart(rows, bound)),
-        })  # fmt: skip
-    if curve:
-        mean = sum(b.bpb for b in curve) / len(curve)
-        charts.append({
-            "title": "Cross-entropy against mask rate",
-            "note": f"How hard a hidden token is when so much of its window is hidden. The mean height, {mean:.3f} bits "
-            "per byte, is the NELBO, but for chance in the masks drawn; whiskers are 95% intervals.",
-            "svg": Markup(rate_chart(curve)),
-            "table": {
-                "summary": "The numbers",
-                "heads": ("share hidden", "bits per byte", "± standard error", "nats per token", "masks"),
-                "rows": [(f"{b.low:.0%} to {b.high:.0%}", f"{b.bpb:.4f}", f"{b.stderr_bpb:.4f}",
-                          f"{b.nats_per_token:.4f}", b.masks) for b in curve],
-            },
-        })  # fmt: skip
-    if looked is not None:
-        charts.append({
-            "title": "Bytes per tensor",
-            "note": f"All {looked['bytes']:,} bytes of the artifact, layer by layer.",
-            "svg": Markup(bytes_chart(looked)),
-            "table": _tensor_table(looked),
-        })  # fmt: skip
-
-    provenance = [f"Weights: {Path(artifact).name if artifact is not None else 'the averaged weights of the run'}."]
-    if looked is not None:
-        provenance.append(f"SHA-256 of the artifact: {looked['sha256']}")
-    if described.get("commit"):
-        provenance.append(f"Trained at commit {described['commit']}")
-    config = model.config
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(
-        importlib.resources.files("mezzotint").joinpath("report.html").read_text("utf-8")
-    )
-    page = template.render(
-        title=run.resolve().name or "run",
-        summary=f"A masked-diffusion language model: {config.layers} layers, {config.width} wide, "
-        f"{config.vocab_size:,} tokens, windows of {config.sequence_length:,}.",
-        tiles=tiles,
-        scores=scores,
-        charts=charts,
-        gaps=gaps,
-        samples=texts,
-        sampling=sampling,
-        settings=[_settings("Model", config), _settings("Training", described["train"])],
-        version=mezzotint.__version__,
-        provenance=provenance,
-    )
-    say("writing")
-    atomic_write(out, page)
-    titles = [c["title"] for c in charts] + (["Scores"] if scores else [])
-    titles += (["Filled gaps"] if gaps else []) + (["Samples"] if texts else [])
-    return {"file": str(out), "bytes": len(page.encode()), "sections": titles}

@@ -21,6 +21,8 @@ import constriction
 import numpy as np
 
 STREAM: Any = constriction.stream  # type: ignore[attr-defined]  # a compiled module, unknown to type checkers
+
+
 PRECISION = 24
 TOTAL = 1 << PRECISION
 STEPS = 8  # levels per factor of two in probability

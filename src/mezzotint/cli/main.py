@@ -28,17 +28,16 @@ from mezzotint.errors import ConfigError, DataError, MezzotintError
 from mezzotint.files import atomic_write
 
 if TYPE_CHECKING:
-    from mezzotint.data import Dataset, Tokenizer, Windows
-    from mezzotint.evaluate import Estimate
+    from mezzotint.data.dataset import Dataset, Windows
+    from mezzotint.data.tokenizer import Tokenizer
     from mezzotint.model import Model
+    from mezzotint.scoring.statistics import Estimate
+
 
 DEFAULT_PRESET = "small"
 DEFAULT_MODEL = "prose"
 METHODS = ("nelbo", "chain", "causal", "reconstruction")
 COMPARED_TOKENS = 32_768
-
-
-# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -210,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--order", metavar="ORDER", help="order of chain: left, random(SEED), block(SIZE), spread(PASSES) [left]"
     )
     sub.add_argument(
-        "--visibility",
+        "--attention",
         metavar="WORD",
         help="what chain sees: full, or block(SIZE), for models trained in blocks [full]",
     )
@@ -261,7 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--order-noise", type=float, metavar="X", help="noise on the order of `confidence` and `margin`"
         )
         sub.add_argument(
-            "--visibility",
+            "--attention",
             metavar="WORD",
             help="what a position sees: full, causal, or block(K) for K tokens at a time",
         )
@@ -336,9 +335,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only]")
     sub.add_argument("--port", type=_positive, default=8000, help="[8000]")
     return parser
-
-
-# --- printing ---------------------------------------------------------------------------------------------------------
 
 
 class _Progress:
@@ -441,7 +437,7 @@ def _emit(arguments: argparse.Namespace, result: dict[str, Any], lines: Sequence
 
 
 def _print_scores(estimates: Sequence[Estimate]) -> None:
-    from mezzotint.report import comparison
+    from mezzotint.apps.charts import comparison
 
     rows = []
     for e in estimates:
@@ -464,20 +460,17 @@ def _print_scores(estimates: Sequence[Estimate]) -> None:
     _table("", [*columns, ("comparable with autoregressive figures?", "left")], rows)
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
 def _load(path: Path | None) -> Model:
     """A `.mzt` artifact, a run folder, an exported folder or a shipped model's name; the default one if None."""
-    from mezzotint.shipped import load
+    from mezzotint.pretrained import load
 
     return load(path)
 
 
 def _run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | None:
     """The data given, else the data the run was trained on. `needed`: what for, if it must be there."""
-    from mezzotint.data import Dataset
-    from mezzotint.train import read_run
+    from mezzotint.data.dataset import Dataset
+    from mezzotint.training.checkpoint import read_run
 
     described = read_run(run)
     folder = given or Path(described.get("data_folder") or "")
@@ -496,11 +489,8 @@ def _same_tokenizer(model: Model, dataset: Dataset, path: Path) -> None:
         raise DataError(f"{path} was prepared with another tokenizer than the model's; prepare it with the model's own")
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
-
-
 def _run_prepare(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.data import prepare
+    from mezzotint.data.prepare import prepare
 
     result = prepare(
         arguments.sources,
@@ -537,7 +527,7 @@ def _train_configs(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple
     if "minutes" in train_changes:
         train_changes.setdefault("steps", 0)  # steps would have the last word
     if arguments.resume and (arguments.out / "config.json").exists():
-        from mezzotint.train import read_run
+        from mezzotint.training.checkpoint import read_run
 
         described = read_run(arguments.out)
         if tokenizer.sha256 != described["data"]["tokenizer_sha256"]:
@@ -558,8 +548,8 @@ def _train_configs(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple
 
 
 def _run_train(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.data import Dataset
-    from mezzotint.train import train
+    from mezzotint.data.dataset import Dataset
+    from mezzotint.training.run import train
 
     model, config = _train_configs(arguments, Dataset.open(arguments.data).tokenizer)
     first = int(os.environ.get("RANK", "0")) == 0
@@ -594,8 +584,8 @@ def _run_train(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_pack(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.artifact import pack
-    from mezzotint.train import load_run
+    from mezzotint.packing.pack import pack
+    from mezzotint.training.checkpoint import load_run
 
     model = load_run(arguments.run_folder)
     dataset = _run_data(arguments.run_folder, arguments.data, "calibration")
@@ -623,9 +613,9 @@ def _run_pack(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_sweep(arguments: argparse.Namespace, model: Model, dataset: Dataset, progress: _Progress) -> None:
-    from mezzotint.artifact import sweep
-    from mezzotint.evaluate import nelbo_by_window
-    from mezzotint.report import sweep_chart
+    from mezzotint.apps.charts import sweep_chart
+    from mezzotint.packing.pack import sweep
+    from mezzotint.scoring.likelihood import nelbo_by_window
 
     out: Path = arguments.out
     if out.is_dir():
@@ -691,23 +681,23 @@ def _score(
     progress: _Progress,
     order: str | None = None,
     journal: Path | None = None,
-    visibility: str | None = None,
+    attention: str | None = None,
     block_size: int | None = None,
 ) -> Estimate:
-    from mezzotint import evaluate
+    from mezzotint.scoring import likelihood
 
     watch = progress.passes(method)
     words: dict[str, Any] = {"tokens": tokens, "seed": seed, "journal": journal, "progress": watch}
     if method == "nelbo":
-        return evaluate.nelbo(model, windows, repeats=repeats, block_size=block_size, **words)
+        return likelihood.nelbo(model, windows, repeats=repeats, block_size=block_size, **words)
     if method == "chain":
-        return evaluate.chain_rule(model, windows, order=order or "left", visibility=visibility or "full", **words)
-    function = {"causal": evaluate.causal, "reconstruction": evaluate.reconstruction_score}[method]
+        return likelihood.chain_rule(model, windows, order=order or "left", attention=attention or "full", **words)
+    function = {"causal": likelihood.causal, "reconstruction": likelihood.reconstruction_score}[method]
     return function(model, windows, tokens=tokens, seed=seed, progress=watch)
 
 
 def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.data import Dataset
+    from mezzotint.data.dataset import Dataset
 
     model = _load(arguments.model)
     dataset = Dataset.open(arguments.data)
@@ -715,16 +705,16 @@ def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
     windows = dataset.split(arguments.split).windows(model.config.sequence_length)
     methods = [arguments.method]
     if arguments.method == "all":
-        causal = model.learnt_next_tokens
+        causal = model.trained_causally
         methods = [m for m in METHODS if m != "causal" or causal]
     if arguments.order and "chain" not in methods:
         raise ConfigError("--order is the order of the chain rule: add --method chain")
-    if arguments.visibility and "chain" not in methods:
-        raise ConfigError("--visibility is that of the chain rule: add --method chain")
-    if arguments.visibility in ("causal", "block(1)"):
+    if arguments.attention and "chain" not in methods:
+        raise ConfigError("--attention is that of the chain rule: add --method chain")
+    if arguments.attention in ("causal", "block(1)"):
         raise ConfigError("next tokens, in one pass, are --method causal")
     if arguments.block_size is not None and "nelbo" not in methods:
-        raise ConfigError("--block-size is that of the NELBO: add --method nelbo, or --visibility to the chain rule")
+        raise ConfigError("--block-size is that of the NELBO: add --method nelbo, or --attention to the chain rule")
     if arguments.journal and arguments.method not in ("nelbo", "chain"):
         raise ConfigError("--journal keeps one figure: add --method nelbo or --method chain")
     estimates = [
@@ -738,7 +728,7 @@ def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
             progress,
             arguments.order,
             arguments.journal,
-            arguments.visibility,
+            arguments.attention,
             arguments.block_size,
         )
         for method in methods
@@ -751,8 +741,8 @@ def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_compare(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.data import Dataset
-    from mezzotint.evaluate import compare
+    from mezzotint.data.dataset import Dataset
+    from mezzotint.scoring.likelihood import compare
 
     a, b = _load(arguments.a), _load(arguments.b)
     dataset = Dataset.open(arguments.data)
@@ -783,7 +773,7 @@ def _run_compare(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 def _sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("steps", "sampler", "temperature", "top_p", "no_repeat", "block", "entropy_budget", "remask", "order_noise",
-             "visibility")  # fmt: skip
+             "attention")  # fmt: skip
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
@@ -793,14 +783,14 @@ def _watching(arguments: argparse.Namespace, progress: _Progress) -> Iterator[An
     if not arguments.watch:
         yield None
         return
-    from mezzotint.watch import Watch
+    from mezzotint.apps.watch import Watch
 
     with Watch(progress.console, pause=0.05) as watch:
         yield watch
 
 
 def _run_sample(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.sample import sample
+    from mezzotint.sampling.generate import sample
 
     model = _load(arguments.model)
     settings = _sampling_settings(arguments)
@@ -818,7 +808,7 @@ def _run_sample(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_fill(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.sample import infill
+    from mezzotint.sampling.infill import infill
 
     text = arguments.text
     if arguments.model is None and text.endswith(".mzt") and Path(text).is_file():
@@ -839,7 +829,7 @@ def _run_fill(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_inspect(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.artifact import inspect_artifact
+    from mezzotint.packing.artifact import inspect_artifact
 
     looked = inspect_artifact(arguments.artifact)
     if arguments.json:
@@ -865,7 +855,7 @@ def _run_inspect(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_export(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.exchange import export_folder
+    from mezzotint.packing.safetensors import export_folder
 
     result = export_folder(_load(arguments.model), arguments.out)
     _emit(
@@ -876,14 +866,14 @@ def _run_export(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_import(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.artifact import store
-    from mezzotint.exchange import import_folder
+    from mezzotint.packing.pack import store
+    from mezzotint.packing.safetensors import import_folder
 
     _print_pack(arguments, arguments.out, store(import_folder(arguments.folder), arguments.out))
 
 
 def _run_submit(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.submission import submit
+    from mezzotint.apps.submission import submit
 
     dataset = _run_data(arguments.run_folder, arguments.data, "the record's score")
     words = {k: getattr(arguments, k) for k in ("name", "author", "github_id", "blurb") if getattr(arguments, k)}
@@ -908,7 +898,7 @@ def _run_submit(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_report(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.report import report
+    from mezzotint.apps.report import report
 
     result = report(
         arguments.run_folder,
@@ -922,7 +912,7 @@ def _run_report(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_compress(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.compress import compress_file
+    from mezzotint.compression.container import compress_file
 
     model = _load(arguments.model)
     watch = progress.passes("compressing")
@@ -935,7 +925,7 @@ def _run_compress(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_decompress(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.compress import decompress_file
+    from mezzotint.compression.container import decompress_file
 
     size = decompress_file(
         arguments.file, arguments.out, _load(arguments.model), progress=progress.passes("decompressing")
@@ -946,7 +936,7 @@ def _run_decompress(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 def _run_serve(arguments: argparse.Namespace, progress: _Progress) -> None:
     try:
-        from mezzotint.serve import serve
+        from mezzotint.apps.serve import serve
     except ImportError as error:
         raise ConfigError("serving a page needs more packages: pip install 'mezzotint[serve]'") from error
     model = _load(arguments.model)
@@ -962,8 +952,8 @@ SHIPPED_TEXT = "The old house stood at the end of the ____, and nobody had lived
 
 def _fill_with_shipped(step: Callable[[str], None]) -> dict[str, str] | None:
     """What the shipped model makes of a sentence with a gap; None in an installation without it."""
-    from mezzotint.sample import fill
-    from mezzotint.shipped import load, shipped_models
+    from mezzotint.pretrained import load, shipped_models
+    from mezzotint.sampling.infill import fill
 
     if DEFAULT_MODEL not in shipped_models():
         return None
@@ -974,11 +964,15 @@ def _fill_with_shipped(step: Callable[[str], None]) -> dict[str, str] | None:
 
 
 def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.artifact import open_artifact, pack
-    from mezzotint.data import Dataset, prepare
-    from mezzotint.report import report
-    from mezzotint.sample import fill, sample
-    from mezzotint.train import load_run, train
+    from mezzotint.apps.report import report
+    from mezzotint.data.dataset import Dataset
+    from mezzotint.data.prepare import prepare
+    from mezzotint.packing.artifact import open_artifact
+    from mezzotint.packing.pack import pack
+    from mezzotint.sampling.generate import sample
+    from mezzotint.sampling.infill import fill
+    from mezzotint.training.checkpoint import load_run
+    from mezzotint.training.run import train
 
     out: Path = arguments.out
     if not arguments.minutes > 0:
@@ -1056,9 +1050,6 @@ def _run_demo(arguments: argparse.Namespace, progress: _Progress) -> None:
     print(f"\nreport: {page['file']}   artifact: {out / 'model.mzt'}   all in {result['seconds']:.0f} s")
 
 
-# --- the way in -------------------------------------------------------------------------------------------------------
-
-
 def _one_line(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: could not write {error.filename or 'the output'}; free some space and run again"
@@ -1089,7 +1080,7 @@ def _processes(arguments: argparse.Namespace, progress: _Progress) -> Iterator[N
         return
     if arguments.run not in (_run_score, _run_compare, _run_pack):
         raise ConfigError("torchrun is for train, pack, score and compare; run this command by itself")
-    from mezzotint.train import process_group
+    from mezzotint.distributed import process_group
 
     with process_group("cpu") as (rank, _, _), contextlib.ExitStack() as stack:
         if rank:

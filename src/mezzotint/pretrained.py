@@ -10,11 +10,11 @@ import importlib.resources
 from collections.abc import Iterator
 from pathlib import Path
 
-from mezzotint import exchange
-from mezzotint.artifact import open_artifact
 from mezzotint.errors import CheckpointError
 from mezzotint.model import Model
-from mezzotint.train import load_run
+from mezzotint.packing import safetensors
+from mezzotint.packing.artifact import open_artifact
+from mezzotint.training.checkpoint import load_run
 
 DEFAULT = "prose"
 
@@ -51,8 +51,8 @@ def load(model: str | Path | None = None) -> Model:
         with shipped_file(DEFAULT) as file:
             return open_artifact(file)
     path = Path(model)
-    if exchange.is_exported(path):
-        return exchange.import_folder(path)
+    if safetensors.is_exported(path):
+        return safetensors.import_folder(path)
     if path.is_file():
         return open_artifact(path)
     if (path / "config.json").is_file():

@@ -1,0 +1,239 @@
+"""The HTML report of a run: loss curve, cross-entropy against mask rate, bytes per tensor, scores, samples, gaps.
+
+One self-contained file with inline SVG; it loads nothing, and a content policy in it forbids that it could. Knows how
+to draw and lay out; scores, samples and artifact tables come from the modules that own them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import mezzotint
+from mezzotint.apps.charts import (
+    RateBin,
+    bytes_chart,
+    comparison,
+    loss_chart,
+    mask_rate_curve,
+    rate_chart,
+    read_metrics,
+)
+from mezzotint.config import ModelConfig, TrainConfig
+from mezzotint.data.dataset import Dataset, Windows
+from mezzotint.errors import DataError
+from mezzotint.files import atomic_write
+from mezzotint.model import Model, count_parameters
+from mezzotint.packing.artifact import BUDGET, inspect_artifact, open_artifact
+from mezzotint.sampling.denoise import denoise
+from mezzotint.sampling.generate import sample
+from mezzotint.scoring import likelihood, statistics
+from mezzotint.scoring.statistics import Estimate
+from mezzotint.training.checkpoint import load_run, read_run
+
+Progress = Callable[[str], None]
+
+
+def _clean(text: str) -> str:
+    """Control characters, which a page cannot show, as U+FFFD."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text)
+
+
+def _text(model: Model, ids: Any) -> bytes:
+    return model.tokenizer.decode_bytes([int(i) for i in ids])
+
+
+def filled_gaps(model: Model, windows: Windows, count: int = 2, seed: int = 0) -> list[dict[str, str]]:
+    """Fill a hidden stretch (an eighth, at least 4 tokens) in the middle of `count` evenly spaced windows.
+
+    Returns `before`, `filled`, `after`, `original` for each, with the windows cut to a readable length.
+    """
+    gaps = []
+    full = [i for i in range(len(windows)) if len(windows[i]) >= 16]
+    for j in range(min(count, len(full))):
+        ids = np.asarray(windows[full[(2 * j + 1) * len(full) // (2 * count)]])[:160]
+        start = len(ids) // 2 - max(2, len(ids) // 16)
+        stop = start + max(4, len(ids) // 8)
+        canvas = torch.from_numpy(ids.astype(np.int64))[None].clone()
+        canvas[0, start:stop] = model.config.mask_id
+        done = denoise(model, canvas, seed=seed + j).ids[0].cpu().numpy()
+        # Ids are decoded from the window's start and cut by length: a piece's leading space depends on its left.
+        head, original = len(_text(model, ids[:start])), len(_text(model, ids[:stop]))
+        filled = len(_text(model, done[:stop]))
+        parts = {
+            "before": _text(model, ids)[:head],
+            "filled": _text(model, done)[head:filled],
+            "after": _text(model, ids)[original:],
+            "original": _text(model, ids)[head:original],
+        }
+        gaps.append({name: _clean(part.decode("utf-8", "replace")) for name, part in parts.items()})
+    return gaps
+
+
+def _settings(name: str, config: ModelConfig | TrainConfig) -> dict[str, Any]:
+    rows = [(f.name, getattr(config, f.name), f.metadata.get("help", "")) for f in dataclasses.fields(config)]
+    return {"name": name, "rows": rows}
+
+
+def _tensor_table(looked: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        (t["name"], " × ".join(map(str, t["shape"])), t["codec"], f"{t['bytes']:,}", f"{t['bits_per_weight']:.2f}",
+         f"{100 * t['zeros']:.1f}%")
+        for t in looked["tensors"]
+    ]  # fmt: skip
+    rows += [(name, "", "", f"{size:,}", "", "") for name, size in looked["sections"].items()]
+    heads = ("tensor or section", "shape", "codec", "bytes", "bits per weight", "zeros")
+    return {"summary": f"All {len(looked['tensors'])} tensors", "heads": heads, "rows": rows}
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def report(
+    run: Path | str,
+    out: Path | str,
+    *,
+    artifact: Path | str | None = None,
+    dataset: Dataset | None = None,
+    estimates: Sequence[Estimate] = (),
+    tokens: int | None = 32_768,
+    samples: int = 3,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the report of a run folder to `out`, one HTML file.
+
+    artifact: the packed model; adds the bytes per tensor, and the figures and texts are then the artifact's rather than
+    the run's. dataset: adds validation figures, the mask-rate chart and filled gaps; its NELBO is scored on about
+    `tokens` tokens unless `estimates` already holds one. samples: texts from nothing (0: none).
+
+    Returns `file`, `bytes`, `sections` (the titles of what is in it). Raises CheckpointError, ArtifactError, DataError
+    and OSError; `out` is then untouched.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    say = progress or (lambda _: None)
+    run, out = Path(run), Path(out)
+    described = read_run(run)
+    rows = read_metrics(run)
+    looked = inspect_artifact(Path(artifact)) if artifact is not None else None
+    model = open_artifact(artifact) if artifact is not None else load_run(run)
+    estimates = list(estimates)
+    curve: list[RateBin] = []
+    gaps: list[dict[str, str]] = []
+    if dataset is not None:
+        if dataset.tokenizer.sha256 != model.tokenizer.sha256:
+            raise DataError("this data was prepared with another tokenizer than the model's: use the run's own data")
+        windows = dataset.split("val").windows(model.config.sequence_length)
+        if not any(e.method.startswith("nelbo") for e in estimates):
+            say("scoring")
+            estimates.insert(0, likelihood.nelbo(model, windows, tokens=tokens, seed=seed))
+        if not model.block_size:  # a model of blocks has not learnt masks that see both sides
+            say("measuring cross-entropy against mask rate")
+            curve = mask_rate_curve(model, windows, tokens=tokens, repeats=4, seed=seed)
+            say("filling gaps")
+            gaps = filled_gaps(model, windows, seed=seed)
+    texts: list[str] = []
+    sampling = ""
+    if samples:
+        say("sampling")
+        drawn = sample(model, samples, seed=seed)
+        texts = [_clean(text) for text in drawn.texts]
+        sampling = f"{drawn.forward_passes} forward passes, seed {seed}"
+
+    bound = next((e for e in estimates if e.method.startswith("nelbo") and e.kind == statistics.UPPER_BOUND), None)
+    parameters = count_parameters(model.network)
+    last = rows[-1] if rows else {}
+    tiles = []
+    if bound is not None:
+        tiles.append({"value": f"≤ {bound.bpb:.3f}", "label": "bits per byte of validation text (NELBO)"})
+    exact = next((e for e in estimates if e.kind == statistics.EXACT), None)
+    if exact is not None:
+        tiles.append({"value": f"{exact.bpb:.3f}", "label": f"bits per byte, exact ({exact.method})"})
+    if looked is not None:
+        tiles.append({"value": f"{looked['bytes']:,}", "label": f"bytes in the artifact, of {BUDGET:,} allowed"})
+    tiles.append({"value": f"{parameters:,}", "label": "parameters"})
+    if looked is not None:
+        tiles.append(
+            {"value": f"{looked['bits_per_parameter']:.2f}", "label": "bits per parameter, everything counted"}
+        )
+    if last:
+        tiles.append({"value": f"{last['step']:,}", "label": f"steps in {_duration(float(last.get('seconds', 0)))}"})
+        tiles.append({"value": f"{last.get('tokens', 0):,}", "label": "tokens read"})
+
+    scores = []
+    for e in estimates:
+        comparable, words = comparison(e.kind)
+        error = f"{e.stderr_bpb:.4f}" if math.isfinite(e.stderr_bpb) else "unknown"
+        scores.append({"method": e.method, "kind": e.kind, "bpb": f"{e.bpb:.4f}", "stderr": error,
+                       "tokens": f"{e.tokens:,}", "comparable": comparable, "comparison": words})  # fmt: skip
+
+    charts = []
+    if any(isinstance(r.get("train_nelbo_bpb"), (int, float)) for r in rows):
+        charts.append({
+            "title": "Loss",
+            "note": "The curve is the NELBO of the masked windows of each step: the same quantity as the score below, on "
+            "training text.",
+            "svg": Markup(loss_chart(rows, bound)),
+        })  # fmt: skip
+    if curve:
+        mean = sum(b.bpb for b in curve) / len(curve)
+        charts.append({
+            "title": "Cross-entropy against mask rate",
+            "note": f"How hard a hidden token is when so much of its window is hidden. The mean height, {mean:.3f} bits "
+            "per byte, is the NELBO, but for chance in the masks drawn; whiskers are 95% intervals.",
+            "svg": Markup(rate_chart(curve)),
+            "table": {
+                "summary": "The numbers",
+                "heads": ("share hidden", "bits per byte", "± standard error", "nats per token", "masks"),
+                "rows": [(f"{b.low:.0%} to {b.high:.0%}", f"{b.bpb:.4f}", f"{b.stderr_bpb:.4f}",
+                          f"{b.nats_per_token:.4f}", b.masks) for b in curve],
+            },
+        })  # fmt: skip
+    if looked is not None:
+        charts.append({
+            "title": "Bytes per tensor",
+            "note": f"All {looked['bytes']:,} bytes of the artifact, layer by layer.",
+            "svg": Markup(bytes_chart(looked)),
+            "table": _tensor_table(looked),
+        })  # fmt: skip
+
+    provenance = [f"Weights: {Path(artifact).name if artifact is not None else 'the averaged weights of the run'}."]
+    if looked is not None:
+        provenance.append(f"SHA-256 of the artifact: {looked['sha256']}")
+    if described.get("commit"):
+        provenance.append(f"Trained at commit {described['commit']}")
+    config = model.config
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(
+        importlib.resources.files("mezzotint.apps").joinpath("report.html").read_text("utf-8")
+    )
+    page = template.render(
+        title=run.resolve().name or "run",
+        summary=f"A masked-diffusion language model: {config.layers} layers, {config.width} wide, "
+        f"{config.vocab_size:,} tokens, windows of {config.sequence_length:,}.",
+        tiles=tiles,
+        scores=scores,
+        charts=charts,
+        gaps=gaps,
+        samples=texts,
+        sampling=sampling,
+        settings=[_settings("Model", config), _settings("Training", described["train"])],
+        version=mezzotint.__version__,
+        provenance=provenance,
+    )
+    say("writing")
+    atomic_write(out, page)
+    titles = [c["title"] for c in charts] + (["Scores"] if scores else [])
+    titles += (["Filled gaps"] if gaps else []) + (["Samples"] if texts else [])
+    return {"file": str(out), "bytes": len(page.encode()), "sections": titles}

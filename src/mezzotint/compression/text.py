@@ -1,0 +1,213 @@
+"""Bytes <-> text that a tokenizer can hold, and what it takes to get the bytes back.
+
+Knows nothing of models or coders.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from mezzotint.compression.coder import DAMAGED, _cut, _rate, _stream
+from mezzotint.errors import DataError
+from mezzotint.model import Model
+
+TEXT, REST = 0, 1
+SHORTEST = 24
+Edit = tuple[int, int, bytes]
+"""(bytes to keep since the edit before, bytes to drop, bytes to put in their place)"""
+
+
+def align(known: bytes, wanted: bytes) -> list[Edit] | None:
+    """Edits that turn `known` into `wanted`, or None where they differ too much.
+
+    Walks both; at a difference takes the shortest edit after which six bytes agree. Quick where edits are few; not
+    always the fewest.
+    """
+    edits: list[Edit] = []
+    p = q = kept = 0
+    budget = len(wanted) // 2 + 16
+    while True:
+        step = 4096
+        while step:
+            if known[p : p + step] == wanted[q : q + step] and max(p + step - len(known), q + step - len(wanted)) <= 0:
+                p, q, kept = p + step, q + step, kept + step
+            else:
+                step //= 4
+        if p == len(known) and q == len(wanted):
+            return edits
+        found = _resume(known, wanted, p, q)
+        if found is None:
+            return None
+        drop, put = found
+        edits.append((kept, drop, wanted[q : q + put]))
+        p, q, kept = p + drop, q + put, 0
+        budget -= 3 + put
+        if budget < 0:
+            return None
+
+
+def _resume(known: bytes, wanted: bytes, p: int, q: int) -> tuple[int, int] | None:
+    """The least (drop, put) after which the texts agree for six bytes or to their ends."""
+    for both in range(1, 65):
+        for drop in range(both + 1):
+            i, j = p + drop, q + both - drop
+            if i > len(known) or j > len(wanted):
+                continue
+            a, b = known[i : i + 6], wanted[j : j + 6]
+            if a == b and (len(a) == 6 or (i + len(a) == len(known) and j + len(b) == len(wanted))):
+                return drop, both - drop
+    return None
+
+
+def apply_edits(known: bytes, edits: list[Edit]) -> bytes:
+    """What `align` aligned `known` to. Raises DataError where an edit lies outside."""
+    out = []
+    at = 0
+    for keep, drop, put in edits:
+        if at + keep + drop > len(known):
+            raise DataError(DAMAGED)
+        out += [known[at : at + keep], put]
+        at += keep + drop
+    return b"".join([*out, known[at:]])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the input; `ids` None: not text. `edits` turn the ids' own bytes into `folded`, which is `data`
+    with each run of whitespace as one space where `runs` is given."""
+
+    data: bytes
+    ids: list[int] | None = None
+    edits: tuple[Edit, ...] = ()
+    folded: bytes = b""
+    runs: tuple[bytes, ...] = ()
+
+
+RUN = re.compile(rb"[ \t\r\n]+")
+
+
+def folds(model: Model) -> bool:
+    """Whether the tokenizer turns line ends into spaces, so that whitespace is better kept beside it."""
+    probe = "a b\nc"
+    return model.tokenizer.decode_bytes(model.tokenizer.encode(probe)) != probe.encode()
+
+
+def _text(model: Model, data: bytes, fold: bool) -> Segment | None:
+    """`data` as text, or None where it is none or the tokenizer makes too much of a change."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    ids = model.tokenizer.encode(text)
+    if model.tokenizer.bos_id in ids or len(ids) > 2 * len(data):
+        return None
+    folded = RUN.sub(b" ", data) if fold else data
+    edits = align(model.tokenizer.decode_bytes(ids), folded)
+    if edits is None:
+        return None
+    return Segment(data, ids, tuple(edits), folded, tuple(RUN.findall(data)) if fold else ())
+
+
+def segments(model: Model, data: bytes, fold: bool) -> list[Segment]:
+    """Split `data` into stretches of text and of the rest; their bytes concatenate to `data`.
+
+    Halves what cannot be text, near line or word ends, down to some bytes; neighbouring texts are joined again.
+    """
+    pieces: list[Segment] = []
+    stack = [data]
+    while stack:
+        part = stack.pop()
+        found = _text(model, part, fold)
+        if found is not None or len(part) <= SHORTEST:
+            pieces.append(found or Segment(part))
+        else:
+            middle = _cut(part)
+            stack += [part[middle:], part[:middle]]
+    texts: list[Segment] = []
+    for piece in pieces:
+        if texts and piece.ids is not None and texts[-1].ids is not None:
+            both = _text(model, texts[-1].data + piece.data, fold)
+            if both is not None:
+                texts[-1] = both
+                continue
+        texts.append(piece)
+    # A short stretch of text among the rest is not worth its BOS and its place in the table.
+    out: list[Segment] = []
+    rest: list[bytes] = []
+    for piece in texts:
+        if piece.ids is None or (len(piece.data) < SHORTEST and len(texts) > 1):
+            rest.append(piece.data)
+            continue
+        if rest:
+            out.append(Segment(b"".join(rest)))
+            rest = []
+        out.append(piece)
+    if rest:
+        out.append(Segment(b"".join(rest)))
+    return out
+
+
+COMMON = 15
+
+
+def _run_contexts(folded: list[bytes]) -> np.ndarray:
+    """A small number for every space of the folded texts, the same for spaces that are alike.
+
+    Alike in the two bytes before and the byte after, of which letters count as upper or lower only; or in fewer of
+    these, where so much occurs fewer than 100 times: what a context costs must not exceed what it saves.
+    """
+    parts = []
+    for text in folded:
+        padded = np.frombuffer(b"\0\0" + text + b"\0", dtype=np.uint8).astype(np.int64)
+        at = np.flatnonzero(padded[2:-1] == 32) + 2
+        after = padded[at + 1]
+        after = np.where((after >= 65) & (after <= 90), 65, np.where((after >= 97) & (after <= 122), 97, after))
+        parts.append(np.stack((padded[at - 2], padded[at - 1], after)))
+    two, one, after = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), dtype=np.int64)
+    contexts = (two * 257 + one) * 257 + after
+    for coarser in ((256 * 257 + one) * 257 + after, (256 * 257 + one) * 257 + 256, np.full_like(one, -1)):
+        _, which, counts = np.unique(contexts, return_inverse=True, return_counts=True)
+        contexts = np.where(counts[which] < 100, coarser, contexts)
+    return np.unique(contexts, return_inverse=True)[1]
+
+
+def encode_runs(folded: list[bytes], kinds: np.ndarray, classes: int) -> bytes:
+    """Range-code which kind of run (0..classes - 1) each space of the folded texts stands for.
+
+    Context by context and kind by kind: how many of the places left are of it (uniform), then which (at that rate).
+    """
+    encoder = _stream.queue.RangeEncoder()
+    contexts = _run_contexts(folded)
+    for context in range(int(contexts.max()) + 1 if len(contexts) else 0):
+        left = kinds[contexts == context]
+        for kind in range(classes - 1):
+            if not len(left):
+                break
+            hit = (left == kind).astype(np.int32)
+            encoder.encode(int(hit.sum()), _stream.model.Uniform(len(left) + 1))
+            if 0 < hit.sum() < len(left):
+                encoder.encode(hit, _rate(len(left), int(hit.sum())))
+            left = left[hit == 0]
+    return encoder.get_compressed().astype("<u4").tobytes()
+
+
+def decode_runs(folded: list[bytes], coded: bytes, classes: int) -> np.ndarray:
+    """The kinds that `encode_runs` was given."""
+    decoder = _stream.queue.RangeDecoder(np.frombuffer(coded, dtype="<u4").astype(np.uint32))
+    contexts = _run_contexts(folded)
+    kinds = np.full(len(contexts), classes - 1)
+    for context in range(int(contexts.max()) + 1 if len(contexts) else 0):
+        left = np.flatnonzero(contexts == context)
+        for kind in range(classes - 1):
+            if not len(left):
+                break
+            many = int(decoder.decode(_stream.model.Uniform(len(left) + 1)))
+            hit = np.full(len(left), many == len(left))
+            if 0 < many < len(left):
+                hit = decoder.decode(_rate(len(left), many), len(left)) == 1
+            kinds[left[hit]] = kind
+            left = left[~hit]
+    return kinds

@@ -1,0 +1,249 @@
+"""Reading prepared folders: shards, streams of tokens, windows, and the bytes that tokens are charged.
+
+Alone owns the denominator of bits per byte. Does not know how shards are written or batches are drawn.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import mmap
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mezzotint.data.tokenizer import Tokenizer
+from mezzotint.errors import DataError
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20_240_520, 1, 1024
+SHARD_TOKENS = 100_000_000
+FORMAT = 1
+
+
+def _open_shard(path: Path) -> np.ndarray:
+    """A shard's ids, memory-mapped uint16. Raises DataError naming it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"cannot read shard {path}: {error.strerror}") from error
+    if len(header) < HEADER_BYTES:
+        raise DataError(f"shard {path} is truncated: {size} bytes do not hold a header")
+    fields = header.view("<i4")
+    if fields[0] != SHARD_MAGIC:
+        raise DataError(f"{path} is not a token shard (magic {fields[0]}, expected {SHARD_MAGIC})")
+    if fields[1] != SHARD_VERSION:
+        raise DataError(f"shard {path} has version {fields[1]}; this program reads version {SHARD_VERSION}")
+    tokens = int(fields[2])
+    if tokens < 0 or size != HEADER_BYTES + 2 * tokens:
+        raise DataError(f"shard {path} is damaged: {size} bytes, its header says {HEADER_BYTES + 2 * tokens}")
+    if tokens == 0:
+        return np.zeros(0, dtype="<u2")
+    ids = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+    if hasattr(mmap, "MADV_RANDOM"):
+        # Windows are read in shuffled order; read-ahead would fetch 30 times what is used.
+        ids._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return ids
+
+
+class TokenStream:
+    """The shards of a split as one sequence of ids, memory-mapped. `len` is tokens; `stream[a:b]` is uint16.
+
+    bytes: raw UTF-8 bytes of the split's text where they are known (`bytes_kind` "raw"), else the piece table's sum
+    ("pieces"). Ids are checked against the vocabulary as they are read.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        tokenizer: Tokenizer,
+        raw_bytes: int | None = None,
+        corrections: np.ndarray | None = None,
+    ) -> None:
+        self.paths = list(paths)
+        self.tokenizer = tokenizer
+        self._shards = [_open_shard(path) for path in self.paths]
+        self._starts = np.concatenate(([0], np.cumsum([len(s) for s in self._shards]))).astype(np.int64)
+        self._raw_bytes = raw_bytes
+        self.bytes_kind = "pieces" if raw_bytes is None else "raw"
+        self.corrections = np.zeros((0, 2), dtype=np.int64) if corrections is None else corrections
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, stride = where.indices(len(self))
+        if stride != 1:
+            raise ValueError("a stream is read in steps of 1")
+        parts = []
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            base = int(self._starts[shard])
+            part = self._read(shard, start - base, min(stop - base, len(self._shards[shard])))
+            if len(part) and int(part.max()) >= self.tokenizer.vocab_size:
+                raise DataError(
+                    f"shard {self.paths[shard]} has id {int(part.max())}, beyond the tokenizer's "
+                    f"{self.tokenizer.vocab_size}: it was made with another tokenizer"
+                )
+            parts.append(part)
+            start += len(part)
+            shard += 1
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
+
+    def _read(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Ids of one shard: short stretches through the map, long ones by a plain read, which has read-ahead."""
+        if stop - start < 1 << 20:
+            return np.asarray(self._shards[shard][start:stop])
+        path = self.paths[shard]
+        try:
+            part = np.fromfile(path, dtype="<u2", count=stop - start, offset=HEADER_BYTES + 2 * start)
+        except OSError as error:
+            raise DataError(f"cannot read shard {path}: {error.strerror}") from error
+        if len(part) != stop - start:
+            raise DataError(f"shard {path} was cut short while it was read")
+        return part
+
+    def chunks(self, start: int, stop: int, size: int = 1 << 22) -> Iterator[np.ndarray]:
+        """Tokens start..stop in consecutive stretches of `size`, uint16; never more than one in memory."""
+        for a in range(start, stop, size):
+            yield self[a : min(a + size, stop)]
+
+    def count_bytes(self, start: int, stop: int) -> int:
+        """Bytes charged to tokens start..stop: the piece table, and what it misses of a document at the document's BOS."""
+        total = 0
+        previous = int(self[start - 1 : start][0]) if start else None
+        for ids in self.chunks(start, stop):
+            total += self.tokenizer.sum_bytes(ids, previous)
+            previous = int(ids[-1])
+        rows = self.corrections[:, 0]
+        inside = slice(bisect.bisect_left(rows, start), bisect.bisect_left(rows, stop))
+        return total + int(self.corrections[inside, 1].sum())
+
+    @property
+    def known_bytes(self) -> int | None:
+        """Bytes of the whole split where nobody has to count them: from data.json."""
+        return self._raw_bytes
+
+    def bytes_per_token(self, sample: int = 1 << 20) -> float:
+        """Mean bytes of a token: exact where the bytes are known or few, else of about `sample` tokens spread evenly."""
+        if self._raw_bytes is not None or len(self) <= sample:
+            return self.bytes / max(1, len(self))
+        part = sample // 64
+        starts = [int(start) for start in np.linspace(0, len(self) - part, 64)]
+        return sum(self.count_bytes(start, start + part) for start in starts) / (64 * part)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of the whole split."""
+        return self._raw_bytes if self._raw_bytes is not None else self.count_bytes(0, len(self))
+
+    def windows(self, length: int) -> Windows:
+        """Consecutive windows of `length` tokens."""
+        return Windows(self, length)
+
+
+class Windows(Sequence[np.ndarray]):
+    """Consecutive windows that do not overlap; the last may be shorter. `windows[i]` is int64.
+
+    Every token is in one window, so charging each window's tokens charges each token of the split once.
+    """
+
+    def __init__(self, stream: TokenStream, length: int) -> None:
+        if length < 1:
+            raise DataError(f"a window has at least 1 token, not {length}")
+        self.stream, self.length = stream, length
+
+    def __len__(self) -> int:
+        return -(-len(self.stream) // self.length)
+
+    def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.stream[i * self.length : (i + 1) * self.length].astype(np.int64)
+
+    def byte_count(self, i: int) -> int:
+        """Bytes charged to window i. Over all windows they sum to the stream's bytes."""
+        return self.stream.count_bytes(i * self.length, min((i + 1) * self.length, len(self.stream)))
+
+
+class Dataset:
+    """A prepared folder, or a folder of the challenge's published shards with its tokenizer beside or in it."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, described: dict[str, Any]) -> None:
+        self.folder, self.tokenizer, self.described = folder, tokenizer, described
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Dataset:
+        """Raises DataError: no such folder, no tokenizer, another tokenizer than the one that made the shards."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a data folder; make one with `mezzotint prepare`")
+        described: dict[str, Any] = {}
+        if (folder / "data.json").exists():
+            try:
+                described = json.loads((folder / "data.json").read_text())
+                wanted = described["tokenizer_sha256"]
+                if described["format"] != FORMAT:
+                    raise DataError(f"{folder} was prepared by another version (format {described['format']})")
+                for name in ("train", "val"):
+                    if any(type(described[name][key]) is not int for key in ("tokens", "bytes", "piece_bytes")):
+                        raise TypeError("a count that is no number")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{folder / 'data.json'} cannot be read; prepare the data again") from error
+            tokenizer = Tokenizer.load(folder / "tokenizer.model")
+            if tokenizer.sha256 != wanted:
+                raise DataError(f"{folder / 'tokenizer.model'} is not the tokenizer that made the shards beside it")
+        else:
+            tokenizer = cls._published_tokenizer(folder)
+        return cls(folder, tokenizer, described)
+
+    @staticmethod
+    def _published_tokenizer(folder: Path) -> Tokenizer:
+        if not any(folder.glob("*.bin")):
+            raise DataError(f"{folder} holds no data.json and no shards; make it with `mezzotint prepare`")
+        full = folder.resolve()
+        wanted = full.name.rpartition("sp")[2]
+        for place in (full, full.parent / "tokenizers", full.parent.parent / "tokenizers"):
+            models = sorted(place.glob("*.model"))
+            exact = [m for m in models if wanted and f"_{wanted}_" in m.name]
+            if exact or len(models) == 1:
+                return Tokenizer.load((exact or models)[0])
+        raise DataError(f"{folder} has shards but no tokenizer; put the .model file that made them beside them")
+
+    def split(self, name: str) -> TokenStream:
+        """The `train` or `val` stream. Raises DataError when a shard is missing, foreign or damaged."""
+        paths = sorted(self.folder.glob(f"{name}_*.bin")) or sorted(self.folder.glob(f"fineweb_{name}_*.bin"))
+        paths = [p for p in paths if p.stem.rpartition("_")[2].isdigit()]
+        if not paths:
+            raise DataError(f"{self.folder} has no {name} shards")
+        for i, path in enumerate(paths):
+            number = int(path.stem.rpartition("_")[2])
+            first = int(paths[0].stem.rpartition("_")[2])
+            if number != first + i:
+                raise DataError(f"{self.folder}: {name} shard {first + i:06d} is missing")
+        account = self.described.get(name, {})
+        raw = account.get("bytes")
+        corrections = None
+        if account and account.get("piece_bytes") != raw:
+            path = self.folder / f"{name}_corrections.npy"
+            try:
+                corrections = np.load(path, mmap_mode="r", allow_pickle=False)
+                if corrections.dtype != np.int64 or corrections.shape[1:] != (2,):
+                    raise ValueError("not rows of two numbers")
+                if int(corrections[:, 1].sum()) != raw - account["piece_bytes"]:
+                    raise ValueError("not the corrections of this split")
+            except (OSError, ValueError, EOFError) as error:
+                raise DataError(f"{path} is missing or damaged; prepare the data again") from error
+        stream = TokenStream(paths, self.tokenizer, raw, corrections)
+        if account and len(stream) != account["tokens"]:
+            raise DataError(
+                f"{self.folder}: the {name} shards hold {len(stream)} tokens, data.json says {account['tokens']}: "
+                "a shard is missing or from elsewhere"
+            )
+        if self.described.get("bytes_kind") == "pieces":
+            stream.bytes_kind = "pieces"
+        return stream

@@ -1,0 +1,331 @@
+"""Text -> token shards with an account of documents, tokens and bytes; and the challenge's published shards.
+
+Alone writes data folders. Does not know how they are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import shutil
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mezzotint.data.dataset import FORMAT, HEADER_BYTES, SHARD_MAGIC, SHARD_TOKENS, SHARD_VERSION, TokenStream
+from mezzotint.data.sources import documents
+from mezzotint.data.tokenizer import (
+    DEFAULT_VOCAB_SIZES,
+    LONG_TEXT,
+    TOKENIZER_SAMPLE_BYTES,
+    Tokenizer,
+    _halves,
+    _sample,
+    train_tokenizer,
+)
+from mezzotint.errors import DataError
+from mezzotint.files import atomic_folder
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+HUB_REPOSITORY = "willdepueoai/parameter-golf"
+Progress = Callable[[str, int], None]
+"""Called with (what is being done, documents so far)."""
+
+
+class _ShardWriter:
+    """Appends ids to numbered shards of at most SHARD_TOKENS tokens."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder, self.split = folder, split
+        self.shards = self.tokens = self.in_shard = 0
+        self.file: BinaryIO | None = None
+
+    def append(self, ids: np.ndarray) -> None:
+        while len(ids):
+            if self.file is None:
+                self.file = (self.folder / f"{self.split}_{self.shards:06d}.bin").open("wb")
+                self.file.write(bytes(HEADER_BYTES))
+                self.shards, self.in_shard = self.shards + 1, 0
+            part = ids[: SHARD_TOKENS - self.in_shard]
+            self.file.write(part.astype("<u2").tobytes())
+            self.in_shard += len(part)
+            self.tokens += len(part)
+            ids = ids[len(part) :]
+            if self.in_shard == SHARD_TOKENS:
+                self.finish()
+
+    def finish(self) -> None:
+        if self.file is not None:
+            header = np.zeros(256, dtype="<i4")
+            header[:3] = SHARD_MAGIC, SHARD_VERSION, self.in_shard
+            self.file.seek(0)
+            self.file.write(header.tobytes())
+            self.file.close()
+            self.file = None
+
+    def discard(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
+
+
+class _SplitWriter:
+    """One split: shards, and the account of its documents, tokens and bytes."""
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer) -> None:
+        self.folder, self.split, self.tokenizer = folder, split, tokenizer
+        self.shards = _ShardWriter(folder, split)
+        self.documents = self.bytes = self.piece_bytes = self.not_round_trip = 0
+        self.corrections = array("q")  # first token and missing bytes of each document that the piece table miscounts
+        self.pending: list[tuple[str, bool]] = []  # parts of documents; whether one begins
+        self.pending_size = 0
+        self.start = self.missing = 0  # of the document being written
+        self.faithful = True
+        self.last: int | None = None
+
+    def add(self, text: str) -> None:
+        for i, part in enumerate(self.tokenizer.cut(text, LONG_TEXT)):
+            self.pending.append((part, i == 0))
+            self.pending_size += len(part)
+            if self.pending_size > 4 * LONG_TEXT:
+                self.flush()
+
+    def flush(self) -> None:
+        encoded = self.tokenizer.encode_batch(
+            [part for part, _ in self.pending], [not begins for _, begins in self.pending]
+        )
+        for (text, begins), tokens in zip(self.pending, encoded, strict=True):
+            raw = text.encode()
+            if begins:
+                self._end_document()
+                self.documents += 1
+                self.start, self.last = self.shards.tokens, None
+                ids = np.array([self.tokenizer.bos_id, *tokens], dtype=np.int64)
+            else:
+                ids = np.array(tokens, dtype=np.int64)
+            pieces = self.tokenizer.sum_bytes(ids, self.last)
+            # A part that goes on begins with a space, which alone it would not be given back.
+            self.faithful &= self.tokenizer.decode_bytes(ids) == (raw if begins else raw[1:])
+            self.missing += len(raw) - pieces
+            self.bytes += len(raw)
+            self.piece_bytes += pieces
+            self.shards.append(ids)
+            self.last = int(ids[-1]) if len(ids) else self.last
+        self.pending, self.pending_size = [], 0
+
+    def _end_document(self) -> None:
+        if self.missing:
+            self.corrections.extend((self.start, self.missing))
+        self.not_round_trip += not self.faithful
+        self.missing, self.faithful = 0, True
+
+    def finish(self) -> dict[str, int]:
+        self.flush()
+        self._end_document()
+        self.shards.finish()
+        if self.corrections:
+            np.save(
+                self.folder / f"{self.split}_corrections.npy", np.array(self.corrections, dtype=np.int64).reshape(-1, 2)
+            )
+        return {
+            "documents": self.documents,
+            "tokens": self.shards.tokens,
+            "bytes": self.bytes,
+            "piece_bytes": self.piece_bytes,
+            "not_round_trip": self.not_round_trip,
+        }
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+    val_fraction: float | None = None,
+    val: Sequence[str | Path] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Turn sources into a data folder: train_*.bin, val_*.bin, tokenizer.model, data.json. Whole or not at all.
+
+    sources, val: files (.txt, .jsonl, .parquet with a text column), folders of them, `stdlib`, or, alone,
+    `fineweb:sp1024[:SHARDS]`. Without `val`, a `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a
+    single document, its end. Without `tokenizer`, one of `vocab_size` pieces is trained on `sources` (default
+    1,024, or fewer where the text is too short for that).
+
+    Returns train and val, each {documents, tokens, bytes, piece_bytes, not_round_trip}, vocab_size, bytes_per_token.
+    bytes are those of the text's UTF-8; piece_bytes what the piece table says; not_round_trip counts documents that
+    do not decode to themselves. Raises DataError.
+    """
+    out = Path(out)
+    if not sources:
+        raise DataError("no source given: name a file, a folder, stdlib or fineweb:sp1024")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists; name a new folder")
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise DataError(f"--val-fraction must lie between 0 and 1, not {val_fraction}")
+    if val_fraction is not None and val:
+        raise DataError("give --val or --val-fraction, not both")
+    if vocab_size is not None and tokenizer is not None:
+        raise DataError("give --tokenizer or --vocab-size, not both")
+    if vocab_size is not None and not 2 <= vocab_size <= 65_535:
+        raise DataError(f"--vocab-size must be at most 65,535, not {vocab_size}")
+    try:
+        if any(str(s).startswith("fineweb:") for s in sources):
+            if len(sources) > 1 or val or tokenizer or vocab_size or val_fraction:
+                raise DataError("fineweb:... comes with its own tokenizer and validation split; give it alone")
+            return _prepare_published(str(sources[0]), out, progress)
+        return _prepare_texts(sources, out, tokenizer, vocab_size, val_fraction or 0.02, val, seed, progress)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise DataError(f"the disk is full: could not write {out}; nothing was left there") from error
+        raise DataError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def _prepare_texts(
+    sources: Sequence[str | Path],
+    out: Path,
+    tokenizer_path: str | Path | None,
+    vocab_size: int | None,
+    val_fraction: float,
+    val: Sequence[str | Path] | None,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    def all_documents(names: Sequence[str | Path], what: str) -> Iterator[str]:
+        seen = 0
+        for name in names:
+            for text in documents(name):
+                seen += 1
+                if progress and seen % 256 == 0:
+                    progress(what, seen)
+                yield text
+
+    count = size = 0
+    for text in all_documents(sources, "reading"):
+        count, size = count + 1, size + len(text.encode())
+    if count == 0:
+        raise DataError(f"no text in {', '.join(str(s) for s in sources)}: every document is empty")
+    if tokenizer_path is not None:
+        tokenizer = Tokenizer.load(tokenizer_path)
+    else:
+        tokenizer = None
+        for pieces in (vocab_size,) if vocab_size else DEFAULT_VOCAB_SIZES:
+            texts = all_documents(sources, "sampling for the tokenizer")
+            try:
+                tokenizer = train_tokenizer(_sample(texts, TOKENIZER_SAMPLE_BYTES, size), pieces)
+                break
+            except DataError:
+                if pieces in (vocab_size, DEFAULT_VOCAB_SIZES[-1]):
+                    raise
+        assert tokenizer is not None
+    chosen: set[int] = set()
+    if not val and count > 1:
+        held = min(count - 1, max(1, round(count * val_fraction)))
+        chosen = set(np.random.default_rng(seed).choice(count, held, replace=False).tolist())
+    with atomic_folder(out) as folder:
+        train_split = _SplitWriter(folder, "train", tokenizer)
+        val_split = _SplitWriter(folder, "val", tokenizer)
+        try:
+            for i, text in enumerate(all_documents(sources, "encoding")):
+                if not val and count == 1:
+                    first, last = _halves(text, val_fraction)
+                    if not first or not last:
+                        raise DataError("the corpus is a single document too short to split; give --val or more text")
+                    train_split.add(first)
+                    val_split.add(last)
+                else:
+                    (val_split if i in chosen else train_split).add(text)
+            for text in all_documents(val or [], "encoding validation"):
+                val_split.add(text)
+            report: dict[str, Any] = {"train": train_split.finish(), "val": val_split.finish()}
+        finally:
+            train_split.shards.discard()
+            val_split.shards.discard()
+        if report["val"]["documents"] == 0:
+            raise DataError("the validation sources hold no text")
+        report["vocab_size"] = tokenizer.vocab_size
+        report["bytes_per_token"] = report["train"]["bytes"] / report["train"]["tokens"]
+        names = [str(s) if str(s) == "stdlib" else Path(s).resolve().name for s in sources]
+        _write_description(folder, tokenizer, report, {"sources": names, "seed": seed})
+    return report
+
+
+def _write_description(folder: Path, tokenizer: Tokenizer, report: dict[str, Any], more: dict[str, Any]) -> None:
+    (folder / "tokenizer.model").write_bytes(tokenizer.serialized)
+    described = {"format": FORMAT, "tokenizer_sha256": tokenizer.sha256, **report, **more}
+    (folder / "data.json").write_text(json.dumps(described, indent=1))
+
+
+def _prepare_published(source: str, out: Path, progress: Progress | None) -> dict[str, Any]:
+    """Fetch `fineweb:VARIANT[:SHARDS]`, the challenge's published shards, through huggingface_hub."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise DataError("fineweb:... needs huggingface_hub: pip install 'mezzotint[hub]'") from error
+    words = source.split(":")
+    if len(words) not in (2, 3) or not words[1] or (len(words) == 3 and not words[2].isdigit()):
+        raise DataError(f"{source!r}: write fineweb:sp1024, or fineweb:sp1024:10 for 10 training shards")
+    name = f"fineweb10B_{words[1]}"
+
+    def fetch(path: str) -> Path:
+        if progress:
+            progress(f"fetching {path}", 0)
+        try:
+            return Path(hf_hub_download(HUB_REPOSITORY, f"datasets/{path}", repo_type="dataset"))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in FULL_DISK:
+                raise
+            raise DataError(
+                f"cannot fetch datasets/{path} from {HUB_REPOSITORY}: {str(error).splitlines()[0]}"
+            ) from error
+
+    try:
+        manifest = json.loads(fetch("manifest.json").read_text())
+        entry = next(e for e in manifest["datasets"] if e["name"] == name)
+        model = next(t["model_path"] for t in manifest["tokenizers"] if t["name"] == entry["tokenizer_name"])
+        train_files, val_files = int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
+        counts = {k: int(v) for k, v in entry["stats"].items() if isinstance(v, int)}
+    except StopIteration as error:
+        raise DataError(f"the published data has no {name}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError("the published manifest.json is not as expected; this version may be too old for it") from error
+    wanted = int(words[2]) if len(words) == 3 else train_files
+    if not 1 <= wanted <= train_files:
+        raise DataError(f"{name} has {train_files} training shards; ask for 1 to {train_files}, not {wanted}")
+    if val_files < 1:
+        raise DataError(f"the published {name} has no validation shards")
+    tokenizer = Tokenizer.load(fetch(f"tokenizers/{Path(model).name}"))
+    with atomic_folder(out) as folder:
+        for split, shards in (("val", val_files), ("train", wanted)):
+            for i in range(shards):
+                found = fetch(f"datasets/{name}/fineweb_{split}_{i:06d}.bin").resolve()
+                target = folder / f"fineweb_{split}_{i:06d}.bin"
+                try:
+                    target.hardlink_to(found)  # published shards are 200 MB each; share them with the hub's cache
+                except OSError:
+                    shutil.copyfile(found, target)
+        report: dict[str, Any] = {}
+        for split in ("train", "val"):
+            if progress:
+                progress(f"counting bytes: {split}", 0)
+            stream = TokenStream(sorted(folder.glob(f"fineweb_{split}_*.bin")), tokenizer)
+            report[split] = {
+                "documents": sum(int((part == tokenizer.bos_id).sum()) for part in stream.chunks(0, len(stream))),
+                "tokens": len(stream),
+                "bytes": stream.bytes,
+                "piece_bytes": stream.bytes,
+                "not_round_trip": None,
+            }
+        report["vocab_size"] = tokenizer.vocab_size
+        report["bytes_per_token"] = report["train"]["bytes"] / report["train"]["tokens"]
+        _write_description(
+            folder, tokenizer, report, {"sources": [source], "bytes_kind": "pieces", "published": counts}
+        )
+    return report

@@ -1,0 +1,79 @@
+"""Devices and processes: which device, torchrun's group, this process's rank, and values that all must share.
+
+Knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from mezzotint.errors import ConfigError
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; `auto` takes CUDA, then MPS, then the CPU. Raises ConfigError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}: use auto, cpu, cuda or mps") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("this PyTorch sees no CUDA device; use --device cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("this PyTorch sees no MPS device; use --device cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise ConfigError(f"device {name!r} is not supported: use auto, cpu, cuda or mps")
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device_name: str) -> Iterator[tuple[int, int, int]]:
+    """Join torchrun's process group if there is one; yields (rank, world size, local rank)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or dist.is_initialized():
+        initialized = dist.is_initialized()
+        yield (dist.get_rank(), dist.get_world_size(), 0) if initialized else (0, 1, 0)
+        return
+    cuda = device_name == "cuda" or (device_name == "auto" and torch.cuda.is_available())
+    store, rank, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # torchrun keeps its store over restarts. Gloo would find the addresses of processes that are gone. Machines count
+        # their restarts by themselves, so this is for one only (docs/scaling.md says what to do with many).
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    try:
+        yield rank, world, int(os.environ.get("LOCAL_RANK", "0"))
+    finally:
+        # DistributedDataParallel holds the group in reference cycles. While it lives so do Gloo's threads, which may
+        # still own tensors, and one that frees a tensor during the interpreter's exit aborts the process.
+        gc.collect()
+        dist.destroy_process_group()
+        gc.collect()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """(rank, processes) of the torch.distributed group, (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def agree_on(values: list[float], world: int, device: torch.device) -> list[float]:
+    """The first process's values, everywhere; a signal seen by any process counts."""
+    if world == 1:
+        return values
+    shared = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    signalled = shared[1].clone()
+    dist.all_reduce(signalled, dist.ReduceOp.MAX)
+    dist.broadcast(shared, 0)
+    return [float(shared[0]), float(signalled), float(shared[2])]

@@ -1,0 +1,220 @@
+"""Text from nothing: a canvas of masks behind a BOS, read back as text.
+
+End of text: a document is its ids preceded by BOS, so a BOS that is drawn says that the text before it has ended.
+`sample` allows it and cuts there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mezzotint.config import REVEAL_OPTIONS
+from mezzotint.data.tokenizer import Tokenizer
+from mezzotint.errors import ConfigError, MezzotintError
+from mezzotint.model import Model
+from mezzotint.sampling.denoise import Denoised, OnStep, denoise
+from mezzotint.sampling.pieces import Pieces, _space_pending, _without_pending_space, broken_bytes, join, pieces
+
+
+def _mend(
+    model: Model, result: Denoised, drawn: Tensor, seed: int, allowed: Tensor, first_row: int, **settings: Any
+) -> Denoised:
+    """Redraw, from whole characters only, the drawn byte ids that do not form valid UTF-8 (a rare accident).
+
+    drawn: bool [B, T], positions that were not given.
+    """
+    table = pieces(model.tokenizer)
+    if not table.is_byte.any():
+        return result
+    wanted = torch.zeros_like(drawn)
+    for b, row in enumerate(result.ids.tolist()):
+        wanted[b, broken_bytes(table, row)] = True
+    wanted &= drawn
+    if not wanted.any():
+        return result
+    again = denoise(
+        model,
+        result.ids.masked_fill(wanted, model.config.mask_id),
+        seed=seed + 1,
+        wanted=wanted,
+        allowed=allowed & ~table.is_byte,
+        first_row=first_row,
+        **settings,
+    )
+    confidence = torch.where(wanted, again.confidence, result.confidence)
+    return Denoised(again.ids, confidence, result.nats, result.forward_passes + again.forward_passes)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Texts from nothing (or from a prompt), and what they cost.
+
+    tokens: drawn ids of each text. ended: whether a text reached its end or was cut at the length asked for.
+    forward_passes: how often the network ran over the batch. to_dict() is the command line's JSON.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]]
+    ended: list[bool]
+    forward_passes: int
+    seconds: float
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON object."""
+        return {
+            "texts": self.texts,
+            "forward_passes": self.forward_passes,
+            "seconds": self.seconds,
+            "seed": self.seed,
+        }
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MezzotintError(
+            f"the text has a lone surrogate at character {error.start}, which is not Unicode text: remove it"
+        ) from error
+
+
+def sample(
+    model: Model,
+    n: int = 1,
+    length: int | None = None,
+    *,
+    prompt: str = "",
+    seed: int = 0,
+    on_step: OnStep | None = None,
+    attention: str | None = None,
+    **settings: Any,
+) -> Samples:
+    """Draw `n` texts of `length` tokens, or less where a text ends by itself.
+
+    length: by default what the window holds behind the prompt, and at least half a window. Text i depends on (seed, i)
+    only. Each begins after a BOS, with `prompt` if given. A length beyond the window is drawn window after window, each
+    seeing the last half window of text before it; `steps` is then per window.
+    on_step sees the whole canvas [n, tokens]. attention: see `denoise`. settings: the fields of `SamplingConfig`. Unless told
+    how to reveal masks, a model that learnt next tokens draws one after another, at a temperature of 0.9 if none is given,
+    and keeps keys and values; one trained in blocks is sampled by `blocks`. `order_noise` is 4 unless given. Raises
+    MezzotintError for a bad number, length or prompt.
+    """
+    started = time.perf_counter()
+    if model.block_size:
+        settings.setdefault("sampler", "blocks")
+    elif model.trained_causally and attention is None and not REVEAL_OPTIONS & settings.keys():
+        # Next tokens at 1 are judged worse than text, at 0.8 as well but poorer in words (LOG.md, benchmarks/sampling.py).
+        settings = {"temperature": 0.9, **settings, "sampler": "blocks", "block": 1}
+        attention = "causal"
+    if settings.get("sampler", "confidence") in ("confidence", "margin"):
+        # The surest first, on a canvas of nothing but masks, says the same again and again; noise on the order cures it.
+        settings.setdefault("order_noise", 4.0)
+    _check_text(prompt)
+    if n < 1:
+        raise ConfigError(f"cannot draw {n} texts: ask for at least 1")
+    if length is not None and length < 1:
+        raise ConfigError(f"a text needs at least 1 token, not {length}")
+    window, mask_id, bos = model.config.sequence_length, model.config.mask_id, model.tokenizer.bos_id
+    lead = [bos, *model.tokenizer.encode(_without_pending_space(model.tokenizer, prompt))]
+    length = max(1, window // 2, window - len(lead)) if length is None else length
+    table = pieces(model.tokenizer)
+    allowed = table.is_text.clone()
+    allowed[bos] = True
+    canvas = torch.full((n, len(lead) + length), mask_id, dtype=torch.int64)
+    canvas[:, : len(lead)] = torch.tensor(lead)
+    confidence = (canvas != mask_id).float()
+    ended = torch.zeros(n, dtype=torch.bool)
+    done, passes, round_ = len(lead), 0, 0
+    while done < canvas.shape[1] and not ended.all():
+        # Half a window of text to go by; a window of 1 token has none.
+        start = 0 if canvas.shape[1] <= window else max(0, min(done - window // 2, canvas.shape[1] - window))
+        stop = min(canvas.shape[1], start + window)
+        view = canvas[:, start:stop].clone()
+        wanted = (view == mask_id) & ~ended[:, None]
+        watch = None
+        if on_step is not None:
+            watch = functools.partial(_watch_window, on_step, canvas, confidence, start, passes)
+        round_seed = seed + 0x9E3779B97F4A7C15 * round_
+        result = denoise(
+            model, view, seed=round_seed, wanted=wanted, allowed=allowed, stop_id=bos, attention=attention,
+            on_step=watch, **settings,
+        )  # fmt: skip
+        passes += result.forward_passes
+        result = _mend(model, result, wanted, round_seed, allowed & table.is_text, 0, attention=attention, **settings)
+        canvas[:, start:stop] = result.ids
+        confidence[:, start:stop] = result.confidence
+        ended |= ((canvas == bos)[:, len(lead) :]).any(dim=1)
+        done, round_ = stop, round_ + 1
+    texts, tokens = [], []
+    for row in canvas.tolist():
+        body = row[len(lead) :]
+        body = body[: body.index(bos)] if bos in body else body
+        tokens.append(body)
+        texts.append(model.tokenizer.decode(lead[1:] + body))
+    if prompt:
+        # The prompt itself comes back as it was given, not as the tokenizer normalises it.
+        texts = [prompt + _attach(model.tokenizer, prompt, join(table, body)) for body in tokens]
+    return Samples(texts, tokens, ended.tolist(), passes, time.perf_counter() - started, seed)
+
+
+def _attach(tokenizer: Tokenizer, before: str, after: str) -> str:
+    """`after` without the space that the end of `before` already is."""
+    return after[1:] if after.startswith(" ") and _space_pending(tokenizer, before) else after
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a text being revealed. confidence: None for given text, 0 for a mask (text ""), else of its id."""
+
+    text: str
+    confidence: float | None
+
+
+def _readable(table: Pieces, ids: Sequence[int], confidence: Sequence[float]) -> list[tuple[str, float, int]]:
+    """(text, confidence, how many ids) of ids for a person to see; a mask is ("", 0.0, 1).
+
+    Ids of single bytes that together are a character are shown together, with the product of their confidences.
+    """
+    found: list[tuple[str, float, int]] = []
+    at = 0
+    while at < len(ids):
+        i, n = ids[at], 1
+        if i >= len(table.raw):
+            found.append(("", 0.0, 1))
+        else:
+            if table.is_byte[i]:
+                lead = table.raw[i][0]
+                n = 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
+                if broken_bytes(table, ids[at : at + n]):
+                    n = 1
+            found.append((join(table, ids[at : at + n]), math.prod(map(float, confidence[at : at + n])), n))
+        at += n
+    return found
+
+
+def canvas_spans(tokenizer: Tokenizer, ids: Sequence[int], confidence: Sequence[float]) -> list[Span]:
+    """One row of `sample`'s canvas for a person to see: id by id up to an end of text, masks as empty spans."""
+    ids = list(ids)
+    if tokenizer.bos_id in ids[1:]:
+        ids = ids[: ids.index(tokenizer.bos_id, 1)]
+    shown = _readable(pieces(tokenizer), ids, confidence)
+    return [Span(text, sure if sure < 1 else None) for text, sure, _ in shown if text or sure == 0]
+
+
+def _watch_window(
+    on_step: OnStep, canvas: Tensor, confidence: Tensor, start: int, before: int, step: int, ids: Tensor, sure: Tensor
+) -> None:
+    """Show a window's canvas as part of the whole one."""
+    whole, certain = canvas.clone(), confidence.clone()
+    whole[:, start : start + ids.shape[1]] = ids
+    certain[:, start : start + ids.shape[1]] = sure
+    on_step(before + step, whole, certain)

@@ -1,0 +1,42 @@
+"""What differs between operating systems, behind one door: memory, the source tree's commit.
+
+Knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+
+def commit_id() -> str | None:
+    """The commit of the source tree this package runs from, with `+` if it has changes; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        if Path(run("rev-parse", "--show-toplevel")) not in folder.parents:
+            return None
+        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees. glibc gives large blocks back to the system after every use, which
+    then clears their pages for the next one: a twelfth of a training step. Does nothing where malloc is another."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        malloc_option = ctypes.CDLL(None).mallopt
+        malloc_option(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie free at the heap's end
+        malloc_option(-3, 2**25)  # M_MMAP_THRESHOLD: from which size a block is mapped apart; the largest allowed

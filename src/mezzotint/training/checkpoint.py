@@ -1,0 +1,146 @@
+"""Run folders and checkpoints: written whole or not at all, checked by SHA-256, no pickle.
+
+Does not know how a step is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mezzotint.config import ModelConfig, TrainConfig, from_dict, to_dict
+from mezzotint.data.tokenizer import Tokenizer
+from mezzotint.errors import CheckpointError, ConfigError, DataError
+from mezzotint.files import atomic_folder
+from mezzotint.model import Denoiser, Model
+from mezzotint.training.step import Trainer
+
+WEIGHTS, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
+    "weights.safetensors",
+    "average.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
+    """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep`."""
+    folder = run / "checkpoints" / f"step_{trainer.step:08d}"
+    # A whole one of this step is never replaced: a crash in between would lose both.
+    with contextlib.suppress(CheckpointError):
+        check_checkpoint(folder)
+        return folder
+    try:
+        with atomic_folder(folder) as temporary:
+            tensors = {name: p.detach().cpu().contiguous() for name, p in trainer.network.named_parameters()}
+            save_file(tensors, temporary / WEIGHTS)
+            save_file({name: t.cpu().contiguous() for name, t in trainer.average.average.items()}, temporary / AVERAGE)
+            state = trainer.optimizers.state_tensors()
+            save_file({name: t.cpu().contiguous() for name, t in state.items()}, temporary / OPTIMIZER)
+            described = {"step": trainer.step, "seconds": trainer.seconds, "loader": trainer.loader.state_dict()}
+            (temporary / STATE).write_text(json.dumps(described))
+            files = {name: _sha256(temporary / name) for name in (WEIGHTS, AVERAGE, OPTIMIZER, STATE)}
+            (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        reason = "no space left on the disk" if full else str(error).splitlines()[0]
+        raise CheckpointError(f"cannot write checkpoint {folder}: {reason}; earlier checkpoints are kept") from error
+    for old in _checkpoint_folders(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _checkpoint_folders(run: Path) -> list[Path]:
+    """Checkpoint folders, newest first, valid or not."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint's state if every file has its SHA-256. Raises CheckpointError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name in (WEIGHTS, AVERAGE, OPTIMIZER, STATE):
+            if _sha256(folder / name) != manifest["files"][name]:
+                raise CheckpointError(f"{folder / name} does not match its SHA-256")
+        return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint ({type(error).__name__})") from error
+
+
+def newest_checkpoint(run: Path, warn: Callable[[str], None] = lambda line: None) -> tuple[Path, dict[str, Any]]:
+    """The newest valid checkpoint and its state; damaged ones are skipped with a warning. Raises CheckpointError."""
+    for folder in _checkpoint_folders(run):
+        try:
+            return folder, check_checkpoint(folder)
+        except CheckpointError as error:
+            warn(f"skipping {error}")
+    raise CheckpointError(f"{run} has no valid checkpoint; train it first with `mezzotint train`")
+
+
+def load_checkpoint(folder: Path, state: dict[str, Any], trainer: Trainer) -> None:
+    """Put a checkpoint back into the trainer. Raises CheckpointError if it does not fit the model."""
+    try:
+        weights = load_file(folder / WEIGHTS)
+        trainer.network.load_state_dict(weights)
+        for name, value in load_file(folder / AVERAGE).items():
+            trainer.average.average[name].copy_(value)
+        trainer.optimizers.load_state_tensors(load_file(folder / OPTIMIZER))
+        trainer.loader.load_state_dict(state["loader"])
+        trainer.step, trainer.seconds = int(state["step"]), float(state["seconds"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """A run's config.json, with `model` and `train` as dataclasses. Raises CheckpointError."""
+    path = Path(run) / "config.json"
+    try:
+        described = json.loads(path.read_text())
+        described["model"] = from_dict(ModelConfig, described["model"])
+        described["train"] = from_dict(TrainConfig, described["train"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{run} is not a run folder: it has no config.json") from error
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return described
+
+
+def load_run(run: Path) -> Model:
+    """The model of a run folder: the averaged weights of its newest valid checkpoint, in eval mode on the CPU.
+
+    Raises CheckpointError.
+    """
+    run = Path(run)
+    described = read_run(run)
+    folder, state = newest_checkpoint(run, lambda line: print(line, file=sys.stderr))
+    try:
+        tokenizer = Tokenizer.load(run / "tokenizer.model")
+    except (OSError, DataError) as error:
+        raise CheckpointError(f"{run / 'tokenizer.model'} cannot be read: {error}") from error
+    network = Denoiser(described["model"])
+    try:
+        network.load_state_dict(load_file(folder / AVERAGE))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit the run's config.json") from error
+    info = {"commit": described.get("commit"), "train": to_dict(described["train"]), "steps": state["step"]}
+    return Model(described["model"], tokenizer, network.eval(), info)
