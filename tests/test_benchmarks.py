@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -12,6 +14,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 import mezzotint
@@ -30,6 +33,7 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module
 
@@ -224,3 +228,52 @@ def test_fuzz_notices(fuzzer, tmp_path, monkeypatch):
         (False, True)
     ]
     assert len(list((tmp_path / "kept").iterdir())) == 4
+
+
+# --- scaling -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_known_scaling_law_is_found_again():
+    scaling = script("scaling")
+    known = scaling.Law(1.2, math.log(60), 0.35, math.log(900), 0.45)
+    n, d = np.repeat([3e5, 8e5, 3e6, 8e6], 3), np.tile([1e6, 4e6, 16e6], 4)
+    assert float(known(1e6, 1e7)) == pytest.approx(1.2 + 60 / 1e6**0.35 + 900 / 1e7**0.45, rel=1e-12)
+    found = scaling.fit(n, d, known(n, d))
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(known), rel=1e-4)
+    noisy = known(n, d) * np.exp(np.random.default_rng(0).normal(0, 0.003, 12))
+    law = scaling.fit(n, d, noisy)
+    spread = [other(35e6, 1e8) for other in scaling.bootstrap(law, n, d, noisy, 60, seed=0)]
+    low, high = scaling.interval(spread)
+    assert low < known(35e6, 1e8) < high and 0.005 < high - low < 0.3
+    with pytest.raises(SystemExit, match="at least 6 runs"):
+        scaling.fit(n[:5], d[:5], noisy[:5])
+
+
+def test_a_grid_of_runs_goes_on_and_is_plotted(trained, tmp_path, capsys):
+    words = [str(trained.data), "--out", str(tmp_path / "grid"), "--sizes", "1x8", "1x16", "2x16", "--tokens", "4096",
+             "8192", "--preset", "tiny", "--score-tokens", "256", "--chain-tokens", "128", "--bootstrap", "5",
+             "--eager", "--predict", "1000000:1e8"]  # fmt: skip
+    book = tmp_path / "grid" / "rows.jsonl"
+    kept = {
+        "size": "1x8",
+        "asked": 4096,
+        "seed": 0,
+        "preset": "tiny",
+        "parameters": 3000,
+        "tokens": 4096,
+        "seconds": 1.0,
+    }
+    kept |= {metric: {"bpb": 4.5} for metric in ("nelbo", "chain", "causal")}
+    book.parent.mkdir()
+    book.write_text(json.dumps(kept) + "\n")
+    script("scaling").main(words)
+    rows = [json.loads(line) for line in book.read_text().splitlines()]
+    assert rows[0] == kept and len(rows) == 6  # what is finished is not made again
+    assert [r["tokens"] for r in rows] == [4096] * 3 + [8192] * 3 and len({r["parameters"] for r in rows}) == 4
+    fitted = json.loads((tmp_path / "grid" / "fit.json").read_text())
+    assert set(fitted) == {"nelbo", "chain", "causal"}
+    assert all(len(f["predictions"]) == 1 and f["predictions"][0]["bpb"] > 0 for f in fitted.values())
+    assert "parameters" in (tmp_path / "grid" / "scaling.svg").read_text()
+    first = capsys.readouterr().out
+    script("scaling").main(words)
+    assert book.read_text().count("\n") == 6 and capsys.readouterr().out == first

@@ -60,6 +60,14 @@ def test_small_is_within_its_size():
         assert count_parameters(Denoiser(PRESETS["small"].model)) <= 5_300_000
 
 
+@pytest.mark.parametrize("changed", [{}, {"vocab_size": 1024, "layers": 7, "value_embedding_layers": 7}])
+def test_best16mb_has_the_size_that_its_comment_derives(changed):
+    """Within the challenge's bytes at 0.44 bytes a parameter, and not far below."""
+    with torch.device("meta"):
+        parameters = count_parameters(Denoiser(dataclasses.replace(PRESETS["best16mb"].model, **changed)))
+    assert 15_500_000 < 0.44 * parameters + 183_000 < 16_000_000
+
+
 def rms(x: torch.Tensor) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
 
