@@ -79,14 +79,14 @@ def fit(parameters: np.ndarray, tokens: np.ndarray, bits: np.ndarray, start: Law
 
     low, high = np.array([0.0, -12.0, 0.0, -12.0, 0.0]), np.array([float(bits.min()), 3.0, 2.0, 3.0, 2.0])
     starts = [centred(start)] if start else [
-        np.array([share * bits.min(), np.log(part * bits.min()), alpha, np.log(part * bits.min()), beta])
-        for share in (0.3, 0.7, 0.9) for part in (0.03, 0.2) for alpha in (0.2, 0.6) for beta in (0.2, 0.6)
+        np.array([share * bits.min(), np.log(0.1 * bits.min()), alpha, np.log(0.1 * bits.min()), beta])
+        for share in (0.5, 0.9) for alpha in (0.2, 0.6) for beta in (0.2, 0.6)
     ]  # fmt: skip
     best = None
     for x in starts:
         found = least_squares(
             lambda x: np.log(law(x)(parameters, tokens)) - np.log(bits),
-            np.clip(x, low + 1e-9, high - 1e-9), bounds=(low, high), loss="huber", f_scale=0.01,
+            np.clip(x, low + 1e-9, high - 1e-9), bounds=(low, high), loss="huber", f_scale=0.01, max_nfev=150,
         )  # fmt: skip
         if best is None or found.cost < best.cost:
             best = found
