@@ -35,9 +35,10 @@ from mezzotint import seeding
 from mezzotint.data.dataset import Dataset
 from mezzotint.model import Model
 from mezzotint.packing.artifact import open_artifact
-from mezzotint.sampling.denoise import denoise, draw
+from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.infill import infill
 from mezzotint.sampling.pieces import text_tokens
+from mezzotint.sampling.samplers import sample_tokens
 from mezzotint.training.checkpoint import load_run
 
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -80,7 +81,7 @@ def continue_left_to_right(model: Model, left: Tensor, count: int, temperature: 
         shifted = torch.nn.functional.pad(ids, (1, 0), value=model.config.mask_id)
         logits = model.logits(shifted, block_size=1)[:, -1].double().masked_fill(~allowed, -math.inf)
         uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-        ids = torch.cat((ids, draw(logits, uniform, temperature, 1.0)[:, None]), 1)
+        ids = torch.cat((ids, sample_tokens(logits, uniform, temperature, 1.0)[:, None]), 1)
     return ids
 
 

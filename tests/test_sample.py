@@ -22,10 +22,12 @@ from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Denoiser, Model
 from mezzotint.sampling import denoise as denoising
-from mezzotint.sampling.denoise import denoise, draw
+from mezzotint.sampling import samplers
+from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.generate import Span, canvas_spans, sample
 from mezzotint.sampling.infill import fill, infill, parse_gaps
 from mezzotint.sampling.pieces import broken_bytes, pieces, text_tokens
+from mezzotint.sampling.samplers import Canvas, sample_tokens
 
 # --- toys -------------------------------------------------------------------------------------------------------------
 
@@ -212,7 +214,7 @@ def test_temperature_and_top_p():
     uniform = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def shares(**options):
-        return (torch.bincount(draw(logits, uniform, **options), minlength=4) / 20_000).tolist()
+        return (torch.bincount(sample_tokens(logits, uniform, **options), minlength=4) / 20_000).tolist()
 
     assert shares(temperature=1.0, top_p=1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.012)
     squares = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
@@ -222,7 +224,7 @@ def test_temperature_and_top_p():
     assert shares(temperature=0.0, top_p=1.0) == [1, 0, 0, 0]
     # The ends of the unit interval never fall on a token of probability zero.
     edge = torch.tensor([[-torch.inf, 0.0, -torch.inf]], dtype=torch.float64).expand(2, 3)
-    assert draw(edge, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0).tolist() == [1, 1]
+    assert sample_tokens(edge, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -314,7 +316,7 @@ class Uncached:
         self.ids[rows, at : at + ids.shape[1]] = ids
         for r in rows:
             self.kept[r] += keep
-        return self.network.hidden(self.ids[rows, : at + ids.shape[1]], f"block({size})")[:, at:]
+        return self.network.hidden(self.ids[rows, : at + ids.shape[1]], size)[:, at:]
 
 
 def block_model(size: int, shifted: bool = False, **options) -> Model:
@@ -348,18 +350,18 @@ def test_kept_keys_and_values_change_no_token(size, options, shifted, monkeypatc
     results = []
     for n, kind in enumerate((denoising.Cache, Uncached)):
         monkeypatch.setattr(denoising, "Cache", kind)
-        original = denoising._Row.answer
+        original = Canvas.commit
 
         def noted(self, positions, logits, n=n, original=original):
             answers[n].append(logits.clone())
             original(self, positions, logits)
 
-        monkeypatch.setattr(denoising._Row, "answer", noted)
+        monkeypatch.setattr(Canvas, "commit", noted)
         results.append(denoise(model, canvas, **words))
-        monkeypatch.setattr(denoising._Row, "answer", original)
+        monkeypatch.setattr(Canvas, "commit", original)
     kept, plain = results
     assert torch.equal(kept.ids, plain.ids) and kept.forward_passes == plain.forward_passes
-    assert len(answers[0]) == len(answers[1]) > 20
+    assert len(answers[0]) == len(answers[1]) > 5
     for a, b in zip(*answers, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     if size > 1:  # and the same as without any notion of keeping, which the other samplers' way goes
@@ -383,7 +385,7 @@ def test_blocks_do_not_depend_on_the_batch(monkeypatch):
         model = block_model(size)
         canvas = torch.full((5, 24), model.config.mask_id)
         whole = denoise(model, canvas, sampler="blocks", seed=1)
-        monkeypatch.setattr(model, "TOKENS_PER_FORWARD", 48)  # two rows at a time
+        monkeypatch.setattr(denoising, "TOKENS_PER_FORWARD", 48)  # two rows at a time
         assert torch.equal(denoise(model, canvas, sampler="blocks", seed=1).ids, whole.ids)
         watched = denoise(model, canvas, sampler="blocks", seed=1, on_step=lambda *_: None)
         assert torch.equal(watched.ids, whole.ids) and watched.forward_passes == whole.forward_passes
@@ -477,6 +479,34 @@ def test_bad_settings_are_refused_in_one_line():
         sample(random_model(), 0)
     with pytest.raises(ConfigError):
         sample(random_model(), 1, 0)
+
+
+def test_every_sampler_has_a_row_and_a_name():
+    assert tuple(samplers.SAMPLERS) == SAMPLERS
+
+
+def test_a_sampler_is_a_row_and_a_function(monkeypatch):
+    """Right to left, as a user would add it."""
+
+    def from_the_right(canvas, drawn):
+        return drawn.positions.nonzero()[:, 1].double()
+
+    row = samplers.Sampler(samplers.all_masked, from_the_right, samplers.even_share)
+    monkeypatch.setitem(samplers.SAMPLERS, "backwards", row)
+    monkeypatch.setattr("mezzotint.config.SAMPLERS", (*SAMPLERS, "backwards"))
+    model = JointModel(length=4)
+    denoise(model, torch.full((2, 4), 3), allowed=ALL3, sampler="backwards")
+    assert [asked[0].nonzero()[:, 0].tolist() for asked in model.asked] == [[0, 1, 2, 3], [0, 1, 2], [0, 1], [0]]
+
+
+def test_hidden_again_only_in_rows_that_are_not_done():
+    model = random_model()
+    canvas = torch.full((2, 24), model.config.mask_id)
+    canvas[0, 6:] = 20  # done long before the other row
+    both = denoise(model, canvas, sampler="remask", remask=0.5, steps=20, seed=1)
+    alone = denoise(model, canvas[:1], sampler="remask", remask=0.5, steps=20, seed=1)
+    assert torch.equal(both.ids[0], alone.ids[0])
+    assert (both.ids != model.config.mask_id).all()
 
 
 # --- texts from nothing -----------------------------------------------------------------------------------------------

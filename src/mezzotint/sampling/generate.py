@@ -24,7 +24,7 @@ from mezzotint.sampling.denoise import Denoised, OnStep, denoise
 from mezzotint.sampling.pieces import Pieces, _space_pending, _without_pending_space, broken_bytes, join, pieces
 
 
-def _mend(
+def resample_invalid_utf8(
     model: Model, result: Denoised, drawn: Tensor, seed: int, allowed: Tensor, first_row: int, **settings: Any
 ) -> Denoised:
     """Redraw, from whole characters only, the drawn byte ids that do not form valid UTF-8 (a rare accident).
@@ -149,7 +149,9 @@ def sample(
             on_step=watch, **settings,
         )  # fmt: skip
         passes += result.forward_passes
-        result = _mend(model, result, wanted, round_seed, allowed & table.is_text, 0, attention=attention, **settings)
+        result = resample_invalid_utf8(
+            model, result, wanted, round_seed, allowed & table.is_text, 0, attention=attention, **settings
+        )
         canvas[:, start:stop] = result.ids
         confidence[:, start:stop] = result.confidence
         ended |= ((canvas == bos)[:, len(lead) :]).any(dim=1)

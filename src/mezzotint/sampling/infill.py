@@ -20,7 +20,7 @@ from mezzotint.config import SamplingConfig, parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Model
 from mezzotint.sampling.denoise import Denoised, denoise
-from mezzotint.sampling.generate import Span, _check_text, _mend, _readable
+from mezzotint.sampling.generate import Span, _check_text, _readable, resample_invalid_utf8
 from mezzotint.sampling.pieces import _encode_inside, _space_pending, _without_pending_space, join, pieces
 
 GAP = re.compile(r"_{4,}|\[MASK(?:\*([0-9]+))?\]")
@@ -335,7 +335,7 @@ class _Filling:
             self.model, canvas, seed=seed, wanted=wanted, only=only, attention=self.attention, on_step=watch,
             **self.settings,
         )  # fmt: skip
-        result = _mend(
+        result = resample_invalid_utf8(
             self.model, result, wanted, seed, drawable, 0, only=only, attention=self.attention, **self.settings
         )
         self.passes += result.forward_passes
