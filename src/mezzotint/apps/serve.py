@@ -30,8 +30,9 @@ from mezzotint.config import SAMPLERS
 from mezzotint.errors import MezzotintError
 from mezzotint.model import Model, count_parameters
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
+from mezzotint.sampling.draft import parse_gaps
 from mezzotint.sampling.generate import Span
-from mezzotint.sampling.infill import infill, parse_gaps
+from mezzotint.sampling.infill import infill
 
 try:
     import uvicorn

@@ -167,7 +167,8 @@ def _passes(model: Model, canvas: Canvas, block_size: int, keep: bool) -> Iterat
     sampler = SAMPLERS[canvas.config.sampler]
     network: _Network | None = None
     while canvas.masked.any():
-        network = network or _Network(model, *canvas.ids.shape, block_size, keep)
+        rows, length = canvas.ids.shape
+        network = network or _Network(model, rows, length, block_size, keep)
         positions = sampler.select(canvas)
         canvas.commit(positions, network.logits(canvas.ids, positions))
         yield

@@ -78,7 +78,7 @@ class Samples:
         }
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -118,7 +118,7 @@ def sample(
     if settings.get("sampler", "confidence") in ("confidence", "margin"):
         # The surest first, on a canvas of nothing but masks, says the same again and again; noise on the order cures it.
         settings.setdefault("order_noise", 4.0)
-    _check_text(prompt)
+    check_text(prompt)
     if n < 1:
         raise ConfigError(f"cannot draw {n} texts: ask for at least 1")
     if length is not None and length < 1:
@@ -181,7 +181,7 @@ class Span:
     confidence: float | None
 
 
-def _readable(table: Pieces, ids: Sequence[int], confidence: Sequence[float]) -> list[tuple[str, float, int]]:
+def readable(table: Pieces, ids: Sequence[int], confidence: Sequence[float]) -> list[tuple[str, float, int]]:
     """(text, confidence, how many ids) of ids for a person to see; a mask is ("", 0.0, 1).
 
     Ids of single bytes that together are a character are shown together, with the product of their confidences.
@@ -208,7 +208,7 @@ def canvas_spans(tokenizer: Tokenizer, ids: Sequence[int], confidence: Sequence[
     ids = list(ids)
     if tokenizer.bos_id in ids[1:]:
         ids = ids[: ids.index(tokenizer.bos_id, 1)]
-    shown = _readable(pieces(tokenizer), ids, confidence)
+    shown = readable(pieces(tokenizer), ids, confidence)
     return [Span(text, sure if sure < 1 else None) for text, sure, _ in shown if text or sure == 0]
 
 

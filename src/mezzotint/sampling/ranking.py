@@ -1,0 +1,108 @@
+"""Candidates for a gap by the exact code length of the text with each in it.
+
+Of a model that learnt next tokens the code length is that of next tokens: one pass. Of another it is the chain rule from
+left to right, each token given the ones before it, with what is behind it masked. Either way the length of a candidate
+needs no rule: a longer one pays for its tokens, and for how the text goes on behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mezzotint.model import TOKENS_PER_FORWARD, Model
+from mezzotint.objective import token_nll
+from mezzotint.sampling.draft import Draft
+from mezzotint.sampling.pieces import _encode_inside, join
+
+CONTEXT = 96  # tokens before the gap
+HORIZON = 32  # tokens behind the gap that are weighed: what follows further on hardly differs between candidates
+MOST_TOKENS = 12  # to each side that are encoded anew with a candidate
+LOGITS_AT_ONCE = 1 << 24
+
+
+def code_lengths(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[float], int]:
+    """-log p, in nats, of each second list of ids given the first before it; and forward passes.
+
+    Exact, summed in float64. No list pair may be longer than the window.
+    """
+    found: list[float] = []
+    passes = 0
+    for start in range(0, len(texts), 256):  # so that memory does not grow with the number of texts
+        rows = texts[start : start + 256]
+        if model.trained_causally:
+            nats, more = _by_next_tokens(model, rows)
+        else:
+            nats, more = _by_chain(model, rows)
+        found += nats
+        passes += more
+    return found, passes
+
+
+def _by_next_tokens(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[float], int]:
+    mask_id, longest = model.config.mask_id, max(len(a) + len(b) for a, b in texts)
+    # Read shifted right behind one MASK, as they are learnt and scored; what stands behind a row's end changes nothing.
+    ids = torch.tensor([[*a, *b, *[mask_id] * (longest - len(a) - len(b))] for a, b in texts])
+    inputs = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=mask_id)
+    scored = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (a, b) in enumerate(texts):
+        scored[row, len(a) : len(a) + len(b)] = True
+    return _nats(model, inputs, ids, scored, 1)
+
+
+def _by_chain(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[float], int]:
+    mask_id, longest = model.config.mask_id, max(len(a) + len(b) for a, b in texts)
+    inputs, ids, owner = [], [], []
+    for n, (a, b) in enumerate(texts):
+        for j in range(len(b)):
+            known = [*a, *b[:j]]
+            inputs.append(known + [mask_id] * (longest - len(known)))
+            ids.append([*known, b[j], *[mask_id] * (longest - len(known) - 1)])
+            owner.append((n, len(known)))
+    if not owner:
+        return [0.0] * len(texts), 0
+    scored = torch.zeros(len(owner), longest, dtype=torch.bool)
+    scored[torch.arange(len(owner)), torch.tensor([place for _, place in owner])] = True
+    each, passes = _nats(model, torch.tensor(inputs), torch.tensor(ids), scored, 0)
+    nats = [0.0] * len(texts)
+    for (n, _), value in zip(owner, each, strict=True):
+        nats[n] += value
+    return nats, passes
+
+
+def _nats(model: Model, inputs: Tensor, ids: Tensor, scored: Tensor, block_size: int) -> tuple[list[float], int]:
+    """Sum of -log p of the ids at `scored` (bool [B, T]) of each row, and forward passes."""
+    width = inputs.shape[1]
+    at_once = max(1, min(TOKENS_PER_FORWARD // width, LOGITS_AT_ONCE // (width * model.config.vocab_size)))
+    found: list[float] = []
+    for start in range(0, len(inputs), at_once):
+        rows = slice(start, start + at_once)
+        with torch.inference_mode():
+            logits = model.logits(
+                inputs[rows].to(model.device), block_size=block_size, positions=scored[rows].to(model.device)
+            )
+        nll = token_nll(logits.double().cpu(), ids[rows][scored[rows]])
+        found += [float(part.sum()) for part in nll.split(scored[rows].sum(1).tolist())]
+    return found, -(-len(inputs) // at_once)
+
+
+def with_candidate(draft: Draft, left: list[int], ids: list[int], right: list[int]) -> tuple[list[int], list[int]]:
+    """Context and text to weigh for one candidate: the words at the gap's edges, and it, as the tokenizer would have them.
+
+    A candidate's own ids may spell the text in a way that the tokenizer never does, which no model finds likely.
+    """
+    table = draft.table
+
+    def spaced(t: int) -> bool:
+        return t < len(table.text) and table.text[t].startswith(" ")
+
+    near = next((k for k in range(1, min(MOST_TOKENS, len(left)) + 1) if spaced(left[-k])), 0)
+    far = next((k for k in range(min(MOST_TOKENS, len(right))) if spaced(right[k])), 0)
+    word = [*left[len(left) - near :], *ids, *right[:far]]
+    text = join(table, word)
+    encoded = _encode_inside(draft.tokenizer, text)
+    if join(table, encoded) == text and draft.mask_id not in word:
+        word = encoded
+    return left[: len(left) - near], word + right[far:]
