@@ -101,7 +101,7 @@ def small_tokenizer() -> Tokenizer:
         sentence_iterator=iter(TEXT.splitlines()), model_writer=buffer, vocab_size=400, model_type="bpe",
         byte_fallback=True, minloglevel=2, num_threads=1, normalization_rule_name="identity",
     )  # fmt: skip
-    return Tokenizer(buffer.getvalue())
+    return Tokenizer.from_bytes(buffer.getvalue())
 
 
 class _Windows:
@@ -219,7 +219,7 @@ def largest(tokenizer: Tokenizer, pad: int) -> Iterator[tuple[str, bytes]]:
 
 def tokenizer_bombs(raw: bytes) -> Iterator[tuple[str, bytes]]:
     """Tokenizers of up to 16 MiB that compress to nothing and cost their parser much."""
-    room = artifact.MAX_TOKENIZER - len(raw) - 16
+    room = artifact.MAX_BYTES - len(raw) - 16
     pairs = b"\x0a\x00" * (room // 2)
     yield "empty pieces", raw + pairs
     yield "repeated settings", raw + b"\x12" + varint(len(pairs)) + pairs

@@ -37,7 +37,6 @@ from mezzotint.model import Model
 from mezzotint.packing.artifact import open_artifact
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.infill import infill
-from mezzotint.sampling.pieces import text_tokens
 from mezzotint.sampling.samplers import sample_tokens
 from mezzotint.training.checkpoint import load_run
 
@@ -74,7 +73,7 @@ def judged_nats(judge: Model, ids: Tensor) -> Tensor:
 @torch.inference_mode()
 def continue_left_to_right(model: Model, left: Tensor, count: int, temperature: float, seed: int) -> Tensor:
     """`count` ids after each row of `left` [B, n], by the autoregressive model. Returns [B, n + count]."""
-    allowed = text_tokens(model.tokenizer)
+    allowed = model.tokenizer.is_text
     generators = [seeding.generator(seed, b) for b in range(len(left))]
     ids = left
     for _ in range(count):

@@ -38,7 +38,7 @@ def tokenizer() -> Tokenizer:
         sentence_iterator=iter(TEXT.splitlines()), model_writer=buffer, vocab_size=420, model_type="bpe",
         byte_fallback=True, minloglevel=2, num_threads=1,
     )  # fmt: skip
-    return Tokenizer(buffer.getvalue())
+    return Tokenizer.from_bytes(buffer.getvalue())
 
 
 class Stream:
@@ -329,7 +329,7 @@ def test_reference_preset_with_random_weights_fits(tmp_path: Path) -> None:
         sentence_iterator=iter((TEXT + Path(artifact.__file__).read_text()).splitlines()), model_writer=buffer,
         vocab_size=1024, model_type="bpe", byte_fallback=True, minloglevel=2, num_threads=1, hard_vocab_limit=False,
     )  # fmt: skip
-    tokenizer = Tokenizer(buffer.getvalue())
+    tokenizer = Tokenizer.from_bytes(buffer.getvalue())
     torch.manual_seed(0)
     options = to_dict(preset("reference").model) | {"vocab_size": tokenizer.vocab_size}
     config = ModelConfig(**options)
@@ -494,7 +494,7 @@ def test_tokenizer_of_many_empty_fields_is_refused(tmp_path: Path, packed: Path,
 
         with_header(data, change)
         swapped = data[:start] + packed_raw + data[start + sizes["old"] :]
-        assert "a tokenizer of more than" in refused(tmp_path, with_header(swapped, change))
+        assert "pieces)" in refused(tmp_path, with_header(swapped, change))
 
 
 def test_reading_takes_no_second_copy_of_a_tensor(

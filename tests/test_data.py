@@ -23,7 +23,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mezzotint.data as data_module
+import mezzotint.data.prepare as prepare_module
 from mezzotint.data.dataset import HEADER_BYTES, Dataset, TokenStream
 from mezzotint.data.loader import Loader, Prefetch, permute
 from mezzotint.data.prepare import prepare
@@ -170,7 +170,7 @@ def test_a_text_is_cut_only_where_pieces_allow_it(tokenizer):
         treat_whitespace_as_suffix=True,
         minloglevel=2,
     )
-    assert list(Tokenizer(suffixed.getvalue()).cut("one two three", 4)) == ["one two three"]
+    assert list(Tokenizer.from_bytes(suffixed.getvalue()).cut("one two three", 4)) == ["one two three"]
 
 
 @needs_shared
@@ -345,7 +345,7 @@ def test_single_document_is_cut(tmp_path):
 
 
 def test_shards_are_cut_at_their_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 100)
     source = write_jsonl(tmp_path / "c.jsonl", TEXTS * 4)
     report = prepare([source], tmp_path / "out", vocab_size=340, val_fraction=0.1)
     shards = sorted((tmp_path / "out").glob("train_*.bin"))
@@ -364,7 +364,7 @@ def test_long_documents_are_written_as_short_ones(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "c.jsonl", texts)
     reports = []
     for name, limit in (("whole", 1 << 20), ("parts", 7)):
-        monkeypatch.setattr(data_module, "LONG_TEXT", limit)
+        monkeypatch.setattr(prepare_module, "LONG_TEXT", limit)
         reports.append(prepare([source], tmp_path / name, vocab_size=340, val_fraction=0.2))
     assert reports[0] == reports[1] and reports[0]["train"]["bytes"] != reports[0]["train"]["piece_bytes"]
     names = sorted(p.name for p in (tmp_path / "whole").iterdir())
@@ -377,7 +377,7 @@ def test_memory_does_not_grow_with_a_document(tmp_path):
     """A text of 16 million characters costs far less than the 50 bytes each that encoding it whole would take."""
     (tmp_path / "c.txt").write_text("the plate is dark and the burnisher draws light out of it\n" * 280_000)
     code = (
-        "import resource, sys\nfrom mezzotint.data import prepare\n"
+        "import resource, sys\nfrom mezzotint.data.prepare import prepare\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "prepare([sys.argv[1] + '/c.txt'], sys.argv[1] + '/out', tokenizer=sys.argv[1] + '/t.model')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
@@ -389,11 +389,11 @@ def test_memory_does_not_grow_with_a_document(tmp_path):
 
 def test_tokenizer_sample_is_spread_over_the_texts():
     texts = [f"{i:04d}" + "x" * 5996 for i in range(100)]
-    sample = list(data_module._sample(texts, 100_000, sum(map(len, texts))))
+    sample = list(prepare_module._sample(texts, 100_000, sum(map(len, texts))))
     assert 96_000 <= sum(map(len, sample)) <= 104_000
     begins = [int(part[:4]) for part in sample if part[:4].isdigit()]
     assert min(begins) < 10 and max(begins) >= 90
-    assert "".join(data_module._sample(texts, 1 << 30, 600_000)) == "".join(texts)
+    assert "".join(prepare_module._sample(texts, 1 << 30, 600_000)) == "".join(texts)
 
 
 def test_val_and_val_fraction_exclude_each_other(tmp_path):
@@ -408,7 +408,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(self, ids):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data_module._ShardWriter, "append", full)
+    monkeypatch.setattr(prepare_module._ShardWriter, "append", full)
     with pytest.raises(DataError, match="disk is full"):
         prepare([source], tmp_path / "out", vocab_size=340)
     assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
@@ -538,7 +538,7 @@ def test_challenge_scale_opens_quickly_and_small(tmp_path, tokenizer):
     (tmp_path / "t.model").write_bytes(tokenizer.serialized)
     code = (
         "import resource, sys, time\n"
-        "from mezzotint.data import Dataset, Loader\n"
+        "from mezzotint.data.dataset import Dataset\nfrom mezzotint.data.loader import Loader\n"
         "start = time.time()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "stream = Dataset.open(sys.argv[1]).split('train'); loader = Loader(stream, 2048, 64, 0)\n"
@@ -643,7 +643,7 @@ def hub(tmp_path, tokenizer, monkeypatch):
 
     def run(source: str) -> subprocess.CompletedProcess[str]:
         code = (
-            "import json, sys\nfrom mezzotint.data import prepare\nfrom mezzotint.errors import DataError\n"
+            "import json, sys\nfrom mezzotint.data.prepare import prepare\nfrom mezzotint.errors import DataError\n"
             "try: print(json.dumps(prepare([sys.argv[1]], sys.argv[2])))\n"
             "except DataError as error: sys.exit(f'DataError: {error}')"
         )
@@ -680,7 +680,7 @@ def test_published_shards_that_are_missing(hub):
 
 def test_an_unreachable_hub_is_one_line(tmp_path):
     code = (
-        "import sys\nfrom mezzotint.data import prepare\nfrom mezzotint.errors import DataError\n"
+        "import sys\nfrom mezzotint.data.prepare import prepare\nfrom mezzotint.errors import DataError\n"
         "try: prepare(['fineweb:sp1024'], sys.argv[1])\nexcept DataError as error: print(error)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}

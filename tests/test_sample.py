@@ -27,7 +27,6 @@ from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.draft import parse_gaps
 from mezzotint.sampling.generate import Span, canvas_spans, sample
 from mezzotint.sampling.infill import fill, infill
-from mezzotint.sampling.pieces import broken_bytes, pieces, text_tokens
 from mezzotint.sampling.samplers import Canvas, sample_tokens
 
 # --- toys -------------------------------------------------------------------------------------------------------------
@@ -136,7 +135,7 @@ def challenge_tokenizer() -> Tokenizer:
         minloglevel=2,
         hard_vocab_limit=False,
     )
-    return Tokenizer(out.getvalue())
+    return Tokenizer.from_bytes(out.getvalue())
 
 
 TOKENIZERS = [own_tokenizer, challenge_tokenizer]
@@ -344,7 +343,7 @@ def test_kept_keys_and_values_change_no_token(size, options, shifted, monkeypatc
     canvas = torch.full((5, 30), model.config.mask_id)
     canvas[:, :3] = torch.tensor([model.tokenizer.bos_id, 20, 21])
     canvas[2, 3:14], canvas[3, 20] = 22, 23
-    allowed = text_tokens(model.tokenizer).clone()
+    allowed = model.tokenizer.is_text.clone()
     allowed[[model.tokenizer.bos_id]] = True
     words = {"sampler": "blocks", "seed": 4, "allowed": allowed, "stop_id": model.tokenizer.bos_id, **options}
     answers: list[list[torch.Tensor]] = [[], []]
@@ -404,7 +403,7 @@ def test_next_tokens_are_drawn_as_they_are_scored():
         canvas[1, 0] = 30
         ids = denoise(model, canvas, sampler="blocks", temperature=0.0).ids
         shifted = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=model.config.mask_id)
-        logits = model.logits(shifted, block_size=1).masked_fill(~text_tokens(model.tokenizer), -torch.inf)
+        logits = model.logits(shifted, block_size=1).masked_fill(~model.tokenizer.is_text, -torch.inf)
         assert torch.equal(logits.argmax(-1)[:, 1:], ids[:, 1:])
 
 
@@ -515,7 +514,7 @@ def test_hidden_again_only_in_rows_that_are_not_done():
 
 def test_control_ids_are_not_drawn_and_an_end_of_text_cuts():
     tokenizer = own_tokenizer()
-    able = text_tokens(tokenizer)
+    able = tokenizer.is_text
     assert not able[list(tokenizer.control_ids)].any() and able.sum() == len(able) - len(tokenizer.control_ids)
     text, bos = "London is the capital of England.", tokenizer.bos_id
     model = Recall(tokenizer, [text])
@@ -552,12 +551,12 @@ def test_a_prompt_comes_back_as_it_was_given():
 
 
 def test_broken_bytes_are_found_and_never_left():
-    table = pieces(own_tokenizer())
+    table = own_tokenizer()
     byte = {table.raw[i]: i for i in range(len(table.raw)) if table.is_byte[i]}
     e_acute = [byte[b"\xc3"], byte[b"\xa9"]]
-    assert broken_bytes(table, e_acute) == []
-    assert broken_bytes(table, [*e_acute, byte[b"\xa9"], 300]) == [2]
-    assert broken_bytes(table, [byte[b"\xc3"], 300, *e_acute, byte[b"\xe2"]]) == [0, 4]
+    assert table.invalid_utf8(e_acute) == []
+    assert table.invalid_utf8([*e_acute, byte[b"\xa9"], 300]) == [2]
+    assert table.invalid_utf8([byte[b"\xc3"], 300, *e_acute, byte[b"\xe2"]]) == [0, 4]
     model = random_model()
     with torch.no_grad():
         saved = model.network.embedding.weight.clone()
@@ -569,7 +568,7 @@ def test_broken_bytes_are_found_and_never_left():
     finally:
         with torch.no_grad():
             model.network.embedding.weight.copy_(saved)
-    assert any(broken_bytes(table, row) for row in raw.ids.tolist()), "the model does not tempt"
+    assert any(table.invalid_utf8(row) for row in raw.ids.tolist()), "the model does not tempt"
     assert not any("\ufffd" in text for text in drawn.texts)
     assert "\ufffd" not in filled.text
 
@@ -713,7 +712,7 @@ def test_a_gap_of_unknown_length_is_never_filled_with_nothing(make, text):
 
 def test_a_character_of_several_bytes_is_seen_whole():
     tokenizer = own_tokenizer()
-    table = pieces(tokenizer)
+    table = tokenizer
     euro = tokenizer.encode("\u20ac")[-3:]
     assert [table.raw[i] for i in euro] == [b"\xe2", b"\x82", b"\xac"]
     mask = tokenizer.vocab_size

@@ -194,9 +194,9 @@ class Dataset:
                         raise TypeError("a count that is no number")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{folder / 'data.json'} cannot be read; prepare the data again") from error
-            tokenizer = Tokenizer.load(folder / "tokenizer.model")
+            tokenizer = Tokenizer.load(folder)
             if tokenizer.sha256 != wanted:
-                raise DataError(f"{folder / 'tokenizer.model'} is not the tokenizer that made the shards beside it")
+                raise DataError(f"{folder / tokenizer.file_name} is not the tokenizer that made the shards beside it")
         else:
             tokenizer = cls._published_tokenizer(folder)
         return cls(folder, tokenizer, described)

@@ -10,7 +10,7 @@ import errno
 import json
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,22 +18,40 @@ import numpy as np
 
 from mezzotint.data.dataset import FORMAT, HEADER_BYTES, SHARD_MAGIC, SHARD_TOKENS, SHARD_VERSION, TokenStream
 from mezzotint.data.sources import documents
-from mezzotint.data.tokenizer import (
-    DEFAULT_VOCAB_SIZES,
-    LONG_TEXT,
-    TOKENIZER_SAMPLE_BYTES,
-    Tokenizer,
-    _halves,
-    _sample,
-    train_tokenizer,
-)
+from mezzotint.data.tokenizer import LONG_TEXT, Tokenizer, train_tokenizer
 from mezzotint.errors import DataError
 from mezzotint.files import atomic_folder
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TOKENIZER_SAMPLE_BYTES = 16_000_000
+DEFAULT_VOCAB_SIZES = (1024, 512, 384)  # the first that the text can fill
 HUB_REPOSITORY = "willdepueoai/parameter-golf"
 Progress = Callable[[str, int], None]
 """Called with (what is being done, documents so far)."""
+
+
+def _sample(texts: Iterable[str], limit: int, size: int) -> Iterator[str]:
+    """About `limit` of the texts' `size` bytes, evenly spread, in passages of 4,000 characters; all if they are fewer."""
+    taken = seen = 0
+    for text in texts:
+        for start in range(0, len(text), 4000):
+            passage = text[start : start + 4000]
+            length = len(passage.encode())
+            if taken * size <= seen * limit:
+                yield passage
+                taken += length
+            seen += length
+
+
+def _halves(text: str, fraction: float) -> tuple[str, str]:
+    """Cut one document near its end, at a paragraph, line or word boundary, so that it can be both splits."""
+    target = int(len(text) * (1 - fraction))
+    for mark in ("\n\n", "\n", " "):
+        at = text.find(mark, target)
+        at = at if at >= 0 else text.rfind(mark, 0, target)
+        if at > 0 and text[at + len(mark) :].strip():
+            return text[: at + len(mark)], text[at + len(mark) :]
+    return text[:target], text[target:]
 
 
 class _ShardWriter:
@@ -257,7 +275,7 @@ def _prepare_texts(
 
 
 def _write_description(folder: Path, tokenizer: Tokenizer, report: dict[str, Any], more: dict[str, Any]) -> None:
-    (folder / "tokenizer.model").write_bytes(tokenizer.serialized)
+    (folder / tokenizer.file_name).write_bytes(tokenizer.serialized)
     described = {"format": FORMAT, "tokenizer_sha256": tokenizer.sha256, **report, **more}
     (folder / "data.json").write_text(json.dumps(described, indent=1))
 

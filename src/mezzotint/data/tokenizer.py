@@ -1,116 +1,121 @@
-"""SentencePiece tokenizers: training one, and what ids stand for: text, bytes, pieces.
+"""Tokenizers: text as ids, and ids as text again, with the bytes that each id stands for and those that are lost.
 
-Knows nothing of shards, files of text or models.
+`Tokenizer` is the protocol that the rest of the package uses. Two backends answer it: SentencePiece (`.model`) and Hugging
+Face `tokenizers` (`tokenizer.json`). Knows nothing of shards, files of text or models.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import sentencepiece
 
 from mezzotint.errors import DataError
 
-SPACE = "\u2581"
-TOKENIZER_SAMPLE_BYTES = 16_000_000
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SPACE = "\u2581"  # how SentencePiece writes a space
 LONG_TEXT = 1_000_000  # characters encoded in one go
-DEFAULT_VOCAB_SIZES = (1024, 512, 384)  # the first that the text can fill
+MAX_BYTES = 16 << 20  # of a tokenizer's file
+MAX_PIECES = 1 << 20
+FREE_FIELDS = 1 << 14  # of a SentencePiece model's protocol buffer, besides 5 for each piece
+ANCHORS = (".", ")", "x", "0", "A")  # text put before a continuation
+STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "[CLS]", "<cls>", "<|startoftext|>", "<|endoftext|>")
+"""Special pieces of a Hugging Face tokenizer that may begin a document, the first that there is."""
 
 
-class Tokenizer:
-    """A SentencePiece model, held as its bytes. Immutable.
+class Tokenizer(Protocol):
+    """What a tokenizer answers for its own text. Immutable.
 
-    serialized: the model file's bytes; sha256: their digest; vocab_size: pieces; bos_id: the id before each document.
-    Raises DataError when the bytes are no SentencePiece model or it has no BOS.
+    serialized: the bytes of its file, which is called file_name; sha256: their digest; vocab_size: ids; bos_id: the id
+    before each document. raw: per id, the UTF-8 bytes it stands for, b"" for those that stand for no text (BOS, unknown,
+    padding and other control ids). leading: bool [V], ids whose first byte is a space that is dropped at the start of a
+    text, because the tokenizer puts one there itself. New backends set these and implement `encode`, `_encode_all`, `piece`
+    and `_spans`; the rest follows.
     """
 
-    def __init__(self, serialized: bytes) -> None:
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)  # type: ignore[call-arg]
-        except Exception as error:
-            raise DataError("not a SentencePiece model: give a .model file made by sentencepiece") from error
-        self.serialized = serialized
-        self.sha256 = hashlib.sha256(serialized).hexdigest()
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.bos_id: int = self._processor.bos_id()
-        if self.bos_id < 0:
-            raise DataError("the tokenizer has no BOS piece, which must precede each document")
-        if self.vocab_size > 65_535:
-            raise DataError(f"the tokenizer has {self.vocab_size} pieces; 16-bit shards hold at most 65,535")
+    file_name: str
+    serialized: bytes
+    sha256: str
+    vocab_size: int
+    bos_id: int
+    raw: list[bytes]
+    leading: np.ndarray
 
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a `.model` file. Raises DataError naming it."""
+    @staticmethod
+    def load(path: str | Path) -> Tokenizer:
+        """Read a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a folder that holds one.
+
+        Time and memory are bounded by MAX_BYTES. Raises DataError naming the file.
+        """
+        path = Path(path)
+        if path.is_dir():
+            names = (SentencePieceTokenizer.file_name, HuggingFaceTokenizer.file_name)
+            path = next((path / name for name in names if (path / name).exists()), path / names[0])
         try:
-            serialized = Path(path).read_bytes()
+            with path.open("rb") as file:
+                serialized = file.read(MAX_BYTES + 1)
         except OSError as error:
             raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from error
         try:
-            return cls(serialized)
+            return Tokenizer.from_bytes(serialized)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
-    @cached_property
-    def _pieces(self) -> list[bytes | None]:
-        """UTF-8 of each piece with spaces as spaces; None where a piece stands for no text (control, unknown)."""
-        table: list[bytes | None] = []
-        sp = self._processor
-        for i in range(self.vocab_size):
-            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-                table.append(None)
-            elif sp.is_byte(i):
-                table.append(bytes([int(sp.id_to_piece(i)[3:5], 16)]))
-            else:
-                table.append(sp.id_to_piece(i).replace(SPACE, " ").encode())
-        return table
+    @staticmethod
+    def from_bytes(serialized: bytes, most_pieces: int = MAX_PIECES) -> Tokenizer:
+        """The tokenizer of a file's bytes, SentencePiece or Hugging Face. Raises DataError.
 
-    @cached_property
-    def _byte_tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Per id: bytes without a leading space, whether it begins with one, whether it stands for no text."""
-        silent = np.array([piece is None for piece in self._pieces])
-        leading = np.array(
-            [
-                piece is not None and piece.startswith(b" ") and not self._processor.is_byte(i)
-                for i, piece in enumerate(self._pieces)
-            ]
-        )
-        length = np.array([len(piece or b"") for piece in self._pieces], dtype=np.int64)
-        return length - leading, leading, silent
-
-    @cached_property
-    def control_ids(self) -> frozenset[int]:
-        """Ids that stand for no text: control, unknown and unused pieces (BOS is one)."""
-        return frozenset(i for i, piece in enumerate(self._pieces) if piece is None)
+        most_pieces: refuse more of them before the parser has spent memory on them (some 60 bytes each).
+        """
+        if not serialized:
+            raise DataError("the tokenizer's file is empty")
+        if serialized.startswith(b"version https://git-lfs"):
+            raise DataError("this is a Git LFS pointer, not the tokenizer itself: fetch it with `git lfs pull`")
+        if len(serialized) > MAX_BYTES:
+            raise DataError(f"the tokenizer's file is larger than {MAX_BYTES >> 20} MiB")
+        if serialized.lstrip()[:1] == b"{":
+            return HuggingFaceTokenizer(serialized, most_pieces)
+        return SentencePieceTokenizer(serialized, most_pieces)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS."""
-        return self._processor.encode(text)
+        ...
 
     def encode_batch(self, texts: Sequence[str], goes_on: Sequence[bool] | None = None) -> list[list[int]]:
         """Ids of each text, without BOS, on all cores. `goes_on`: which texts are later parts given by `cut`."""
         goes_on = goes_on or [False] * len(texts)
         # Behind a letter, whose ids are then dropped, a part's first space reads as it does inside the text.
-        behind = ["a" + text if later else text for text, later in zip(texts, goes_on, strict=True)]
-        encoded = self._processor.encode(behind, num_threads=-1)  # type: ignore[call-arg]
+        encoded = self._encode_all(["a" + text if later else text for text, later in zip(texts, goes_on, strict=True)])
         letter = len(self.encode("a"))
         return [ids[letter:] if later else ids for ids, later in zip(encoded, goes_on, strict=True)]
 
-    @cached_property
-    def _words_are_separate(self) -> bool:
-        """Whether no piece spans a space, so that text before and after one is encoded independently."""
-        return not any(SPACE in self.piece(i).lstrip(SPACE) for i in range(self.vocab_size))
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without BOS, on all cores."""
+        ...
+
+    def piece(self, id: int) -> str:
+        """The piece's own spelling in the tokenizer's file."""
+        ...
+
+    def _spans(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of `text`, and for each the byte of `text` where what it was made from ends (never falling)."""
+        ...
 
     def cut(self, text: str, limit: int = LONG_TEXT) -> Iterator[str]:
         """Parts of `text` whose ids by `encode_batch` are, put together, those of the whole.
 
-        SentencePiece takes some 50 bytes of memory per character of a text. Parts have `limit` characters or a little
-        more and are cut before a space between two letters; text with no such space is not cut.
+        A tokenizer takes some 50 bytes of memory per character of a text. Parts have `limit` characters or a little more
+        and are cut before a space between two letters; text with no such space is not cut.
         """
         start = 0
         while len(text) - start > limit and self._words_are_separate:
@@ -121,54 +126,421 @@ class Tokenizer:
             start = space.start()
         yield text[start:]
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of text that follows other text, so that neither a dummy space is added nor its own space lost."""
+        if not text:
+            return []
+        for anchor in ANCHORS:
+            # No piece has a space but at its start, so an anchor that stays whole changes nothing behind it.
+            head = self.encode(anchor)
+            ids = self.encode(anchor + text)
+            if head and ids[: len(head)] == head:
+                return ids[len(head) :]
+        return self.encode(text)
+
+    def text_of(self, ids: Iterable[int]) -> str:
+        """The characters of ids as they stand in the middle of a text; MASK and control ids add nothing."""
+        return b"".join(self.raw[i] for i in ids if i < self.vocab_size).decode(errors="replace")
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; control pieces are silent."""
+        """Text of `ids` from its start. Bytes that are not UTF-8 become U+FFFD; control ids are silent."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes `ids` stand for; a leading space is dropped after a silent piece and at the start."""
+        """The bytes `ids` stand for; a leading space is dropped after a silent id and at the start."""
         parts = []
         spaced = False
         for i in np.asarray(ids, dtype=np.int64).tolist():
-            piece = self._pieces[i]
-            if piece is None:
-                spaced = False
-                continue
-            if not spaced and piece.startswith(b" ") and not self._processor.is_byte(i):
-                piece = piece[1:]
-            parts.append(piece)
-            spaced = True
+            raw = self.raw[i]
+            parts.append(raw[1:] if self.leading[i] and not spaced else raw)
+            spaced = bool(raw)
         return b"".join(parts)
 
-    def piece(self, id: int) -> str:
-        """The piece's own spelling, with U+2581 for a space."""
-        return self._processor.id_to_piece(id)
+    # What an id stands for
+
+    @cached_property
+    def piece_texts(self) -> list[str]:
+        """The characters that each id adds; "" for control ids and for bytes that are no whole characters."""
+        return [_whole(raw) if not single else "" for raw, single in zip(self.raw, self._single_bytes, strict=True)]
+
+    @cached_property
+    def _single_bytes(self) -> list[bool]:
+        """Ids that are written as bytes, whatever they say alone."""
+        return [False] * self.vocab_size
+
+    @cached_property
+    def is_text(self) -> Tensor:
+        """bool [V]: ids that stand for text, which leaves out BOS, unknown, padding and other control ids."""
+        import torch  # here, so that `prepare` starts without it
+
+        return torch.tensor([len(raw) > 0 for raw in self.raw])
+
+    @cached_property
+    def is_byte(self) -> Tensor:
+        """bool [V]: ids that are single bytes, or other parts of a longer character."""
+        import torch
+
+        return torch.tensor([len(raw) > 0 and not text for text, raw in zip(self.piece_texts, self.raw, strict=True)])
+
+    def where(self, test: Callable[[str], bool]) -> Tensor:
+        """bool [V]: the ids whose characters pass the test; never bytes or control ids."""
+        import torch
+
+        return torch.tensor([bool(text) and test(text) for text in self.piece_texts]) & self.is_text
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: control, unknown and unused pieces (BOS is one)."""
+        return frozenset(i for i, raw in enumerate(self.raw) if not raw)
+
+    @cached_property
+    def _words_are_separate(self) -> bool:
+        """Whether no piece spans a space, so that text before and after one is encoded independently."""
+        return not any(b" " in raw.lstrip(b" ") for raw in self.raw)
+
+    @cached_property
+    def _probe(self) -> str:
+        """A character that the tokenizer knows."""
+        return next((t for t in self.piece_texts if len(t) == 1 and t.isalnum() and t.isascii()), "x")
+
+    def invalid_utf8(self, ids: Sequence[int]) -> list[int]:
+        """Positions of byte ids that are not part of valid UTF-8. Ids without text count as characters."""
+        raw = b""
+        owner: list[int] = []
+        for position, i in enumerate(ids):
+            part = (self.raw[i] if i < self.vocab_size else b"") or b"\0"
+            raw += part
+            owner += [position] * len(part)
+        broken: set[int] = set()
+        start = 0
+        while start < len(raw):
+            try:
+                raw[start:].decode()
+                break
+            except UnicodeDecodeError as error:
+                broken.update(owner[start + error.start : start + error.end])
+                start += error.end
+        return sorted(p for p in broken if bool(self.is_byte[ids[p]]))
+
+    def space_pending(self, text: str) -> bool:
+        """Whether a word put behind `text` would begin with a space of `text` (which `encode` drops at its end)."""
+        probe = self._probe
+        return bool(text) and self.text_of(self.encode_continuation(text + probe)).endswith(" " + probe)
+
+    def without_pending_space(self, text: str) -> str:
+        """Text before a gap, without the space at its end that belongs to the gap's first token."""
+        return text[:-1] if text.endswith(" ") and self.space_pending(text) else text
+
+    # Bytes
+
+    @cached_property
+    def _byte_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per id: bytes without a leading space, and whether it stands for no text."""
+        length = np.array([len(raw) for raw in self.raw], dtype=np.int64)
+        return length - self.leading, length == 0
 
     def byte_counts(self, ids: np.ndarray, previous: int | None = None) -> np.ndarray:
-        """UTF-8 bytes charged to each token, int64 like `ids`; BOS and other silent pieces are charged 0.
+        """UTF-8 bytes charged to each token, int64 like `ids`; BOS and other silent ids are charged 0.
 
         The challenge's rule, applied to the token that is scored: a piece's bytes, with its leading space counted
         unless the token before it is silent. `previous`: the id before ids[0], None at the start of a text.
         """
-        base, leading, silent = self._byte_tables
+        base, silent = self._byte_tables
         ids = np.asarray(ids, dtype=np.int64)
         after_silence = np.ones(len(ids), dtype=bool)
         after_silence[1:] = silent[ids[:-1]]
         if len(ids) and previous is not None:
             after_silence[0] = silent[previous]
-        return base[ids] + (leading[ids] & ~after_silence)
+        return base[ids] + (self.leading[ids] & ~after_silence)
 
     def sum_bytes(self, ids: np.ndarray, previous: int | None = None) -> int:
         """The sum of `byte_counts`, from a histogram: several times quicker on long arrays."""
-        base, leading, silent = self._byte_tables
+        base, silent = self._byte_tables
         counts = np.bincount(ids, minlength=self.vocab_size)
-        total = int(counts @ (base + leading))
+        total = int(counts @ (base + self.leading))
         if len(ids) and (previous is None or silent[previous]):
-            total -= int(leading[ids[0]])
+            total -= int(self.leading[ids[0]])
         for quiet in np.flatnonzero(counts.astype(bool) & silent):
             after = np.flatnonzero(ids[:-1] == quiet) + 1
-            total -= int(leading[ids[after]].sum())
+            total -= int(self.leading[ids[after]].sum())
         return total
+
+    def original_bytes(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of `text` without BOS, and the bytes of `text` itself charged to each, by offsets: their sum is its size.
+
+        A token is charged all that lies between the end of the token before it and its own, so white space that was
+        dropped as well; the last one is charged what follows it.
+        """
+        ids, ends = self._spans(text)
+        if not ids:
+            return [], np.zeros(0, dtype=np.int64)
+        return ids, np.diff([0, *ends[:-1], len(text.encode())])
+
+    def lost_bytes(self, text: str, goes_on: bool = False) -> np.ndarray:
+        """Bytes of `text` that its ids do not give back, charged to each id: int64 like `encode(text)`.
+
+        Unknown pieces lose all they were made from; normalisation and dropped white space lose the bytes that differ, and
+        at least one where they only add. Text without any id loses nothing here: its caller has no token to charge.
+        goes_on: `text` is a later part given by `cut`.
+        """
+        ids, ends = self._spans("a" + text if goes_on else text)
+        data = ("a" + text if goes_on else text).encode()
+        lost = np.zeros(len(ids), dtype=np.int64)
+        if not ids:
+            return lost
+        ends[-1] = len(data)
+        start = first = 0
+        for last, end in enumerate(ends):
+            if last + 1 < len(ends) and ends[last + 1] == end:
+                continue  # the parts of one character share its span
+            raw = b"".join(self.raw[i] for i in ids[first : last + 1])
+            if self.leading[ids[first]] and (first == 0 or not self.raw[ids[first - 1]]):
+                raw = raw[1:]
+            lost[last] = _difference(data[start:end], raw)
+            start, first = end, last + 1
+        return lost[len(self.encode("a")) :] if goes_on else lost
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.vocab_size:,} pieces, sha256 {self.sha256[:12]})"
+
+
+def _whole(raw: bytes) -> str:
+    """The characters of bytes, "" where they are not whole ones."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _difference(given: bytes, back: bytes) -> int:
+    """Bytes of `given` outside the longest beginning and end that it shares with `back`; at least 1 if they differ."""
+    if given == back:
+        return 0
+    room = min(len(given), len(back))
+    head = next((i for i in range(room) if given[i] != back[i]), room)
+    tail = next((i for i in range(room - head) if given[-1 - i] != back[-1 - i]), room - head)
+    return max(1, len(given) - head - tail)
+
+
+def check_same_tokenizer(
+    model: Any, data: Any, model_name: object = "the model", data_name: object = "the data"
+) -> None:
+    """Raise DataError unless two things (models, datasets, streams: what has a tokenizer) have the same tokenizer."""
+    if model.tokenizer.sha256 != data.tokenizer.sha256:
+        raise DataError(
+            f"{data_name} was prepared with another tokenizer than {model_name}: prepare it again with the model's "
+            "(`mezzotint prepare --tokenizer MODEL`)"
+        )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model. Raises DataError when the bytes are no such model or it has no BOS."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, serialized: bytes, most_pieces: int = MAX_PIECES) -> None:
+        try:
+            most = FREE_FIELDS + 5 * most_pieces
+            if _count_fields(serialized, most) > most:
+                raise DataError(f"the tokenizer has more than {most_pieces:,} pieces")
+            sp = self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)  # type: ignore[call-arg]
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError("not a SentencePiece model: give a .model file made by sentencepiece") from error
+        self.serialized = serialized
+        self.sha256 = hashlib.sha256(serialized).hexdigest()
+        self.vocab_size = sp.get_piece_size()
+        self.bos_id = sp.bos_id()
+        if self.bos_id < 0:
+            raise DataError("the tokenizer has no BOS piece, which must precede each document")
+        self.raw = [self._raw(i) for i in range(self.vocab_size)]
+        self.leading = np.array([r.startswith(b" ") and not sp.is_byte(i) for i, r in enumerate(self.raw)], dtype=bool)
+
+    def _raw(self, i: int) -> bytes:
+        sp = self._processor
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+            return b""
+        if sp.is_byte(i):
+            return bytes([int(sp.id_to_piece(i)[3:5], 16)])
+        return sp.id_to_piece(i).replace(SPACE, " ").encode()
+
+    @cached_property
+    def _single_bytes(self) -> list[bool]:
+        return [self._processor.is_byte(i) for i in range(self.vocab_size)]
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts, num_threads=-1)  # type: ignore[call-arg]
+
+    def piece(self, id: int) -> str:
+        return self._processor.id_to_piece(id)
+
+    def _spans(self, text: str) -> tuple[list[int], list[int]]:
+        # Serialized SentencePieceText: field 2 is a piece, whose fields 2 and 5 are its id and end (0 left out).
+        message = self._processor.encode(text, out_type="serialized_proto")  # type: ignore[arg-type]
+        pieces = [dict(_wire(piece)) for field, piece in _wire(message) if field == 2]
+        return [p.get(2, 0) for p in pieces], np.maximum.accumulate([p.get(5, 0) for p in pieces]).tolist()
+
+
+def _wire(raw: bytes) -> Iterator[tuple[int, Any]]:
+    """(field, number or bytes) of a protocol buffer. Raises ValueError where a parser would have to give up."""
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        value = 0
+        for shift in range(0, 70, 7):
+            if at >= len(raw):
+                break
+            byte = raw[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("a number does not end")
+
+    while at < len(raw):
+        field, kind = divmod(number(), 8)
+        if kind == 0:
+            yield field, number()
+            continue
+        if kind not in (1, 2, 5):
+            raise ValueError("a field of an unknown kind")
+        length = number() if kind == 2 else 8 if kind == 1 else 4
+        if at + length > len(raw):
+            raise ValueError("a field reaches past the end")
+        at += length
+        yield field, raw[at - length : at]
+
+
+def _count_fields(raw: bytes, most: int) -> int:
+    """Fields of a SentencePiece model and of the messages right in it; counting ends above `most`.
+
+    Even an empty field costs its parser some 60 bytes of memory, so that 16 MiB of them would take 600.
+    """
+    count = 0
+    for field, value in _wire(raw):
+        inner = _wire(value) if isinstance(value, bytes) and field <= 5 else iter(())
+        count += 1
+        for _ in inner:
+            count += 1
+            if count > most:
+                break
+        if count > most:
+            break
+    return count
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of Hugging Face `tokenizers`: byte-level BPE, BPE or Unigram with word marks, WordPiece.
+
+    Special pieces written out in a text are text. Raises DataError: no such file, or no piece to begin a document with.
+    """
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, serialized: bytes, most_pieces: int = MAX_PIECES) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise DataError("a tokenizer.json needs tokenizers: pip install 'mezzotint[transformers]'") from error
+        try:
+            described = json.loads(serialized)
+            if len(described["model"]["vocab"]) + len(described.get("added_tokens") or ()) > most_pieces:
+                raise DataError(f"the tokenizer has more than {most_pieces:,} pieces")
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(serialized)
+            self._tokenizer.encode_special_tokens = True
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        except DataError:
+            raise
+        except BaseException as error:  # the Rust library's panics are no Exceptions
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise DataError("not a tokenizer.json of Hugging Face tokenizers") from error
+        self.serialized = serialized
+        self.sha256 = hashlib.sha256(serialized).hexdigest()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > most_pieces:
+            raise DataError(f"the tokenizer has more than {most_pieces:,} pieces")
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        self.bos_id = next((vocabulary[name] for name in STARTS if vocabulary.get(name) in special), -1)
+        if self.bos_id < 0:
+            raise DataError(f"the tokenizer has no special piece that begins a document (one of {', '.join(STARTS)})")
+        self._pieces = [""] * self.vocab_size
+        for piece, i in vocabulary.items():
+            self._pieces[i] = piece
+        kind = _piece_kind(described)
+        unknown = described["model"].get("unk_token")
+        self._unknown = {vocabulary.get(unknown, -1), described["model"].get("unk_id", -1)} | special
+        self.raw = [
+            b"" if i in self._unknown else piece.encode() if i in added else kind(piece)
+            for i, piece in enumerate(self._pieces)
+        ]
+        # Whether the tokenizer puts a space before a text that has none: only then is one dropped at the start.
+        adds = self.text_of(self.encode("a")).startswith(" ")
+        self.leading = np.array(
+            [adds and r.startswith(b" ") and i not in added for i, r in enumerate(self.raw)], dtype=bool
+        )
+        self._bytes = [
+            bool(re.fullmatch("<0x[0-9A-F]{2}>", p)) and len(r) == 1
+            for p, r in zip(self._pieces, self.raw, strict=True)
+        ]
+
+    @cached_property
+    def _single_bytes(self) -> list[bool]:
+        return self._bytes
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def piece(self, id: int) -> str:
+        return self._pieces[id]
+
+    def _spans(self, text: str) -> tuple[list[int], list[int]]:
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        ends = np.maximum.accumulate([end for _, end in found.offsets]) if found.ids else np.zeros(0, dtype=np.int64)
+        size = np.array([len(c.encode()) for c in text], dtype=np.int64)
+        return list(found.ids), np.concatenate(([0], np.cumsum(size)))[ends].tolist()
+
+
+def _piece_kind(described: dict[str, Any]) -> Callable[[str], bytes]:
+    """How a piece of this tokenizer.json spells its bytes, from the file's own parts."""
+    parts: list[dict[str, Any]] = []
+    for name in ("pre_tokenizer", "decoder"):
+        whole = described.get(name) or {}
+        parts += [whole, *whole.get("pretokenizers", ()), *whole.get("decoders", ())]
+    kinds = {part.get("type") for part in parts}
+    if "ByteLevel" in kinds:
+        return _byte_level
+    if described["model"].get("type") == "WordPiece":
+        prefix = described["model"].get("continuing_subword_prefix", "##")
+        return lambda piece: (piece.removeprefix(prefix) if piece.startswith(prefix) else " " + piece).encode()
+    single = re.compile("<0x([0-9A-F]{2})>") if described["model"].get("byte_fallback") else re.compile("(?!)")
+
+    def marked(piece: str) -> bytes:
+        byte = single.fullmatch(piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
+
+    return marked
+
+
+def _byte_level(piece: str) -> bytes:
+    """The bytes of a byte-level piece, whose characters stand for one byte each (Radford et al. 2019, GPT-2)."""
+    return bytes(_BYTE_OF[c] for c in piece) if all(c in _BYTE_OF for c in piece) else piece.encode()
+
+
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are written as their own character
+_BYTE_OF = {chr(b): b for b in _PRINTED}
+_BYTE_OF |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PRINTED)}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -210,28 +582,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         else:
             advice = " ".join(reason.split())[-160:] or type(error).__name__
         raise DataError(f"cannot train a tokenizer of {vocab_size} pieces: {advice}") from error
-    return Tokenizer(model.getvalue())
-
-
-def _sample(texts: Iterable[str], limit: int, size: int) -> Iterator[str]:
-    """About `limit` of the texts' `size` bytes, evenly spread, in passages of 4,000 characters; all if they are fewer."""
-    taken = seen = 0
-    for text in texts:
-        for start in range(0, len(text), 4000):
-            passage = text[start : start + 4000]
-            length = len(passage.encode())
-            if taken * size <= seen * limit:
-                yield passage
-                taken += length
-            seen += length
-
-
-def _halves(text: str, fraction: float) -> tuple[str, str]:
-    """Cut one document near its end, at a paragraph, line or word boundary, so that it can be both splits."""
-    target = int(len(text) * (1 - fraction))
-    for mark in ("\n\n", "\n", " "):
-        at = text.find(mark, target)
-        at = at if at >= 0 else text.rfind(mark, 0, target)
-        if at > 0 and text[at + len(mark) :].strip():
-            return text[: at + len(mark)], text[at + len(mark) :]
-    return text[:target], text[target:]
+    return SentencePieceTokenizer(model.getvalue())

@@ -23,7 +23,7 @@ import torch
 
 from mezzotint import config as configuration
 from mezzotint.config import ModelConfig
-from mezzotint.data.tokenizer import Tokenizer
+from mezzotint.data.tokenizer import MAX_BYTES, Tokenizer
 from mezzotint.errors import ArtifactError, MezzotintError
 from mezzotint.model import Denoiser, Model, count_parameters
 from mezzotint.packing import entropy
@@ -35,13 +35,11 @@ VERSION = 1
 PREFIX = struct.Struct("<8sHII")  # magic, version, stored header bytes, header bytes
 DIGEST = 32
 MAX_HEADER = 1 << 20
-MAX_TOKENIZER = 16 << 20
 MAX_LAYERS = 256
 MAX_WIDTH = 1 << 16
 FREE_PARAMETERS = 1 << 20  # a file may describe this many parameters plus PARAMETERS_PER_BYTE for each of its bytes,
 PARAMETERS_PER_BYTE = 64  # so that a small file cannot ask for much memory
 LZMA_MEMORY = 128 << 20
-FREE_FIELDS = 1 << 14  # of a tokenizer's protocol buffer, besides 5 for each token
 LONGEST = 500  # characters of an error's text
 TOKENIZER_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1, "lp": 2, "pb": 2,
                       "dict_size": 1 << 20}]  # fmt: skip
@@ -348,16 +346,14 @@ def _tokenizer(reader: _Reader, header: dict[str, Any], config: ModelConfig) -> 
     if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int for n in sizes)):
         raise ArtifactError("damaged artifact: the tokenizer's sizes")
     stored, length = reader.take(sizes[0], "the tokenizer"), sizes[1]
-    if not 0 < length <= MAX_TOKENIZER:
+    if not 0 < length <= MAX_BYTES:
         raise ArtifactError(f"damaged artifact: a tokenizer of {length:,} bytes")
     try:
         inflater = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=TOKENIZER_FILTERS)
         raw = inflater.decompress(stored, length + 1)
         if len(raw) != length or not inflater.eof or inflater.unused_data:
             raise ArtifactError("damaged artifact: the tokenizer has the wrong length")
-        if _fields(raw, most := FREE_FIELDS + 5 * config.vocab_size) > most:
-            raise ArtifactError(f"damaged artifact: a tokenizer of more than {config.vocab_size:,} tokens")
-        tokenizer = Tokenizer(raw)
+        tokenizer = Tokenizer.from_bytes(raw, most_pieces=config.vocab_size)
         if tokenizer.vocab_size != config.vocab_size:
             raise ArtifactError(
                 f"damaged artifact: a tokenizer of {tokenizer.vocab_size:,} tokens in a model of {config.vocab_size:,}"
@@ -367,49 +363,6 @@ def _tokenizer(reader: _Reader, header: dict[str, Any], config: ModelConfig) -> 
     except Exception as error:
         raise ArtifactError(f"damaged artifact: the tokenizer cannot be read ({error})") from error
     return tokenizer
-
-
-def _fields(raw: bytes, most: int) -> int:
-    """Fields of the protocol buffer `raw` and of the messages right in it; counting ends above `most`.
-
-    Even an empty field costs its parser some 60 bytes of memory, so that 16 MiB of them would take 600. Raises
-    ValueError where a parser would have to give up.
-    """
-    at = count = 0
-
-    def number(stop: int) -> int:
-        nonlocal at
-        value = 0
-        for shift in range(0, 70, 7):
-            if at >= stop:
-                break
-            byte = raw[at]
-            at += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise ValueError("a number does not end")
-
-    def message(stop: int, outer: bool) -> None:
-        nonlocal at, count
-        while at < stop and count <= most:
-            count += 1
-            field, kind = divmod(number(stop), 8)
-            if kind == 0:
-                number(stop)
-                continue
-            if kind not in (1, 2, 5):
-                raise ValueError("a field of an unknown kind")
-            length = number(stop) if kind == 2 else 8 if kind == 1 else 4
-            end = at + length
-            if end > stop:
-                raise ValueError("a field reaches past the end")
-            if kind == 2 and outer and field <= 5:  # the messages of a SentencePiece model
-                message(end, False)
-            at = end
-
-    message(len(raw), True)
-    return count
 
 
 def _tensors(

@@ -21,7 +21,7 @@ from mezzotint.files import atomic_folder
 from mezzotint.model import Model
 from mezzotint.packing.artifact import checked_config, layout, network_of
 
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 VERSION = 1
 
 
@@ -42,8 +42,8 @@ def write_files(model: Model, folder: Path) -> list[str]:
         "artifact_sha256": model.sha256,
     }
     (folder / CONFIG).write_text(json.dumps(described, indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
-    (folder / TOKENIZER).write_bytes(model.tokenizer.serialized)
-    return [WEIGHTS, CONFIG, TOKENIZER]
+    (folder / model.tokenizer.file_name).write_bytes(model.tokenizer.serialized)
+    return [WEIGHTS, CONFIG, model.tokenizer.file_name]
 
 
 def export_folder(model: Model, out: Path | str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def import_folder(folder: Path | str) -> Model:
     try:
         config = checked_config({"config": settings}, (folder / WEIGHTS).stat().st_size)
         state = load_file(folder / WEIGHTS)
-        tokenizer = Tokenizer.load(folder / TOKENIZER)
+        tokenizer = Tokenizer.load(folder)
     except (OSError, SafetensorError, DataError, ArtifactError) as error:
         raise ArtifactError(f"{folder}: {error}") from error
     if tokenizer.vocab_size != config.vocab_size:

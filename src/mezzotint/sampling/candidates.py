@@ -62,8 +62,8 @@ class Search:
         """Whether the constraint lets these ids stand in the gap, or begin what may."""
         if not self.constraint:
             return True
-        edges, table = self.draft.gaps[self.i].edges, self.draft.table
-        text = edges.strip(b"".join(table.raw[t] for t in ids).decode(errors="replace"), last=complete)
+        edges, tokenizer = self.draft.gaps[self.i].edges, self.draft.tokenizer
+        text = edges.strip(b"".join(tokenizer.raw[t] for t in ids).decode(errors="replace"), last=complete)
         before, after = self.draft.texts[self.i][-32:], self.draft.texts[self.i + 1][:32]
         return self.constraint.allows(text, before, after, complete=complete)
 
@@ -115,8 +115,10 @@ def beam(search: Search, lengths: Sequence[int], width: int, block_size: int) ->
 
 def _extend(search: Search, h: _Hypothesis, n: int, log_p: Tensor, width: int) -> list[_Hypothesis]:
     """The `width` likeliest tokens behind a beginning of `n` tokens that may stand there."""
-    place, table = len(h.ids), search.draft.table
-    able = edge_limits(table, search.draft.gaps[search.i].edges, n).get(place, table.is_text) & ~table.is_byte
+    place, tokenizer = len(h.ids), search.draft.tokenizer
+    able = (
+        edge_limits(tokenizer, search.draft.gaps[search.i].edges, n).get(place, tokenizer.is_text) & ~tokenizer.is_byte
+    )
     top = log_p.masked_fill(~able, -math.inf).topk(min(TRIES if search.constraint else width, len(log_p)))
     grown: list[_Hypothesis] = []
     for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True):
@@ -137,7 +139,7 @@ def drawn(search: Search, lengths: Sequence[int], seed: int, settings: Mapping[s
     for b, n in enumerate(lengths):
         target[b, at : at + n] = True
         edges = draft.gaps[search.i].edges
-        limits |= {(b, at + p): able for p, able in edge_limits(draft.table, edges, n).items()}
+        limits |= {(b, at + p): able for p, able in edge_limits(draft.tokenizer, edges, n).items()}
     before, middle = search.passes, len(lengths) // 2
 
     def on_step(step: int, ids: Tensor, confidence: Tensor) -> None:
@@ -150,7 +152,15 @@ def drawn(search: Search, lengths: Sequence[int], seed: int, settings: Mapping[s
         on_step=on_step if search.show else None, **settings,
     )  # fmt: skip
     result = resample_invalid_utf8(
-        search.model, result, target, seed, draft.table.is_text, 0, only=limits, attention=search.attention, **settings
+        search.model,
+        result,
+        target,
+        seed,
+        draft.tokenizer.is_text,
+        0,
+        only=limits,
+        attention=search.attention,
+        **settings,
     )
     search.passes += result.forward_passes
     found = []

@@ -18,7 +18,6 @@ from mezzotint import seeding
 from mezzotint.config import SamplingConfig, parse_attention
 from mezzotint.errors import MezzotintError
 from mezzotint.model import TOKENS_PER_FORWARD, Cache, Model
-from mezzotint.sampling.pieces import text_tokens
 from mezzotint.sampling.samplers import SAMPLERS, Canvas
 
 OnStep = Callable[[int, Tensor, Tensor], None]
@@ -109,7 +108,7 @@ def denoise(
 
     canvas: int64 [B, T], MASK (`model.config.mask_id`) where text is wanted; every other id comes back as it was.
     wanted: bool [B, T], the masks to reveal (default: all); the others stay, as text that may be anything.
-    allowed: bool [V], tokens that may be drawn (default: those that stand for text, see `text_tokens`).
+    allowed: bool [V], tokens that may be drawn (default: those that stand for text, `tokenizer.is_text`).
     only: further limits, (row, position) -> bool [V].
     stop_id: a drawn token that ends the text; masks behind the first one stay masked.
     first_row: number of the canvas's first row, for a seed's rows drawn in several calls.
@@ -132,7 +131,7 @@ def denoise(
     target = ids == mask_id
     if wanted is not None:
         target &= wanted.to("cpu")
-    permitted: Tensor = text_tokens(model.tokenizer) if allowed is None else allowed
+    permitted: Tensor = model.tokenizer.is_text if allowed is None else allowed
     only = only or {}
     for (_, position), tokens in only.items():
         if not (tokens & permitted).any():

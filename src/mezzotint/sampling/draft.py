@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import MezzotintError
 from mezzotint.model import Model
 from mezzotint.sampling.generate import Span, check_text, readable
-from mezzotint.sampling.pieces import Pieces, _encode_inside, _space_pending, _without_pending_space, join, pieces
 
 GAP = re.compile(r"(\\*)(_{4,}|\[MASK(?:\*([0-9]+))?\])")
 NOMINAL = 4  # masks that stand for a gap of unknown length while another one is filled
@@ -102,23 +102,23 @@ class Edges:
 
 
 @functools.lru_cache(maxsize=1024)
-def _allowed(table: Pieces, edges: Edges, first: bool, last: bool) -> Tensor | None:
+def _allowed(tokenizer: Tokenizer, edges: Edges, first: bool, last: bool) -> Tensor | None:
     """Ids that may stand at an end of a gap, bool [V]; None where any text may, or where no id could."""
     blank = edges.space_before or edges.open_before
     if not (first and (edges.left or blank)) and not (last and (edges.right or edges.space_after)):
         return None
-    able = table.where(lambda text: edges.allow(text, first, last))
+    able = tokenizer.where(lambda text: edges.allow(text, first, last))
     if not able.any():
         return None  # the tokenizer has no pieces with spaces: then the plain text is put there
     if not (first and (edges.left or edges.space_before)) and not (last and edges.right):
         # All that may not stand here is a space, which a byte of a longer character is not.
-        able = able | table.is_byte & torch.tensor([raw != b" " for raw in table.raw])
+        able = able | tokenizer.is_byte & torch.tensor([raw != b" " for raw in tokenizer.raw])
     return able
 
 
-def edge_limits(table: Pieces, edges: Edges, count: int) -> dict[int, Tensor]:
+def edge_limits(tokenizer: Tokenizer, edges: Edges, count: int) -> dict[int, Tensor]:
     """Place -> the ids (bool [V]) that may stand there, for a gap of `count` tokens; places without limits left out."""
-    found = {p: _allowed(table, edges, p == 0, p == count - 1) for p in {0, count - 1}}
+    found = {p: _allowed(tokenizer, edges, p == 0, p == count - 1) for p in {0, count - 1}}
     return {place: able for place, able in found.items() if able is not None}
 
 
@@ -139,7 +139,7 @@ class Draft:
     """
 
     def __init__(self, model: Model, text: str) -> None:
-        self.tokenizer, self.table = model.tokenizer, pieces(model.tokenizer)
+        self.tokenizer = model.tokenizer
         self.mask_id, self.window = model.config.mask_id, model.config.sequence_length
         self.texts, counts = parse_gaps(text)
         for count in counts:
@@ -149,7 +149,7 @@ class Draft:
                     "ask for fewer"
                 )
         self.ids = [
-            self.encode(_without_pending_space(self.tokenizer, t) if i < len(counts) else t, i > 0)
+            self.encode(self.tokenizer.without_pending_space(t) if i < len(counts) else t, i > 0)
             for i, t in enumerate(self.texts)
         ]
         self.gaps = [
@@ -159,17 +159,17 @@ class Draft:
     def _edges(self, i: int) -> Edges:
         before, after = self.texts[i], self.texts[i + 1]
         space_after = bool(after) and (
-            after[0].isspace() or join(self.table, _encode_inside(self.tokenizer, after[:64])).startswith(" ")
+            after[0].isspace() or self.tokenizer.text_of(self.tokenizer.encode_continuation(after[:64])).startswith(" ")
         )
         return Edges(
-            space_before=_space_pending(self.tokenizer, before[-64:]),
+            space_before=self.tokenizer.space_pending(before[-64:]),
             open_before=i == 0 and not before,
             space_after=space_after,
         )
 
     def encode(self, text: str, inside: bool) -> list[int]:
         """Ids of fixed text, `inside` the whole text or at its start."""
-        return _encode_inside(self.tokenizer, text) if inside else self.tokenizer.encode(text)
+        return self.tokenizer.encode_continuation(text) if inside else self.tokenizer.encode(text)
 
     def left_of(self, i: int, most: int, filled: Sequence[Sequence[int]] = ()) -> list[int]:
         """The last `most` ids before gap i, BOS where the text begins. filled: other ids for the last gaps before it."""
@@ -211,12 +211,12 @@ class Draft:
 
     def text_of(self, i: int, ids: Sequence[int]) -> str:
         """What these ids, in gap i, put between the fixed texts."""
-        return self.gaps[i].edges.strip(join(self.table, ids))
+        return self.gaps[i].edges.strip(self.tokenizer.text_of(ids))
 
     def spans(self, i: int, ids: Sequence[int], confidence: Sequence[float]) -> list[Span]:
         """Ids in gap i one by one, without what they repeat of the fixed text."""
         spans, at = [], 0
-        for text, sure, count in readable(self.table, ids, confidence):
+        for text, sure, count in readable(self.tokenizer, ids, confidence):
             text = self.gaps[i].edges.strip(text, first=at == 0, last=at + count == len(ids))
             spans.append(Span(text, sure))
             at += count

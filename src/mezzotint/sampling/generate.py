@@ -21,7 +21,6 @@ from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Model
 from mezzotint.sampling.denoise import Denoised, OnStep, denoise
-from mezzotint.sampling.pieces import Pieces, _space_pending, _without_pending_space, broken_bytes, join, pieces
 
 
 def resample_invalid_utf8(
@@ -31,12 +30,12 @@ def resample_invalid_utf8(
 
     drawn: bool [B, T], positions that were not given.
     """
-    table = pieces(model.tokenizer)
-    if not table.is_byte.any():
+    tokenizer = model.tokenizer
+    if not tokenizer.is_byte.any():
         return result
     wanted = torch.zeros_like(drawn)
     for b, row in enumerate(result.ids.tolist()):
-        wanted[b, broken_bytes(table, row)] = True
+        wanted[b, tokenizer.invalid_utf8(row)] = True
     wanted &= drawn
     if not wanted.any():
         return result
@@ -45,7 +44,7 @@ def resample_invalid_utf8(
         result.ids.masked_fill(wanted, model.config.mask_id),
         seed=seed + 1,
         wanted=wanted,
-        allowed=allowed & ~table.is_byte,
+        allowed=allowed & ~tokenizer.is_byte,
         first_row=first_row,
         **settings,
     )
@@ -124,10 +123,10 @@ def sample(
     if length is not None and length < 1:
         raise ConfigError(f"a text needs at least 1 token, not {length}")
     window, mask_id, bos = model.config.sequence_length, model.config.mask_id, model.tokenizer.bos_id
-    lead = [bos, *model.tokenizer.encode(_without_pending_space(model.tokenizer, prompt))]
+    lead = [bos, *model.tokenizer.encode(model.tokenizer.without_pending_space(prompt))]
     length = max(1, window // 2, window - len(lead)) if length is None else length
-    table = pieces(model.tokenizer)
-    allowed = table.is_text.clone()
+    tokenizer = model.tokenizer
+    allowed = tokenizer.is_text.clone()
     allowed[bos] = True
     canvas = torch.full((n, len(lead) + length), mask_id, dtype=torch.int64)
     canvas[:, : len(lead)] = torch.tensor(lead)
@@ -150,7 +149,7 @@ def sample(
         )  # fmt: skip
         passes += result.forward_passes
         result = resample_invalid_utf8(
-            model, result, wanted, round_seed, allowed & table.is_text, 0, attention=attention, **settings
+            model, result, wanted, round_seed, allowed & tokenizer.is_text, 0, attention=attention, **settings
         )
         canvas[:, start:stop] = result.ids
         confidence[:, start:stop] = result.confidence
@@ -164,13 +163,13 @@ def sample(
         texts.append(model.tokenizer.decode(lead[1:] + body))
     if prompt:
         # The prompt itself comes back as it was given, not as the tokenizer normalises it.
-        texts = [prompt + _attach(model.tokenizer, prompt, join(table, body)) for body in tokens]
+        texts = [prompt + _attach(model.tokenizer, prompt, tokenizer.text_of(body)) for body in tokens]
     return Samples(texts, tokens, ended.tolist(), passes, time.perf_counter() - started, seed)
 
 
 def _attach(tokenizer: Tokenizer, before: str, after: str) -> str:
     """`after` without the space that the end of `before` already is."""
-    return after[1:] if after.startswith(" ") and _space_pending(tokenizer, before) else after
+    return after[1:] if after.startswith(" ") and tokenizer.space_pending(before) else after
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class Span:
     confidence: float | None
 
 
-def readable(table: Pieces, ids: Sequence[int], confidence: Sequence[float]) -> list[tuple[str, float, int]]:
+def readable(tokenizer: Tokenizer, ids: Sequence[int], confidence: Sequence[float]) -> list[tuple[str, float, int]]:
     """(text, confidence, how many ids) of ids for a person to see; a mask is ("", 0.0, 1).
 
     Ids of single bytes that together are a character are shown together, with the product of their confidences.
@@ -190,15 +189,15 @@ def readable(table: Pieces, ids: Sequence[int], confidence: Sequence[float]) -> 
     at = 0
     while at < len(ids):
         i, n = ids[at], 1
-        if i >= len(table.raw):
+        if i >= tokenizer.vocab_size:
             found.append(("", 0.0, 1))
         else:
-            if table.is_byte[i]:
-                lead = table.raw[i][0]
+            if tokenizer.is_byte[i]:
+                lead = tokenizer.raw[i][0]
                 n = 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
-                if broken_bytes(table, ids[at : at + n]):
+                if tokenizer.invalid_utf8(ids[at : at + n]):
                     n = 1
-            found.append((join(table, ids[at : at + n]), math.prod(map(float, confidence[at : at + n])), n))
+            found.append((tokenizer.text_of(ids[at : at + n]), math.prod(map(float, confidence[at : at + n])), n))
         at += n
     return found
 
@@ -208,7 +207,7 @@ def canvas_spans(tokenizer: Tokenizer, ids: Sequence[int], confidence: Sequence[
     ids = list(ids)
     if tokenizer.bos_id in ids[1:]:
         ids = ids[: ids.index(tokenizer.bos_id, 1)]
-    shown = readable(pieces(tokenizer), ids, confidence)
+    shown = readable(tokenizer, ids, confidence)
     return [Span(text, sure if sure < 1 else None) for text, sure, _ in shown if text or sure == 0]
 
 

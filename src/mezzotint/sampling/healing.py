@@ -21,7 +21,6 @@ from torch import Tensor
 
 from mezzotint.model import TOKENS_PER_FORWARD, Model
 from mezzotint.sampling.draft import NOMINAL, Draft
-from mezzotint.sampling.pieces import _encode_inside, join
 
 LONGEST_OVERLAP = 12  # characters of a broken word that a token across a gap's edge may take in
 MOST_TOKENS = 16  # at an edge that may be encoded anew
@@ -63,28 +62,28 @@ def heal(model: Model, draft: Draft, i: int) -> int:
 
 def _cuts(draft: Draft, ids: list[int], i: int, *, left: bool) -> tuple[int, list[Cut]]:
     """How many ids away from the edge stay in any case, and the ways to cut the others; the first one cuts nothing."""
-    table, near = draft.table, 0
-    if not ids or not all(table.text[t] for t in (ids[-MOST_TOKENS:] if left else ids[:MOST_TOKENS])):
+    tokenizer, near = draft.tokenizer, 0
+    if not ids or not all(tokenizer.piece_texts[t] for t in (ids[-MOST_TOKENS:] if left else ids[:MOST_TOKENS])):
         return len(ids), []
     # Back to the start of the word (on to its end), or as many characters as a token may take in.
     while near < min(len(ids), MOST_TOKENS):
-        token = table.text[ids[len(ids) - 1 - near] if left else ids[near]]
+        token = tokenizer.piece_texts[ids[len(ids) - 1 - near] if left else ids[near]]
         if not left and token.startswith(" "):
             break
         near += 1
         if left and token.startswith(" "):
             break
-        if len(join(table, ids[len(ids) - near :] if left else ids[:near])) > 2 * LONGEST_OVERLAP:
+        if len(tokenizer.text_of(ids[len(ids) - near :] if left else ids[:near])) > 2 * LONGEST_OVERLAP:
             break
     edge = ids[len(ids) - near :] if left else ids[:near]
-    text = join(table, edge)
+    text = tokenizer.text_of(edge)
     cuts = [Cut("", edge)]
-    if _encode_inside(draft.tokenizer, text) != edge:
+    if draft.tokenizer.encode_continuation(text) != edge:
         return len(ids) - near, cuts  # encoded in another way than by itself: not to be cut
     for size in range(1, min(len(text), LONGEST_OVERLAP) + 1):
         rest, overlap = (text[:-size], text[-size:]) if left else (text[size:], text[:size])
-        encoded = _encode_inside(draft.tokenizer, rest)
-        if " " not in overlap.removeprefix(" ") and join(table, encoded) == rest:
+        encoded = draft.tokenizer.encode_continuation(rest)
+        if " " not in overlap.removeprefix(" ") and tokenizer.text_of(encoded) == rest:
             cuts.append(Cut(overlap, encoded))
     return len(ids) - near, cuts
 
@@ -115,7 +114,7 @@ def _most_probable(
         if isinstance(what, int):
             score[n] += log_p[row, what]
         else:
-            score[n] += log_p[row].masked_fill(~draft.table.where(what), -math.inf).logsumexp(0)
+            score[n] += log_p[row].masked_fill(~draft.tokenizer.where(what), -math.inf).logsumexp(0)
     return cuts[int(score.argmax())], passes
 
 

@@ -99,7 +99,7 @@ def _lengths(filling: _Filling, i: int) -> list[int]:
     if gap.count is not None:
         return [gap.count]
     # One token alone may have to be a space, a word and a word's rest, which few tokens are.
-    least = 2 if gap.edges.narrow and not edge_limits(filling.draft.table, gap.edges, 1) else 1
+    least = 2 if gap.edges.narrow and not edge_limits(filling.draft.tokenizer, gap.edges, 1) else 1
     # A gap that took most of the window would leave no context to judge it by.
     fitting = [n for n in filling.lengths if least <= n <= max(2, window // 4)]
     return fitting or [min(max(least, min(filling.lengths)), window - 1)]

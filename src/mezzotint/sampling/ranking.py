@@ -15,7 +15,6 @@ from torch import Tensor
 from mezzotint.model import TOKENS_PER_FORWARD, Model
 from mezzotint.objective import token_nll
 from mezzotint.sampling.draft import Draft
-from mezzotint.sampling.pieces import _encode_inside, join
 
 CONTEXT = 96  # tokens before the gap
 HORIZON = 32  # tokens behind the gap that are weighed: what follows further on hardly differs between candidates
@@ -93,16 +92,16 @@ def with_candidate(draft: Draft, left: list[int], ids: list[int], right: list[in
 
     A candidate's own ids may spell the text in a way that the tokenizer never does, which no model finds likely.
     """
-    table = draft.table
+    tokenizer = draft.tokenizer
 
     def spaced(t: int) -> bool:
-        return t < len(table.text) and table.text[t].startswith(" ")
+        return t < tokenizer.vocab_size and tokenizer.piece_texts[t].startswith(" ")
 
     near = next((k for k in range(1, min(MOST_TOKENS, len(left)) + 1) if spaced(left[-k])), 0)
     far = next((k for k in range(min(MOST_TOKENS, len(right))) if spaced(right[k])), 0)
     word = [*left[len(left) - near :], *ids, *right[:far]]
-    text = join(table, word)
-    encoded = _encode_inside(draft.tokenizer, text)
-    if join(table, encoded) == text and draft.mask_id not in word:
+    text = tokenizer.text_of(word)
+    encoded = draft.tokenizer.encode_continuation(text)
+    if tokenizer.text_of(encoded) == text and draft.mask_id not in word:
         word = encoded
     return left[: len(left) - near], word + right[far:]

@@ -134,9 +134,9 @@ def load_run(run: Path) -> Model:
     described = read_run(run)
     folder, state = newest_checkpoint(run, lambda line: print(line, file=sys.stderr))
     try:
-        tokenizer = Tokenizer.load(run / "tokenizer.model")
+        tokenizer = Tokenizer.load(run)
     except (OSError, DataError) as error:
-        raise CheckpointError(f"{run / 'tokenizer.model'} cannot be read: {error}") from error
+        raise CheckpointError(f"the run's tokenizer cannot be read: {error}") from error
     network = Denoiser(described["model"])
     try:
         network.load_state_dict(load_file(folder / AVERAGE))

@@ -168,7 +168,7 @@ def _train(
         for left in (out / "checkpoints").glob(".step_*"):  # of a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
         atomic_write(out / "config.json", json.dumps(described, indent=1))
-        atomic_write(out / "tokenizer.model", tokenizer.serialized)
+        atomic_write(out / tokenizer.file_name, tokenizer.serialized)
     log = _Log(out, first, trainer.step)
     board = _tensorboard(out) if config.tensorboard and first else None
     length = model.sequence_length
