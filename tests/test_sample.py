@@ -665,7 +665,7 @@ def test_fixed_text_comes_back_byte_for_byte(make, pieces_of_text, gap, form, se
     fixed = [unicodedata.normalize(form, t) if form else t for t in pieces_of_text]
     text = "".join(itertools.chain(*zip(fixed, gap, strict=False))) if len(fixed) <= 3 else gap[0].join(fixed)
     fixed, counts = parse_gaps(text)
-    filled = infill(random_model(make), text, seed, lengths=(1, 3))
+    filled = infill(random_model(make), text, seed, lengths=(1, 3), candidates=4)
     output = filled.text
     assert re.fullmatch("(.*)".join(map(re.escape, fixed)), output, re.DOTALL)
     # No gap of unknown length is filled with nothing.

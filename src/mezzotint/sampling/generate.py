@@ -16,11 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.config import REVEAL_OPTIONS
+from mezzotint import seeding
+from mezzotint.config import REVEAL_OPTIONS, SamplingConfig
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Model
+from mezzotint.sampling import speculate as speculation
 from mezzotint.sampling.denoise import Denoised, OnStep, denoise
+
+# Next tokens at 1 are judged worse than text, at 0.8 as well but poorer in words (LOG.md, benchmarks/sampling.py).
+NEXT_TOKEN_TEMPERATURE = 0.9
 
 
 def resample_invalid_utf8(
@@ -95,6 +100,7 @@ def sample(
     seed: int = 0,
     on_step: OnStep | None = None,
     attention: str | None = None,
+    speculate: int = 0,
     **settings: Any,
 ) -> Samples:
     """Draw `n` texts of `length` tokens, or less where a text ends by itself.
@@ -106,13 +112,16 @@ def sample(
     how to reveal masks, a model that learnt next tokens draws one after another, at a temperature of 0.9 if none is given,
     and keeps keys and values; one trained in blocks is sampled by `blocks`. `order_noise` is 4 unless given. Raises
     MezzotintError for a bad number, length or prompt.
+    speculate: draw next tokens, so many drafted at a time by the masked mode and verified by the causal one: the same
+    distribution, by fewer passes (see `speculate`). For models that learnt next tokens, within one window.
     """
     started = time.perf_counter()
+    if speculate:
+        return _by_speculation(model, n, length, prompt, seed, speculate, settings)
     if model.block_size:
         settings.setdefault("sampler", "blocks")
     elif model.trained_causally and attention is None and not REVEAL_OPTIONS & settings.keys():
-        # Next tokens at 1 are judged worse than text, at 0.8 as well but poorer in words (LOG.md, benchmarks/sampling.py).
-        settings = {"temperature": 0.9, **settings, "sampler": "blocks", "block": 1}
+        settings = {"temperature": NEXT_TOKEN_TEMPERATURE, **settings, "sampler": "blocks", "block": 1}
         attention = "causal"
     if settings.get("sampler", "confidence") in ("confidence", "margin"):
         # The surest first, on a canvas of nothing but masks, says the same again and again; noise on the order cures it.
@@ -165,6 +174,42 @@ def sample(
         # The prompt itself comes back as it was given, not as the tokenizer normalises it.
         texts = [prompt + _attach(model.tokenizer, prompt, tokenizer.text_of(body)) for body in tokens]
     return Samples(texts, tokens, ended.tolist(), passes, time.perf_counter() - started, seed)
+
+
+def _by_speculation(
+    model: Model, n: int, length: int | None, prompt: str, seed: int, drafted: int, settings: dict[str, Any]
+) -> Samples:
+    """`sample` by `speculate`, text after text."""
+    started = time.perf_counter()
+    config = SamplingConfig(**{"temperature": NEXT_TOKEN_TEMPERATURE, **settings})
+    if not model.trained_causally:
+        raise ConfigError("speculate needs a model that learnt next tokens too (causal_share above 0)")
+    if wrong := (REVEAL_OPTIONS | {"no_repeat"}) & settings.keys():
+        raise ConfigError(f"speculate draws next tokens: {', '.join(sorted(wrong))} cannot be given with it")
+    check_text(prompt)
+    tokenizer, window = model.tokenizer, model.config.sequence_length
+    prefix = [tokenizer.bos_id, *tokenizer.encode(_without_pending_space(tokenizer, prompt))]
+    length = max(1, window // 2, window - len(prefix)) if length is None else length
+    if n < 1 or length < 1 or drafted < 1 or len(prefix) + length > window:
+        raise ConfigError(
+            f"speculate draws 1 text or more, of 1 token or more, within the window of {window:,} tokens: not {n:,} "
+            f"of {length:,} behind {len(prefix):,}"
+        )
+    table = pieces(tokenizer)
+    allowed = table.is_text & ~table.is_byte
+    allowed[tokenizer.bos_id] = True
+    texts, tokens, ended, passes = [], [], [], 0
+    for row in range(n):
+        found = speculation.speculate(
+            model, prefix, length, drafted, config=config, generator=seeding.generator(seed, row), allowed=allowed,
+            stop_id=tokenizer.bos_id,
+        )  # fmt: skip
+        passes += found.drafts + found.checks
+        ended.append(tokenizer.bos_id in found.tokens)
+        tokens.append([t for t in found.tokens if t != tokenizer.bos_id])
+        after = join(table, tokens[-1])
+        texts.append(prompt + _attach(tokenizer, prompt, after) if prompt else tokenizer.decode(tokens[-1]))
+    return Samples(texts, tokens, ended, passes, time.perf_counter() - started, seed)
 
 
 def _attach(tokenizer: Tokenizer, before: str, after: str) -> str:

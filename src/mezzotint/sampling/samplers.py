@@ -33,13 +33,27 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits / temperature, dim=-1)
     if top_p < 1:
-        ordered, index = probabilities.sort(dim=-1, descending=True)
-        # A token stays if those before it do not hold top_p yet, so at least one does (Holtzman et al. 2020).
-        kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
-        return index.gather(-1, _invert_cdf(kept, uniform)[:, None])[:, 0]
-    return _invert_cdf(probabilities, uniform)
+        ordered, index = _nucleus(logits, temperature, top_p)
+        return index.gather(-1, _invert_cdf(ordered, uniform)[:, None])[:, 0]
+    return _invert_cdf(torch.softmax(logits / temperature, dim=-1), uniform)
+
+
+def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """What `sample_tokens` draws from, float64 [n, V]."""
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+    if top_p < 1:
+        ordered, index = _nucleus(logits, temperature, top_p)
+        return torch.zeros_like(ordered).scatter_(-1, index, ordered / ordered.sum(-1, keepdim=True))
+    return torch.softmax(logits / temperature, dim=-1)
+
+
+def _nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Probabilities [n, V] in falling order, 0 outside the nucleus, and the token of each (Holtzman et al. 2020)."""
+    ordered, index = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    # A token stays if those before it do not hold top_p yet, so at least one does.
+    return torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0), index
 
 
 def _invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:

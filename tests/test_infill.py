@@ -1,0 +1,188 @@
+"""Filling gaps: candidates ranked by exact code lengths, constraints, escapes, and work bounded by the input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from test_sample import TEXT, Recall, challenge_tokenizer, own_tokenizer, random_model
+from toy import TableModel
+
+from mezzotint.errors import ConfigError, MezzotintError
+from mezzotint.sampling import candidates, healing, ranking
+from mezzotint.sampling.constraints import Constraint
+from mezzotint.sampling.draft import Draft, parse_gaps
+from mezzotint.sampling.healing import heal
+from mezzotint.sampling.infill import infill
+
+
+class Counted(Recall):
+    """Counts what goes through the network, and answers at once."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.rows_seen = self.tokens_seen = self.most = 0
+
+    def logits(self, ids, *, block_size=0, positions=None):
+        self.rows_seen += ids.shape[0]
+        self.tokens_seen += ids.numel()
+        self.most = max(self.most, ids.numel())
+        return torch.zeros(int(positions.sum()), self.config.vocab_size)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_code_lengths_are_exact(causal):
+    """Against the chain rule position by position, and they sum to one over all continuations."""
+    model = type("Trained", (TableModel,), {"trained_causally": causal})(vocab_size=3, length=4)
+    texts = [([0, 1], list(b)) for b in itertools.product(range(3), repeat=2)]
+    nats, _ = ranking.code_lengths(model, texts)
+    assert sum(math.exp(-x) for x in nats) == pytest.approx(1)
+    for (a, b), found in zip(texts, nats, strict=True):
+        expected = 0.0
+        for j in range(2):
+            known = [*a, *b[:j]]
+            canvas = known + [3] * (4 - len(known))
+            if causal:
+                canvas = [3, *known] + [3] * (3 - len(known))
+                row = model.logits(torch.tensor([canvas]), block_size=1)[0, len(known)]
+            else:
+                row = model.logits(torch.tensor([canvas]))[0, len(known)]
+            expected -= float(row.log_softmax(-1)[b[j]])
+        assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("make", [own_tokenizer, challenge_tokenizer])
+def test_alternatives_are_ranked_and_share_one(make):
+    model = Recall(make(), ["London is the capital of England.", "Paris is the capital of France."])
+    filled = infill(model, "London is the ____ of England.", n=6)
+    (gap,) = filled.gaps
+    assert filled.text == "London is the capital of England."
+    assert gap.text == gap.alternatives[0].text == "capital" and len(gap.alternatives) == 6
+    assert [a.bits for a in gap.alternatives] == sorted(a.bits for a in gap.alternatives)
+    assert len({a.text for a in gap.alternatives}) == 6
+    assert gap.alternatives[0].probability > 0.9 and sum(a.probability for a in gap.alternatives) <= 1 + 1e-9
+    assert set(filled.to_dict()["gaps"][0]["alternatives"][0]) == {"text", "bits", "probability"}
+
+
+def test_gaps_beside_each_other_are_chosen_together():
+    """Each first word fits; only with the second gap's text is one of them right."""
+    texts = ["The old man saw a red ship."] * 2 + ["The old cat saw a red ship.", "The old cat saw a blue tree."] * 3
+    model = Recall(own_tokenizer(), texts)
+    filled = infill(model, "The old ____ saw a ____ tree.", n=3)
+    assert filled.text == "The old cat saw a blue tree."
+    model = Recall(own_tokenizer(), [TEXT.replace("\n", " ")], window=48)
+    text = (
+        "The old man opened the ____ and said that he would ____ go to London again, because the weather was ____ and"
+    )
+    filled = infill(model, text)
+    assert [g.text for g in filled.gaps] == ["door", "not", "bad"]
+
+
+def test_constraints_hold():
+    model = random_model()
+    text = "Lon____ and a ____ of it____"
+    filled = infill(model, text, whole_words=True, max_words=2, lengths=(1, 2, 3))
+    before, after = parse_gaps(text)[0][:-1], parse_gaps(text)[0][1:]
+    for gap, left, right in zip(filled.gaps, before, after, strict=True):
+        assert 1 <= len(re.findall(r"\w+", gap.text)) <= 2
+        assert not (left[-1:].isalnum() and gap.text[0].isalnum()) and not (
+            right[:1].isalnum() and gap.text[-1].isalnum()
+        )
+    known = Recall(own_tokenizer(), ["London is the capital of England.", "Paris is the capital of France."])
+    assert infill(known, "London is the ____ of England.").gaps[0].text == "capital"
+    assert infill(known, "London is the ____ of England.", avoid="Capital").gaps[0].text != "capital"
+    filled = infill(known, "London is the ____ of England.", regex="c[a-z ]+")
+    assert filled.gaps[0].text == "capital"
+    filled = infill(known, "London is the ____ of England.", regex="[aeo]{3}", n=4)
+    assert all(re.fullmatch("[aeo]{3}", a.text) for a in filled.gaps[0].alternatives)
+    for bad, words in (
+        (dict(regex="("), "regular expression"),
+        (dict(max_words=0), "max_words"),
+        (dict(avoid=["two words"]), "single words"),
+        (dict(n=0), "n must be"),
+        (dict(candidates=-1), "candidates must be"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            infill(model, "a ____ b", **bad)
+        assert "\n" not in str(error.value)
+    with pytest.raises(MezzotintError, match="loosen"):
+        infill(model, "a ____ b", regex="[\u4e00-\u9fff]{40}")
+
+
+def test_constraints_tell_beginnings_from_texts():
+    avoid = Constraint.of(avoid=["man"])
+    assert not avoid.allows("a man", "", "", complete=True) and not avoid.allows("man of", "", "", complete=False)
+    assert avoid.allows("a man", "", "", complete=False)  # it may become "a manor"
+    digits = Constraint.of(regex=r"\d{4}")
+    assert digits.allows("18", "", "", complete=False) and not digits.allows("18", "", "", complete=True)
+    assert not digits.allows("1a", "", "", complete=False) and digits.allows("1815", "", "", complete=True)
+    whole = Constraint.of(whole_words=True)
+    assert not whole.allows("don", "Lon", " is", complete=False) and not whole.allows("a", " ", "b", complete=True)
+
+
+def test_escaped_gaps_are_text():
+    assert parse_gaps(r"a \____ b") == (["a ____ b"], [])
+    assert parse_gaps(r"\[MASK*3]\[MASK] ____") == (["[MASK*3][MASK] ", ""], [None])
+    assert parse_gaps("\\\\____\\x") == (["\\", "\\x"], [None])
+    assert parse_gaps("\\\\\\____") == (["\\____"], [])
+    assert infill(random_model(), r"a \____ b").text == "a ____ b"
+
+
+@pytest.mark.parametrize("make", [own_tokenizer, challenge_tokenizer])
+@pytest.mark.parametrize("word", ["a" * 1000, "qz" * 2000, "\u6771\u4eac\u90fd" * 300])
+def test_healing_looks_at_the_last_few_tokens_only(make, word, monkeypatch):
+    monkeypatch.setattr(healing, "TOKENS_PER_FORWARD", 512)
+    for text in (f"x {word}____ b", f"a ____{word} b"):
+        seen = []
+        for size in (len(word), 50):
+            model = Counted(make(), ["x"], window=48)
+            draft = Draft(model, text.replace(word, word[:size]))
+            heal(model, draft, 0)
+            seen.append(model.tokens_seen)
+            assert model.most <= 512
+        assert seen[0] <= 1.5 * seen[1] + 100
+
+
+def test_work_is_linear_in_the_gaps():
+    """Twice the gaps in twice the text: about twice the rows and tokens, and the text looked at is as near."""
+    counted = []
+    for gaps in (10, 20, 40):
+        model = Counted(own_tokenizer(), ["x"], window=48)
+        told = []
+        text = "The old ____ opened the door and said that he would not go to London again. " * gaps
+        filled = infill(model, text, candidates=8, lengths=(1, 2), progress=lambda i, n, told=told: told.append((i, n)))
+        assert "____" not in filled.text and told == [(i + 1, gaps) for i in range(gaps)]
+        counted.append((model.rows_seen, model.tokens_seen))
+    for small, large in itertools.pairwise(counted):
+        assert 1.8 < large[0] / small[0] < 2.2 and 1.8 < large[1] / small[1] < 2.2
+
+
+def test_proposals_differ_and_a_beam_finds_the_likeliest():
+    """Width as large as the vocabulary: the best fill of two tokens by the chain rule, by enumeration."""
+    model = random_model()
+    draft = Draft(model, "a [MASK*2] b")
+    search = candidates.Search(model, draft, 0, "full", Constraint(), None)
+    found = candidates.beam(search, [2], draft.tokenizer.vocab_size, 0)
+    texts = [tuple(c.ids) for c in found]
+    assert len(set(texts)) == len(texts)
+    scores = [sum(map(math.log, c.confidence)) for c in found]
+    assert scores == sorted(scores, reverse=True)
+    # The first token's probability does not depend on the second, so the chain rule over all pairs is two passes.
+    canvas, at = search.canvas([[draft.mask_id] * 2])
+    where = torch.zeros(canvas.shape, dtype=torch.bool)
+    where[:, at] = True
+    first, _ = healing.log_probabilities(model, canvas, where)
+    best = {}
+    for token in first[0].topk(60).indices.tolist():
+        rows, _ = search.canvas([[token, draft.mask_id]])
+        where = torch.zeros(rows.shape, dtype=torch.bool)
+        where[:, at + 1] = True
+        second, _ = healing.log_probabilities(model, rows, where)
+        able = draft.table.is_text & ~draft.table.is_byte
+        best[token] = float(first[0, token] + second[0].masked_fill(~able, -torch.inf).max())
+    for ids, score in zip(texts[:5], scores[:5], strict=True):
+        if ids[0] in best:
+            assert score <= best[ids[0]] + 1e-6
