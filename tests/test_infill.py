@@ -181,7 +181,7 @@ def test_proposals_differ_and_a_beam_finds_the_likeliest():
         where = torch.zeros(rows.shape, dtype=torch.bool)
         where[:, at + 1] = True
         second, _ = healing.log_probabilities(model, rows, where)
-        able = draft.table.is_text & ~draft.table.is_byte
+        able = draft.tokenizer.is_text & ~draft.tokenizer.is_byte
         best[token] = float(first[0, token] + second[0].masked_fill(~able, -torch.inf).max())
     for ids, score in zip(texts[:5], scores[:5], strict=True):
         if ids[0] in best:

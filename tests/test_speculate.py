@@ -13,7 +13,6 @@ from mezzotint.config import SamplingConfig
 from mezzotint.errors import ConfigError
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.generate import sample
-from mezzotint.sampling.pieces import text_tokens
 from mezzotint.sampling.samplers import probabilities
 from mezzotint.sampling.speculate import accept, speculate
 
@@ -62,7 +61,7 @@ def test_texts_of_a_network_are_distributed_as_its_next_tokens(drafted):
 
 def test_greedy_speculation_is_greedy_next_tokens():
     model = block_model(1)
-    allowed = text_tokens(model.tokenizer)
+    allowed = model.tokenizer.is_text
     canvas = torch.full((1, 22), model.config.mask_id)
     canvas[0, :2] = torch.tensor([1, 20])
     plain = denoise(model, canvas, sampler="blocks", attention="causal", temperature=0.0, allowed=allowed).ids[0, 2:]

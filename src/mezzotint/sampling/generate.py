@@ -188,15 +188,14 @@ def _by_speculation(
         raise ConfigError(f"speculate draws next tokens: {', '.join(sorted(wrong))} cannot be given with it")
     check_text(prompt)
     tokenizer, window = model.tokenizer, model.config.sequence_length
-    prefix = [tokenizer.bos_id, *tokenizer.encode(_without_pending_space(tokenizer, prompt))]
+    prefix = [tokenizer.bos_id, *tokenizer.encode(tokenizer.without_pending_space(prompt))]
     length = max(1, window // 2, window - len(prefix)) if length is None else length
     if n < 1 or length < 1 or drafted < 1 or len(prefix) + length > window:
         raise ConfigError(
             f"speculate draws 1 text or more, of 1 token or more, within the window of {window:,} tokens: not {n:,} "
             f"of {length:,} behind {len(prefix):,}"
         )
-    table = pieces(tokenizer)
-    allowed = table.is_text & ~table.is_byte
+    allowed = tokenizer.is_text & ~tokenizer.is_byte
     allowed[tokenizer.bos_id] = True
     texts, tokens, ended, passes = [], [], [], 0
     for row in range(n):
@@ -207,7 +206,7 @@ def _by_speculation(
         passes += found.drafts + found.checks
         ended.append(tokenizer.bos_id in found.tokens)
         tokens.append([t for t in found.tokens if t != tokenizer.bos_id])
-        after = join(table, tokens[-1])
+        after = tokenizer.text_of(tokens[-1])
         texts.append(prompt + _attach(tokenizer, prompt, after) if prompt else tokenizer.decode(tokens[-1]))
     return Samples(texts, tokens, ended, passes, time.perf_counter() - started, seed)
 
