@@ -10,7 +10,8 @@ too, draws a token a pass but keeps keys and values, so that a pass costs a frac
 infill: spans removed from held-out text, filled by the model (which sees both sides; the surest token first, or from
 left to right) and by an autoregressive model going on from the left, which does not see the suffix. That one should
 be another than the judge, of the same shape and minutes as the model: who judges its own words finds them likely. What
-is judged is the span and the 32 ids after it. Also single words, by exact match.
+is judged is the span and the 32 ids after it. Also single words of --texts, by exact match, and the sentences of
+sentences.txt; these need no judge.
 latency: loading, and one gap in a sentence.
 
 Every finished point is a line of FOLDER/points.jsonl and is not computed again; a frontier may be drawn in several calls.
@@ -34,11 +35,10 @@ from torch import Tensor
 from mezzotint import seeding
 from mezzotint.data.dataset import Dataset
 from mezzotint.model import Model
-from mezzotint.packing.artifact import open_artifact
+from mezzotint.pretrained import load
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.infill import infill
 from mezzotint.sampling.samplers import sample_tokens
-from mezzotint.training.checkpoint import load_run
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ancestral": {"sampler": "ancestral"},
@@ -53,10 +53,6 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 BUDGETS = (0.1, 0.3, 1.0, 3.0, 8.0)  # of `entropy`, whose passes follow from the budget
 SPANS = (1, 2, 4, 8, 16, 32)
 AFTER = 32
-
-
-def load(path: Path) -> Model:
-    return load_run(path) if path.is_dir() else open_artifact(path)
 
 
 @torch.inference_mode()
@@ -246,35 +242,54 @@ def infilling(
 
         against = f" against {options.continuer.name}" if options.continuer else ""
         points.append(book.get(f"infill {span} T={options.fill_temperature:g}{against}", compute))
-
-    def words() -> dict[str, Any]:
-        right = right_known = whole = 0
-        seconds = 0.0
-        # Further in than the text on which the choice of lengths was developed.
-        for row in starts(model, data, options.n_infill, 128, skip=400).tolist():
-            text = model.tokenizer.decode(row)
-            places = [m for m in re.finditer(r"(?<= )[A-Za-z]{2,}(?= )", text)]
-            if len(places) < 8:
-                continue
-            place = places[len(places) // 2]
-            whole += 1
-            before, word, after = text[: place.start()], place[0], text[place.end() :]
-            filled = infill(model, before + "____" + after, options.seed, temperature=0.0)
-            seconds += filled.seconds
-            right += filled.gaps[0].text == word
-            count = len(model.tokenizer.encode("a " + word)) - len(model.tokenizer.encode("a"))
-            known = infill(model, f"{before}[MASK*{count}]{after}", options.seed, temperature=0.0)
-            right_known += known.gaps[0].text == word
-        return {
-            "name": "words",
-            "words": whole,
-            "exact_unknown_length": right / whole,
-            "exact_known_length": right_known / whole,
-            "seconds_per_fill": seconds / whole,
-        }
-
-    points.append(book.get("words", words))
     return points
+
+
+def gaps_of_one_word(path: Path, count: int, characters: int = 640, skip: int = 1200) -> list[tuple[str, str, str]]:
+    """(text before, word, text after) from `count` texts of a Parquet file, evenly spaced: the word in the middle."""
+    import pyarrow.parquet as pq
+
+    found = []
+    for text in pq.read_table(path, columns=["text"])["text"].to_pylist():
+        if len(text) <= skip + 2 * characters:
+            continue
+        start = text.index(" ", skip) + 1
+        part = text[start : start + characters]
+        part = part[: part.rfind(" ")]
+        places = [m for m in re.finditer(r"(?<= )[A-Za-z]{2,}(?= )", part) if abs(m.start() - len(part) // 2) < 120]
+        if places:
+            place = min(places, key=lambda m: abs(m.start() - len(part) // 2))
+            found.append((part[: place.start()], place[0], part[place.end() :]))
+    return [found[i * len(found) // count] for i in range(min(count, len(found)))]
+
+
+def words(model: Model, path: Path, count: int, how: str) -> dict[str, Any]:
+    """Single words of real text taken out, length not told: how often the fill is the word, among five, of its length."""
+    options: dict[str, Any] = {"n": 5} if how == "ranked" else {"temperature": 0.0}
+    size = model.tokenizer.encode_continuation
+    rows, started, seconds = [], time.process_time(), 0.0
+    for before, word, after in gaps_of_one_word(path, count):
+        filled = infill(model, f"{before}____{after}", **options)
+        texts = [a.text for a in filled.gaps[0].alternatives]
+        seconds += filled.seconds
+        rows.append((texts[0] == word, word in texts, len(size(" " + texts[0])) == len(size(" " + word))))
+    first, five, length = np.mean(rows, axis=0).tolist()
+    return {
+        "name": "words",
+        "words": len(rows),
+        "exact": first,
+        "exact_stderr": math.sqrt(first * (1 - first) / len(rows)),
+        "among_five": five,
+        "length_right": length,
+        "seconds_a_gap": seconds / len(rows),
+        "processor_seconds_a_gap": (time.process_time() - started) / len(rows),
+    }
+
+
+def sentences(model: Model) -> dict[str, Any]:
+    """The sentences of sentences.txt, filled."""
+    lines = (Path(__file__).parent / "sentences.txt").read_text().splitlines()
+    return {"name": "sentences", "filled": [infill(model, line).text for line in lines]}
 
 
 def latency(path: Path, book: Book) -> list[dict]:
@@ -380,7 +395,7 @@ def plot(points: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="run folder or .mzt artifact")
+    parser.add_argument("model", type=Path, help="run folder, .mzt artifact or the name of a shipped model")
     parser.add_argument("--judge", type=Path, help="run folder of the autoregressive judge")
     parser.add_argument(
         "--continuer", type=Path, help="run folder of the autoregressive model that goes on from the left [the judge]"
@@ -390,6 +405,8 @@ def main() -> None:
     parser.add_argument("--parts", default="frontier,infill,latency")
     parser.add_argument("--n", type=int, default=32, help="texts per point")
     parser.add_argument("--n-infill", type=int, default=128, help="texts with a span removed")
+    parser.add_argument("--texts", type=Path, nargs="*", default=[], help="Parquet files to take single words out of")
+    parser.add_argument("--n-words", type=int, default=200, help="words taken out of each")
     parser.add_argument("--length", type=int, default=0)
     parser.add_argument("--passes", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.9, 0.8])
@@ -402,9 +419,15 @@ def main() -> None:
     parts = options.parts.split(",")
     if "latency" in parts:
         latency(options.model, book)
-    if "frontier" in parts or "infill" in parts:
+    if "infill" in parts:
+        model = load(options.model)
+        for path in options.texts:
+            for how in ("greedy", "ranked"):
+                book.get(f"words {path.name} {how}", lambda p=path, h=how: words(model, p, options.n_words, h))
+        book.get("sentences", lambda: sentences(model))
+    if "frontier" in parts or ("infill" in parts and options.judge):
         if options.judge is None or options.data is None:
-            parser.error("frontier and infill need --judge and --data")
+            parser.error("frontier, and spans judged, need --judge and --data")
         model, judge, data = load(options.model), load(options.judge), Dataset.open(options.data)
         if "frontier" in parts:
             frontier(model, judge, data, book, options)

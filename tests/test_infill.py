@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from test_sample import TEXT, Recall, challenge_tokenizer, own_tokenizer, random_model
+from test_sample import TEXT, Recall, block_model, challenge_tokenizer, own_tokenizer, random_model
 from toy import TableModel
 
 from mezzotint.errors import ConfigError, MezzotintError
@@ -33,10 +33,9 @@ class Counted(Recall):
         return torch.zeros(int(positions.sum()), self.config.vocab_size)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_code_lengths_are_exact(causal):
+def test_code_lengths_by_the_chain_are_exact():
     """Against the chain rule position by position, and they sum to one over all continuations."""
-    model = type("Trained", (TableModel,), {"trained_causally": causal})(vocab_size=3, length=4)
+    model = type("Masked", (TableModel,), {"trained_causally": False})(vocab_size=3, length=4)
     texts = [([0, 1], list(b)) for b in itertools.product(range(3), repeat=2)]
     nats, _ = ranking.code_lengths(model, texts)
     assert sum(math.exp(-x) for x in nats) == pytest.approx(1)
@@ -44,14 +43,26 @@ def test_code_lengths_are_exact(causal):
         expected = 0.0
         for j in range(2):
             known = [*a, *b[:j]]
-            canvas = known + [3] * (4 - len(known))
-            if causal:
-                canvas = [3, *known] + [3] * (3 - len(known))
-                row = model.logits(torch.tensor([canvas]), block_size=1)[0, len(known)]
-            else:
-                row = model.logits(torch.tensor([canvas]))[0, len(known)]
+            row = model.logits(torch.tensor([known + [3] * (4 - len(known))]))[0, len(known)]
             expected -= float(row.log_softmax(-1)[b[j]])
         assert found == pytest.approx(expected)
+
+
+def test_code_lengths_by_next_tokens_are_exact(monkeypatch):
+    """Against whole windows, one row at a time; contexts that differ early, late and not at all."""
+    monkeypatch.setattr(ranking, "ROWS_AT_ONCE", 2)
+    model = block_model(1)
+    for texts in (
+        [([1, 20, 21], [22]), ([1, 20, 21], [30, 31, 32]), ([1, 20, 23], [30, 31, 32])],
+        [([1, 20], [22, 5]), ([5, 20, 21, 40], [30, 31, 32])],
+        [([], [22, 5]), ([5], [30])],
+    ):
+        nats, _ = ranking.code_lengths(model, texts)
+        for (a, b), found in zip(texts, nats, strict=True):
+            shifted = torch.tensor([[model.config.mask_id, *a, *b]])[:, :-1]
+            log_p = model.logits(shifted, block_size=1)[0].double().log_softmax(-1)
+            expected = -sum(float(log_p[len(a) + j, t]) for j, t in enumerate(b))
+            assert found == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("make", [own_tokenizer, challenge_tokenizer])

@@ -507,6 +507,14 @@ class Cache:
         self.kept = [0] * rows
         self.cos, self.sin = network.rotary(length + 1, like.device, like.dtype)
 
+    def copy_row(self, other: Cache) -> None:
+        """Let every row keep what the first row of `other` keeps, which has no more positions."""
+        at = other.kept[0]
+        self.keys[:, :, :, :at] = other.keys[:, :1, :, :at]
+        self.values[:, :, :, :at] = other.values[:, :1, :, :at]
+        self.ids[:, :at] = other.ids[:1, :at]
+        self.kept = [at] * len(self.kept)
+
     @torch.inference_mode()
     def hidden(self, ids: Tensor, size: int, keep: int, rows: list[int] | None = None) -> Tensor:
         """Hidden states [R, n, W] of the n positions that follow what is kept.

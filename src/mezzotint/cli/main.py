@@ -277,11 +277,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "fill",
         "fill the gaps of a text",
-        "____ (four or more underscores) is a gap of unknown length, [MASK*8] exactly 8 tokens. All other text comes "
-        "back byte for byte.",
+        "____ (four or more underscores) is a gap of unknown length, [MASK*8] exactly 8 tokens. A backslash before one "
+        "makes it plain text. All other text comes back byte for byte. Many texts are tried for each gap, and the one "
+        "is taken with which the whole is likeliest; with an option of sampling, what is drawn.",
     )
     model_argument(sub, optional=True)
     sub.add_argument("text", metavar="TEXT", help="text with gaps; - reads standard input")
+    sub.add_argument("--n", type=_positive, default=1, metavar="N", help="answers to show for each gap, ranked [1]")
+    sub.add_argument("--candidates", type=_positive, metavar="K", help="texts to try for each gap, about [32]")
+    sub.add_argument("--words", action="store_true", help="whole words only: no gap begins or ends inside a word")
+    sub.add_argument("--max-words", type=_positive, metavar="N", help="at most so many words in a gap")
+    sub.add_argument("--regex", metavar="PATTERN", help="what a gap's text must match as a whole (extra `regex`)")
+    sub.add_argument("--avoid", action="append", default=[], metavar="WORD", help="no gap holds it; may be repeated")
+    sub.add_argument("--greedy", action="store_true", help="the surest token first, one text for each length")
     sampling(sub)
 
     sub = command("inspect", "show what is in an artifact, tensor by tensor")
@@ -819,13 +827,29 @@ def _run_fill(arguments: argparse.Namespace, progress: _Progress) -> None:
         except UnicodeDecodeError as error:
             raise DataError("standard input is not UTF-8 text") from error
     model = _load(arguments.model)
+    options = {"whole_words": arguments.words, "max_words": arguments.max_words, "regex": arguments.regex}
+    options |= {"avoid": arguments.avoid, "n": arguments.n, "candidates": arguments.candidates}
+    settings = _sampling_settings(arguments)
+    if arguments.greedy:
+        settings = {"temperature": 0.0, **settings}
     with _watching(arguments, progress) as watch:
-        on_step = watch.spans if watch else None
-        filled = infill(model, text, arguments.seed, on_step=on_step, **_sampling_settings(arguments))
+        filled = infill(
+            model,
+            text,
+            arguments.seed,
+            on_step=watch.spans if watch else None,
+            progress=None if watch else lambda done, of: progress.bar(done / of, f"gap {done:,} of {of:,}"),
+            **options,
+            **settings,
+        )
+    progress.close()
     if arguments.json:
         return _emit(arguments, filled.to_dict())
     sys.stdout.buffer.write(filled.text.encode() + (b"" if arguments.text == "-" else b"\n"))
     sys.stdout.flush()
+    for number, gap in enumerate(filled.gaps if arguments.n > 1 else [], start=1):
+        rows = [(a.text, f"{a.bits:.1f}", f"{a.probability:.1%}") for a in gap.alternatives]
+        _table(f"gap {number}", [("text", "left"), ("bits", "right"), ("probability", "right")], rows)
 
 
 def _run_inspect(arguments: argparse.Namespace, progress: _Progress) -> None:

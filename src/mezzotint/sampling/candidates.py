@@ -21,7 +21,7 @@ from mezzotint.sampling.draft import Draft, edge_limits
 from mezzotint.sampling.generate import resample_invalid_utf8
 from mezzotint.sampling.healing import log_probabilities
 
-CONTEXT = 96  # tokens to each side of the gap that proposals see
+LEFT, RIGHT = 64, 32  # tokens to each side of the gap that proposals see
 BEAM_LENGTHS = 4  # a beam of full width for gaps of so many tokens; a quarter of it for longer ones
 TRIES = 256  # tokens tried for each place of a beam until enough meet the constraint
 
@@ -52,7 +52,7 @@ class Search:
     @functools.cached_property
     def context(self) -> tuple[list[int], list[int]]:
         """Ids left and right of the gap."""
-        return self.draft.left_of(self.i, CONTEXT), self.draft.right_of(self.i, CONTEXT)
+        return self.draft.left_of(self.i, LEFT), self.draft.right_of(self.i, RIGHT)
 
     def canvas(self, middles: Sequence[list[int]]) -> tuple[Tensor, int]:
         """Rows with these ids in the gap, and where they start."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mezzotint.model import TOKENS_PER_FORWARD, Model
+from mezzotint.model import TOKENS_PER_FORWARD, Cache, Model
 from mezzotint.objective import token_nll
 from mezzotint.sampling.draft import Draft
 
@@ -20,6 +20,7 @@ CONTEXT = 96  # tokens before the gap
 HORIZON = 32  # tokens behind the gap that are weighed: what follows further on hardly differs between candidates
 MOST_TOKENS = 12  # to each side that are encoded anew with a candidate
 LOGITS_AT_ONCE = 1 << 24
+ROWS_AT_ONCE = 64  # whose keys and values are held
 
 
 def code_lengths(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[float], int]:
@@ -40,15 +41,31 @@ def code_lengths(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> 
     return found, passes
 
 
+@torch.inference_mode()
 def _by_next_tokens(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[float], int]:
-    mask_id, longest = model.config.mask_id, max(len(a) + len(b) for a, b in texts)
+    """What all texts begin with is read once; its keys and values are then those of every row."""
+    mask_id = model.config.mask_id
+    start = next((k for k, same in enumerate(zip(*(a for a, _ in texts), strict=False)) if len(set(same)) > 1), None)
+    start = min(len(a) for a, _ in texts) if start is None else start
+    longest = max(len(a) + len(b) for a, b in texts)
     # Read shifted right behind one MASK, as they are learnt and scored; what stands behind a row's end changes nothing.
-    ids = torch.tensor([[*a, *b, *[mask_id] * (longest - len(a) - len(b))] for a, b in texts])
-    inputs = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=mask_id)
-    scored = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (a, b) in enumerate(texts):
-        scored[row, len(a) : len(a) + len(b)] = True
-    return _nats(model, inputs, ids, scored, 1)
+    inputs = torch.tensor([[mask_id, *a, *b, *[mask_id] * (longest - len(a) - len(b))] for a, b in texts])
+    ids, inputs = inputs[:, 1:], inputs[:, :-1]
+    once = Cache(model.network, 1, longest)
+    if start:
+        once.hidden(inputs[:1, :start], 1, keep=start)
+    found: list[float] = []
+    at_once = _rows_at_once(model, longest - start)
+    for first in range(0, len(texts), at_once):
+        rows = range(first, min(first + at_once, len(texts)))
+        cache = Cache(model.network, len(rows), longest)
+        cache.copy_row(once)
+        hidden = cache.hidden(inputs[rows.start : rows.stop, start:], 1, keep=0)
+        for n, row in enumerate(rows):
+            scored = slice(len(texts[row][0]), len(texts[row][0]) + len(texts[row][1]))
+            logits = model.network.logits(hidden[n, scored.start - start : scored.stop - start])
+            found.append(float(token_nll(logits.double().cpu(), ids[row, scored]).sum()))
+    return found, bool(start) + -(-len(texts) // at_once)
 
 
 def _by_chain(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[float], int]:
@@ -64,27 +81,29 @@ def _by_chain(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> tup
         return [0.0] * len(texts), 0
     scored = torch.zeros(len(owner), longest, dtype=torch.bool)
     scored[torch.arange(len(owner)), torch.tensor([place for _, place in owner])] = True
-    each, passes = _nats(model, torch.tensor(inputs), torch.tensor(ids), scored, 0)
+    each, passes = _nats(model, torch.tensor(inputs), torch.tensor(ids), scored)
     nats = [0.0] * len(texts)
     for (n, _), value in zip(owner, each, strict=True):
         nats[n] += value
     return nats, passes
 
 
-def _nats(model: Model, inputs: Tensor, ids: Tensor, scored: Tensor, block_size: int) -> tuple[list[float], int]:
+def _nats(model: Model, inputs: Tensor, ids: Tensor, scored: Tensor) -> tuple[list[float], int]:
     """Sum of -log p of the ids at `scored` (bool [B, T]) of each row, and forward passes."""
-    width = inputs.shape[1]
-    at_once = max(1, min(TOKENS_PER_FORWARD // width, LOGITS_AT_ONCE // (width * model.config.vocab_size)))
+    at_once = _rows_at_once(model, inputs.shape[1])
     found: list[float] = []
     for start in range(0, len(inputs), at_once):
         rows = slice(start, start + at_once)
         with torch.inference_mode():
-            logits = model.logits(
-                inputs[rows].to(model.device), block_size=block_size, positions=scored[rows].to(model.device)
-            )
+            logits = model.logits(inputs[rows].to(model.device), positions=scored[rows].to(model.device))
         nll = token_nll(logits.double().cpu(), ids[rows][scored[rows]])
         found += [float(part.sum()) for part in nll.split(scored[rows].sum(1).tolist())]
     return found, -(-len(inputs) // at_once)
+
+
+def _rows_at_once(model: Model, width: int) -> int:
+    """Rows of `width` tokens that go through the network together."""
+    return max(1, min(TOKENS_PER_FORWARD // width, LOGITS_AT_ONCE // (width * model.config.vocab_size), ROWS_AT_ONCE))
 
 
 def with_candidate(draft: Draft, left: list[int], ids: list[int], right: list[int]) -> tuple[list[int], list[int]]:
