@@ -18,6 +18,7 @@ from pathlib import Path
 from mezzotint.config import ModelConfig, Preset, TrainConfig, preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.scoring import likelihood
+from mezzotint.scoring.compare import compare
 from mezzotint.training.checkpoint import load_run
 from mezzotint.training.run import train
 
@@ -69,7 +70,7 @@ def main() -> None:
                 "causal": causal and causal.to_dict(),
             }
             if first:
-                there = likelihood.compare(first, model, windows, tokens=options.tokens, repeats=2)
+                there = compare(first, model, windows, tokens=options.tokens, repeats=2)
                 figures["difference"] = there.to_dict()
             row.write_text(json.dumps(figures))
         figures = json.loads(row.read_text())

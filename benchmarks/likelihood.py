@@ -33,19 +33,10 @@ from mezzotint.data.sources import documents
 from mezzotint.model import Model
 from mezzotint.objective import stratified_counts
 from mezzotint.packing.artifact import open_artifact
-from mezzotint.scoring.likelihood import (
-    Pass,
-    apply_control,
-    causal,
-    chain_rule,
-    choose_windows,
-    compare,
-    nelbo,
-    nelbo_counts,
-    nelbo_pass,
-    run_passes,
-    token_surprisal,
-)
+from mezzotint.scoring.compare import compare
+from mezzotint.scoring.likelihood import causal, chain_rule, nelbo
+from mezzotint.scoring.nelbo import apply_control, nelbo_counts, nelbo_mask, token_surprisal
+from mezzotint.scoring.plan import MaskedWindow, choose_windows, masked_window_nll
 from mezzotint.training.checkpoint import load_run
 
 TARGET = 0.005
@@ -61,11 +52,11 @@ def table(rows: list[dict[str, Any]]) -> None:
     print(flush=True)
 
 
-def bernoulli(ids: torch.Tensor, random: torch.Generator) -> tuple[Pass, float]:
+def bernoulli(ids: torch.Tensor, random: torch.Generator) -> tuple[MaskedWindow, float]:
     """The usual estimator: t uniform, each token masked with probability t, the sum of NLL divided by t."""
     t = max(1e-3, float(torch.rand((), generator=random, dtype=torch.float64)))
     masked = torch.rand(len(ids), generator=random) < t
-    return Pass(ids, masked, masked), len(ids) / t
+    return MaskedWindow(ids, masked, masked), len(ids) / t
 
 
 def variance(model: Model, windows: Windows, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -90,24 +81,24 @@ def variance(model: Model, windows: Windows, args: argparse.Namespace) -> list[d
     for repeat in range(args.repeats):
         random = torch.Generator().manual_seed(repeat)
         drawn = [bernoulli(x, random) for x in ids]
-        nll = run_passes(model, (item for item, _ in drawn))
+        nll = masked_window_nll(model, (item for item, _ in drawn))
         nats = np.array([float(y.sum()) * factor / len(y) for y, (_, factor) in zip(nll, drawn, strict=True)])
         bpb[names[0]].append(total(nats))
 
         counts = torch.cat([stratified_counts(1, length, random) for length in lengths])
-        passes = [nelbo_pass(x, i, int(k), -1, 1_000_000, repeat) for x, i, k in zip(ids, chosen, counts, strict=True)]
-        sums = np.array([float(y.sum()) for y in run_passes(model, passes)])
+        passes = [nelbo_mask(x, i, int(k), (1_000_000, repeat)) for x, i, k in zip(ids, chosen, counts, strict=True)]
+        sums = np.array([float(y.sum()) for y in masked_window_nll(model, passes)])
         bpb[names[1]].append(total(sums * np.array(lengths) / counts.numpy()))
 
         counts = nelbo_counts(lengths, args.seed, repeat)
-        passes = [nelbo_pass(x, i, int(k), -1, args.seed, repeat) for x, i, k in zip(ids, chosen, counts, strict=True)]
-        rows = list(run_passes(model, passes))
+        passes = [nelbo_mask(x, i, int(k), (args.seed, repeat)) for x, i, k in zip(ids, chosen, counts, strict=True)]
+        rows = list(masked_window_nll(model, passes))
         k = counts.numpy()
         nats = np.array([float(y.sum()) for y in rows]) * np.array(lengths) / k
         bpb[names[2]].append(total(nats))
         columns = []
         for item, y in zip(passes, rows, strict=True):
-            hidden = item.hidden.numpy()
+            hidden = item.masked.numpy()
             guess = surprisal[item.ids.numpy()]
             a, b = guess[hidden], y[hidden]
             control = len(y) / len(a) * a.sum() - guess.sum()
@@ -123,8 +114,8 @@ def variance(model: Model, windows: Windows, args: argparse.Namespace) -> list[d
             for chosen_positions in (shuffled[:first], shuffled[first - 1 :]):
                 mask = torch.zeros(len(x), dtype=torch.bool)
                 mask[chosen_positions] = True
-                pairs.append(Pass(x, mask, mask))
-        for m, y in enumerate(run_passes(model, pairs)):
+                pairs.append(MaskedWindow(x, mask, mask))
+        for m, y in enumerate(masked_window_nll(model, pairs)):
             both[m // 2] += float(y.sum()) * len(y) / int(pairs[m].hidden.sum()) / 2
         bpb[names[3]].append(total(both))
 

@@ -30,17 +30,12 @@ from mezzotint.config import ModelConfig, parse_attention
 from mezzotint.errors import DataError
 from mezzotint.model import Denoiser, Model
 from mezzotint.objective import masked_nll, nelbo_per_window
+from mezzotint.scoring.compare import compare
 from mezzotint.scoring.journal import Journal
-from mezzotint.scoring.likelihood import (
-    apply_control,
-    causal,
-    chain_rule,
-    choose_windows,
-    compare,
-    nelbo,
-    reconstruction_score,
-    reveal_order,
-)
+from mezzotint.scoring.likelihood import causal, chain_rule, nelbo, reconstruction_score
+from mezzotint.scoring.nelbo import apply_control
+from mezzotint.scoring.orders import reveal_order
+from mezzotint.scoring.plan import choose_windows
 from mezzotint.scoring.statistics import student_t_quantile, student_t_tail
 
 V, T = 3, 3
@@ -534,8 +529,8 @@ class TestJournal:
             "import sys, json, pathlib\n"
             f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
             "from toy import TableModel, toy_windows\n"
-            "from mezzotint.evaluate import nelbo, chain_rule\n"
-            "from mezzotint.train import process_group\n"
+            "from mezzotint.scoring.likelihood import nelbo, chain_rule\n"
+            "from mezzotint.distributed import process_group\n"
             "model = TableModel(4, 3)\n"
             "windows = toy_windows(model, 101)\n"
             "here = pathlib.Path(sys.argv[1])\n"

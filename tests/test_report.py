@@ -15,7 +15,7 @@ from mezzotint.apps import charts, report
 from mezzotint.data.dataset import Dataset
 from mezzotint.errors import ArtifactError, CheckpointError, DataError
 from mezzotint.packing.artifact import inspect_artifact, open_artifact
-from mezzotint.scoring import likelihood, statistics
+from mezzotint.scoring import kinds, likelihood
 
 
 class Page(HTMLParser):
@@ -106,9 +106,9 @@ def test_text_is_escaped(trained, tmp_path):
 
 
 def test_comparison_names_what_may_stand_beside_an_autoregressive_figure():
-    assert charts.comparison(statistics.EXACT) == (True, "yes")
-    assert charts.comparison(statistics.UPPER_BOUND)[0] and "bound" in charts.comparison(statistics.UPPER_BOUND)[1]
-    assert charts.comparison(statistics.NOT_A_BOUND) == (False, "no")
+    assert charts.comparison(kinds.EXACT) == (True, "yes")
+    assert charts.comparison(kinds.UPPER_BOUND)[0] and "bound" in charts.comparison(kinds.UPPER_BOUND)[1]
+    assert charts.comparison(kinds.NOT_A_BOUND) == (False, "no")
 
 
 def test_mask_rate_curve_against_enumeration():

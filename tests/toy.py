@@ -121,21 +121,32 @@ class UniformModel(TableModel):
 
 
 class ToyWindows:
-    """Windows over a given sequence of ids; the last one may be shorter."""
+    """Windows over a given sequence of ids, the last one may be shorter: (start, first charged, stop) of each, by hand."""
 
-    def __init__(self, ids: np.ndarray, length: int, tokenizer: ToyTokenizer) -> None:
+    def __init__(self, ids: np.ndarray, length: int, tokenizer: ToyTokenizer, stride: int | None = None) -> None:
         self.ids = np.asarray(ids, dtype=np.int64)
         self.length = length
         self.tokenizer = tokenizer
+        ends = [*range(length, len(self.ids), stride or length), len(self.ids)] if len(self.ids) else []
+        firsts = [0, *ends[:-1]]
+        self.bounds = [(max(0, b - length) if stride else a, a, b) for a, b in zip(firsts, ends, strict=False)]
+        self.lost = 0  # bytes of each window
 
     def __len__(self) -> int:
-        return -(-len(self.ids) // self.length)
+        return len(self.bounds)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return self.ids[i * self.length : (i + 1) * self.length]
+        start, _, stop = self.bounds[i]
+        return self.ids[start:stop]
+
+    def context(self, i: int) -> int:
+        return self.bounds[i][1] - self.bounds[i][0]
 
     def byte_count(self, i: int) -> int:
-        return int(self.tokenizer.byte_counts(self[i]).sum())
+        return int(self.tokenizer.byte_counts(self[i])[self.context(i) :].sum())
+
+    def bytes_lost(self, i: int) -> int:
+        return self.lost
 
 
 def toy_windows(model: TableModel, tokens: int, seed: int = 0) -> ToyWindows:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from mezzotint.sampling.denoise import denoise
     from mezzotint.sampling.generate import sample
     from mezzotint.sampling.infill import fill, infill
-    from mezzotint.scoring.likelihood import causal, chain_rule, compare, nelbo, reconstruction_score
+    from mezzotint.scoring.compare import compare
+    from mezzotint.scoring.likelihood import causal, chain_rule, nelbo, reconstruction_score
     from mezzotint.scoring.memorization import memorized
     from mezzotint.scoring.statistics import Comparison, Estimate
     from mezzotint.training.checkpoint import load_run
@@ -53,7 +54,7 @@ _HOME = {
     "TrainConfig": "config",
     "causal": "scoring.likelihood",
     "chain_rule": "scoring.likelihood",
-    "compare": "scoring.likelihood",
+    "compare": "scoring.compare",
     "compress": "compression.container",
     "decompress": "compression.container",
     "denoise": "sampling.denoise",

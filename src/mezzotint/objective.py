@@ -22,6 +22,8 @@ Pure functions of tensors. Knows nothing of models, files or optimizers.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,26 @@ def mask_by_count(
     first = torch.arange(size, device=ids.device) < counts.to(ids.device).view(rows, blocks, 1)
     masked = torch.zeros_like(first).scatter_(2, noise.argsort(dim=2), first).view(rows, -1)[:, :length]
     return ids.masked_fill(masked, mask_id), masked
+
+
+def lean_mask(length: int, count: int, lean: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The last `count` of `length` positions in an order with a lean to the left, and their chances to be next.
+
+    Orders have the law of Plackett and Luce: the next position is drawn from those left in proportion to
+    exp(-lean * i / length). lean 0 is a uniform order, infinity left to right. Returns masked bool [T], and float64 [T]
+    that sums to 1 over the masked positions. For count uniform on 1..T, the mean of T * sum_i chance_i * -log p(x_i | x
+    outside the mask) is the mean chain-rule NLL over the law: an upper bound on -log of the mixture, for any lean >= 0.
+    """
+    place = torch.arange(length, dtype=torch.float64)
+    if math.isinf(lean):
+        masked = place >= length - count
+        return masked, (place == length - count).double()
+    weight = -lean * place / length
+    noise = torch.rand(length, generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    order = (weight - torch.log(-torch.log(noise))).argsort(descending=True)  # Gumbel: draws without replacement
+    masked = torch.zeros(length, dtype=torch.bool)
+    masked[order[length - count :]] = True
+    return masked, weight.masked_fill(~masked, -torch.inf).softmax(0)
 
 
 def masked_nll(logits: Tensor, ids: Tensor, masked: Tensor) -> Tensor:

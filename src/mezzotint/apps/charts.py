@@ -19,7 +19,9 @@ import numpy as np
 from mezzotint.data.dataset import Windows
 from mezzotint.errors import CheckpointError, DataError
 from mezzotint.model import Model
-from mezzotint.scoring import likelihood, statistics
+from mezzotint.scoring import kinds
+from mezzotint.scoring.nelbo import nelbo_masks
+from mezzotint.scoring.plan import Scoring, masked_window_nll
 from mezzotint.scoring.statistics import Estimate
 
 # Colours that stand for the page's CSS variables, so that the charts follow the reader's light or dark scheme.
@@ -30,9 +32,9 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", **{color: f"s{i}" for i,
 
 def comparison(kind: str) -> tuple[bool, str]:
     """Whether a figure of this kind may stand beside an autoregressive model's bits per byte, and in what words."""
-    if kind == statistics.EXACT:
+    if kind == kinds.EXACT:
         return True, "yes"
-    if kind == statistics.UPPER_BOUND:
+    if kind == kinds.UPPER_BOUND:
         return True, "yes, as a bound from above"
     return False, "no"
 
@@ -65,16 +67,17 @@ def mask_rate_curve(
     that `likelihood.nelbo` draws for the same seed. Empty bins are left out. Raises DataError if there is nothing to
     score.
     """
-    chosen = likelihood.choose_windows(windows, tokens)
+    plan = Scoring.make(model, windows, tokens=tokens, progress=None, seed=seed)
+    chosen = plan.chosen
     rates: list[float] = []
 
     def passes() -> Any:
         for repeat in range(repeats):
-            for item, k in likelihood.nelbo_passes(windows, chosen, model.config.mask_id, seed, repeat):
+            for item, k in nelbo_masks(plan, repeat):
                 rates.append(k / len(item.ids))
                 yield item
 
-    means = [float(nll.sum()) for nll in likelihood.run_passes(model, passes())]
+    means = [float(nll.sum()) for nll in masked_window_nll(model, passes())]
     lengths = np.array([len(windows[i]) for i in chosen] * repeats)
     share = np.array(rates)
     nats = np.array(means) / np.rint(share * lengths)

@@ -35,7 +35,7 @@ from mezzotint.model import Model, count_parameters
 from mezzotint.packing.artifact import BUDGET, inspect_artifact, open_artifact
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.generate import sample
-from mezzotint.scoring import likelihood, statistics
+from mezzotint.scoring import kinds, likelihood
 from mezzotint.scoring.statistics import Estimate
 from mezzotint.training.checkpoint import load_run, read_run
 
@@ -151,13 +151,13 @@ def report(
         texts = [_clean(text) for text in drawn.texts]
         sampling = f"{drawn.forward_passes} forward passes, seed {seed}"
 
-    bound = next((e for e in estimates if e.method.startswith("nelbo") and e.kind == statistics.UPPER_BOUND), None)
+    bound = next((e for e in estimates if e.method.startswith("nelbo") and e.kind == kinds.UPPER_BOUND), None)
     parameters = count_parameters(model.network)
     last = rows[-1] if rows else {}
     tiles = []
     if bound is not None:
         tiles.append({"value": f"≤ {bound.bpb:.3f}", "label": "bits per byte of validation text (NELBO)"})
-    exact = next((e for e in estimates if e.kind == statistics.EXACT), None)
+    exact = next((e for e in estimates if e.kind == kinds.EXACT), None)
     if exact is not None:
         tiles.append({"value": f"{exact.bpb:.3f}", "label": f"bits per byte, exact ({exact.method})"})
     if looked is not None:

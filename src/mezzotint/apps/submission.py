@@ -29,7 +29,7 @@ from mezzotint.errors import ArtifactError, CheckpointError, DataError
 from mezzotint.files import atomic_folder
 from mezzotint.model import Model, count_parameters
 from mezzotint.packing.artifact import BUDGET, open_artifact
-from mezzotint.scoring import likelihood, statistics
+from mezzotint.scoring import kinds, likelihood
 from mezzotint.scoring.statistics import Estimate
 from mezzotint.training.checkpoint import read_run
 
@@ -262,9 +262,10 @@ def code_bytes(run: Path | str) -> int:
 
 
 _KINDS = {
-    statistics.EXACT: "exact code length of a normalised distribution",
-    statistics.UPPER_BOUND: "upper bound on the code length (NELBO)",
-    statistics.NOT_A_BOUND: "not a bound on anything; only for comparison with scores computed alike",
+    kinds.EXACT: "exact code length of a normalised distribution",
+    kinds.UPPER_BOUND: "upper bound on the code length (NELBO)",
+    kinds.NOT_A_BOUND: "not a bound on anything; only for comparison with scores computed alike",
+    kinds.NO_CODE_LENGTH: "not a code length: the tokens do not give the text back",
 }
 
 

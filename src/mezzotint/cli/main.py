@@ -750,7 +750,7 @@ def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 def _run_compare(arguments: argparse.Namespace, progress: _Progress) -> None:
     from mezzotint.data.dataset import Dataset
-    from mezzotint.scoring.likelihood import compare
+    from mezzotint.scoring.compare import compare
 
     a, b = _load(arguments.a), _load(arguments.b)
     dataset = Dataset.open(arguments.data)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mezzotint.config import parse_attention
 from mezzotint.model import Cache, Model
-from mezzotint.scoring.likelihood import canvas_length, reveal_order
+from mezzotint.scoring.orders import canvas_length, reveal_order
 
 NEXT = "next"
 

@@ -55,7 +55,7 @@ from mezzotint.errors import ConfigError, DataError
 from mezzotint.files import sync_folder
 from mezzotint.model import TOKENS_PER_FORWARD, Model
 from mezzotint.scoring.journal import model_digest
-from mezzotint.scoring.likelihood import reveal_order
+from mezzotint.scoring.orders import reveal_order
 
 MAGIC = b"MZZ1"
 FRAME_BYTES = 1 << 20
@@ -179,7 +179,7 @@ def compress_stream(
     """Compress `source` to `target`, a MiB at a time, so that memory stays flat for any length.
 
     order: `next`, the code of `evaluate.causal`, for weights trained on next tokens too: with keys and values kept it
-    costs one forward pass per window; or an order of `evaluate.reveal_order`, of which `left` is usually smallest and
+    costs one forward pass per window; or an order of `orders.reveal_order`, of which `left` is usually smallest and
     costs a pass per token. Default: `next` for such weights, else `left`. attention: of the canvas, for orders other
     than `next`. rows: windows that go through the network together (default: what holds 16,384 tokens). size: the
     input's length, for `progress` alone. Raises DataError for an unknown order, ConfigError for a attention.

@@ -123,6 +123,13 @@ class TokenStream:
         inside = slice(bisect.bisect_left(rows, start), bisect.bisect_left(rows, stop))
         return total + int(self.corrections[inside, 1].sum())
 
+    @cached_property
+    def _silent(self) -> np.ndarray:
+        """bool [V]: ids but BOS that stand for no text."""
+        silent = np.array([not raw for raw in self.tokenizer.raw])
+        silent[self.tokenizer.bos_id] = False
+        return silent
+
     @property
     def known_bytes(self) -> int | None:
         """Bytes of the whole split where nobody has to count them: from data.json."""
@@ -141,33 +148,65 @@ class TokenStream:
         """Bytes of the whole split."""
         return self._raw_bytes if self._raw_bytes is not None else self.count_bytes(0, len(self))
 
-    def windows(self, length: int) -> Windows:
-        """Consecutive windows of `length` tokens."""
-        return Windows(self, length)
+    def lost_bytes(self, start: int, stop: int) -> int:
+        """Bytes of the text that tokens start..stop do not give back: those that the piece table lacks or has too many
+        of, at their document's BOS, and at least one for every other token that stands for no text."""
+        rows = self.corrections[:, 0]
+        inside = slice(bisect.bisect_left(rows, start), bisect.bisect_left(rows, stop))
+        missing = int(np.abs(self.corrections[inside, 1]).sum())
+        return max(missing, sum(int(self._silent[ids].sum()) for ids in self.chunks(start, stop)))
+
+    def windows(self, length: int, stride: int | None = None) -> Windows:
+        """Consecutive windows of `length` tokens; stride: of which all but the first charge so many."""
+        return Windows(self, length, stride)
 
 
 class Windows(Sequence[np.ndarray]):
-    """Consecutive windows that do not overlap; the last may be shorter. `windows[i]` is int64.
+    """Consecutive windows that charge each token of a stream once; the last may be shorter. `windows[i]` is int64.
 
-    Every token is in one window, so charging each window's tokens charges each token of the split once.
+    They do not overlap, or with a `stride` of S < length by length - S tokens: the first charges all its tokens, each
+    later one the S that follow, with as much clean context in front of them as makes a whole window.
     """
 
-    def __init__(self, stream: TokenStream, length: int) -> None:
+    def __init__(self, stream: TokenStream, length: int, stride: int | None = None) -> None:
         if length < 1:
             raise DataError(f"a window has at least 1 token, not {length}")
-        self.stream, self.length = stream, length
+        if stride is not None and not 1 <= stride <= length:
+            raise DataError(f"a stride has 1 to {length} tokens, as the window has, not {stride}")
+        self.stream, self.length, self.stride = stream, length, stride or length
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The stream's."""
+        return self.stream.tokenizer
 
     def __len__(self) -> int:
-        return -(-len(self.stream) // self.length)
+        return min(len(self.stream), 1) + max(0, -(-(len(self.stream) - self.length) // self.stride))
 
-    def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]
+    def _bounds(self, i: int) -> tuple[int, int, int]:
+        """First token, first one charged, and end of window i."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self.stream[i * self.length : (i + 1) * self.length].astype(np.int64)
+        first = 0 if i == 0 else self.length + (i - 1) * self.stride
+        stop = min(len(self.stream), first + (self.length if i == 0 else self.stride))
+        return (first if self.stride == self.length else max(0, stop - self.length)), first, stop
+
+    def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]
+        start, _, stop = self._bounds(i)
+        return self.stream[start:stop].astype(np.int64)
+
+    def context(self, i: int) -> int:
+        """How many of window i's tokens, in front, other windows charge."""
+        start, first, _ = self._bounds(i)
+        return first - start
 
     def byte_count(self, i: int) -> int:
         """Bytes charged to window i. Over all windows they sum to the stream's bytes."""
-        return self.stream.count_bytes(i * self.length, min((i + 1) * self.length, len(self.stream)))
+        return self.stream.count_bytes(*self._bounds(i)[1:])
+
+    def bytes_lost(self, i: int) -> int:
+        """Bytes of window i's charged text that its tokens do not give back."""
+        return self.stream.lost_bytes(*self._bounds(i)[1:])
 
 
 class Dataset:

@@ -38,7 +38,8 @@ class Journal:
     """Figures of finished units of work: shared by processes, and kept in a file when there is one.
 
     Unit u belongs to process u mod (number of processes). Every process computes its own and writes its own file
-    (`path`, or `path.r` for rank r > 0), at most every `interval` seconds; whoever opens the journal later reads all of
+    (`path`, or `path.r` for rank r > 0), after 1, 2, 4... seconds and then every `interval`, and when its context is left
+    by an error; whoever opens the journal later reads all of
     them, so a run may go on with another number of processes. The file names what it is about; a journal of another
     model, data or setting is refused with DataError.
     """
@@ -58,7 +59,7 @@ class Journal:
         self.device = model.device
         self.values = np.full((units, columns), np.nan)
         self.path = None
-        self.saved = time.monotonic()
+        self.started = self.saved = time.monotonic()
         if path is None:
             return
         path = Path(path)
@@ -94,7 +95,15 @@ class Journal:
     def record(self, unit: int, *values: float) -> None:
         """Note a finished unit, and save if it is time."""
         self.values[unit] = values
-        if time.monotonic() - self.saved >= self.interval:
+        now = time.monotonic()
+        if now - self.saved >= min(self.interval, max(1.0, self.saved - self.started)):
+            self.save()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
             self.save()
 
     def save(self) -> None:

@@ -8,18 +8,13 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mezzotint.data.dataset import Windows
-from mezzotint.errors import DataError
-
-EXACT = "exact"
-UPPER_BOUND = "upper bound"
-NOT_A_BOUND = "not a bound"
+from mezzotint.scoring.kinds import kind_of
+from mezzotint.scoring.plan import Scoring
 
 
 @functools.cache
@@ -69,9 +64,10 @@ class Estimate:
     """A likelihood figure with its kind and error.
 
     kind: `exact` (a normalised distribution's own code length), `upper bound` (its expectation is at least the
-    model's -log p), or `not a bound`. bpb: bits per byte. stderr_bpb: standard error in all; its parts are
+    model's -log p), `not a bound`, or `not a code length` (see `kinds.kind_of`). bpb: bits per byte. stderr_bpb: standard error in all; its parts are
     mask_stderr_bpb (the masks drawn, given the windows) and window_stderr_bpb (which windows were scored; 0 when all
     were), nan where they were not told apart. forward_passes: how often the network ran over one window.
+    bytes_lost: bytes of the scored text that its tokens do not give back.
     degrees_of_freedom: of Student's t in the interval (infinite where nothing was estimated from few repeats).
     """
 
@@ -88,6 +84,7 @@ class Estimate:
     mask_stderr_bpb: float = 0.0
     window_stderr_bpb: float = 0.0
     degrees_of_freedom: float = math.inf
+    bytes_lost: int = 0
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Two-sided interval in bits per byte, by Student's t."""
@@ -110,6 +107,7 @@ class Estimate:
             "nats_per_token": self.nats_per_token,
             "tokens": self.tokens,
             "bytes": self.bytes,
+            "bytes_lost": self.bytes_lost,
             "seconds": self.seconds,
             "forward_passes": self.forward_passes,
             "seed": self.seed,
@@ -132,48 +130,38 @@ def _sampling_error(nats: np.ndarray, sizes: np.ndarray, total_windows: int) -> 
     return math.sqrt(share_left * n / (n - 1) * float(residual @ residual)) / float(sizes.sum())
 
 
-def _estimate(
-    method: str,
-    kind: str,
-    windows: Windows,
-    chosen: Sequence[int],
-    repeats: np.ndarray,
-    started: float,
-    forward_passes: int,
-    seed: int,
-) -> Estimate:
-    """Assemble an Estimate from nats [repeats, windows]; a single row means that no masks were drawn."""
-    sizes = np.array([windows.byte_count(i) for i in chosen], dtype=np.float64)
-    tokens = sum(len(windows[i]) for i in chosen)
-    if sizes.sum() == 0:
-        raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
+def assemble(plan: Scoring, method: str, family: str, repeats: np.ndarray, forward_passes: int) -> Estimate:
+    """An Estimate from nats [repeats, windows]; a single row means that no masks were drawn. family: see `kind_of`."""
+    sizes, tokens, windows = plan.byte_counts, sum(plan.lengths), len(plan.windows)
     per_window = repeats.mean(axis=0)
     totals = repeats.sum(axis=1)
     scale = 1 / (float(sizes.sum()) * math.log(2))
     r, n = repeats.shape
     mask_error = 0.0 if r == 1 else float(totals.std(ddof=1)) / math.sqrt(r) * scale
     degrees = math.inf if r == 1 else r - 1
-    window_error = _sampling_error(per_window, sizes, len(windows)) / math.log(2)
+    window_error = _sampling_error(per_window, sizes, windows) / math.log(2)
     error = mask_error
     if window_error:
         # Two-stage sampling (Cochran 1977, eq. 10.15): the spread between scored windows already holds their mask
         # error, so only the sampled share of it is added.
-        error = math.sqrt(window_error**2 + n / len(windows) * mask_error**2)
+        error = math.sqrt(window_error**2 + n / windows * mask_error**2)
         degrees = max(n - 1, 1)
+    lost = plan.bytes_lost
     return Estimate(
         method=method,
-        kind=kind,
+        kind=kind_of(family, lost),
         bpb=float(totals.mean() * scale),
         stderr_bpb=error,
         nats_per_token=float(totals.mean() / tokens),
         tokens=tokens,
         bytes=int(sizes.sum()),
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - plan.started,
         forward_passes=forward_passes,
-        seed=seed,
+        seed=plan.seed,
         mask_stderr_bpb=mask_error,
         window_stderr_bpb=window_error,
         degrees_of_freedom=degrees,
+        bytes_lost=lost,
     )
 
 

@@ -1,0 +1,86 @@
+"""Is one model better than another? Differences that are paired, by window and mask or by document.
+
+Does not know how a side's figure is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mezzotint.data.dataset import Windows
+from mezzotint.errors import DataError
+from mezzotint.model import Model
+from mezzotint.scoring.chain import chain_matrix
+from mezzotint.scoring.nelbo import nelbo_matrix, nelbo_size
+from mezzotint.scoring.plan import Progress, Scoring
+from mezzotint.scoring.statistics import Comparison, Estimate, assemble, student_t_tail
+
+
+def compare(
+    a: Model,
+    b: Model,
+    windows: Windows,
+    *,
+    method: str = "nelbo",
+    tokens: int | None = None,
+    repeats: int = 8,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Is model `b` better or worse than model `a` on these windows? Paired: both see the same windows and masks.
+
+    What a mask or window costs both models alike drops out of the difference, so its error is far below that of the
+    two figures. method: `nelbo` or `chain` (left to right; exact on the windows scored). Over all windows the error
+    is that of the masks; over a subset (`tokens`) that from the choice of windows is added, and the answer is about
+    all of them. The NELBO is that of the blocks each model was trained on; masks are the same where the blocks are.
+    Raises DataError when the models' tokenizers differ, for an unknown method, or as `nelbo` does.
+    """
+    if a.tokenizer.sha256 != b.tokenizer.sha256 or a.config.vocab_size != b.config.vocab_size:
+        raise DataError("the models have different tokenizers: their masks cannot be paired; compare them by document")
+    matrices: list[np.ndarray] = []
+    estimates: list[Estimate] = []
+    for turn, model in enumerate((a, b)):
+
+        def tick(done: int, total: int, turn: int = turn) -> None:
+            if progress:
+                progress(turn * total + done, 2 * total)
+
+        plan = Scoring.make(model, windows, tokens=tokens, progress=tick, repeats=repeats, seed=seed, batch=batch)
+        nats, estimate = _scored(model, plan, method)
+        matrices.append(nats)
+        estimates.append(estimate)
+    difference = assemble(plan, method, "pseudo", matrices[1] - matrices[0], 0)
+    return _comparison(difference, estimates)
+
+
+def _scored(model: Model, plan: Scoring, method: str) -> tuple[np.ndarray, Estimate]:
+    """Nats [repeats or 1, windows] and the figure of one side."""
+    if method == "nelbo":
+        nats, name, family = nelbo_matrix(model, plan, nelbo_size(model, plan, None))
+        passes = nats.size
+    elif method == "chain":
+        nats, passes = chain_matrix(model, plan, "left", "full")
+        name = family = method
+    else:
+        raise DataError(f"unknown method {method!r}: models are compared by nelbo or chain")
+    return nats, assemble(plan, name, family, nats, passes)
+
+
+def _comparison(difference: Estimate, sides: Sequence[Estimate]) -> Comparison:
+    if difference.stderr_bpb:
+        p_value = student_t_tail(difference.bpb / difference.stderr_bpb, difference.degrees_of_freedom)
+    else:
+        p_value = float(difference.bpb == 0)
+    return Comparison(
+        difference_bpb=difference.bpb,
+        stderr_bpb=difference.stderr_bpb,
+        p_value=p_value,
+        degrees_of_freedom=difference.degrees_of_freedom,
+        mask_stderr_bpb=difference.mask_stderr_bpb,
+        window_stderr_bpb=difference.window_stderr_bpb,
+        a=sides[0],
+        b=sides[1],
+    )
