@@ -284,7 +284,7 @@ def build_parser() -> argparse.ArgumentParser:
     model_argument(sub, optional=True)
     sub.add_argument("text", metavar="TEXT", help="text with gaps; - reads standard input")
     sub.add_argument("--n", type=_positive, default=1, metavar="N", help="answers to show for each gap, ranked [1]")
-    sub.add_argument("--candidates", type=_positive, metavar="K", help="texts to try for each gap, about [32]")
+    sub.add_argument("--candidates", type=_positive, metavar="K", help="texts to try for each gap, about [64]")
     sub.add_argument("--words", action="store_true", help="whole words only: no gap begins or ends inside a word")
     sub.add_argument("--max-words", type=_positive, metavar="N", help="at most so many words in a gap")
     sub.add_argument("--regex", metavar="PATTERN", help="what a gap's text must match as a whole (extra `regex`)")

@@ -22,7 +22,7 @@ from mezzotint.sampling.generate import resample_invalid_utf8
 from mezzotint.sampling.healing import log_probabilities
 
 LEFT, RIGHT = 64, 32  # tokens to each side of the gap that proposals see
-BEAM_LENGTHS = 4  # a beam of full width for gaps of so many tokens; a quarter of it for longer ones
+BEAM_LENGTHS = 4  # a beam of full width for gaps of so many tokens; an eighth of it for longer ones
 TRIES = 256  # tokens tried for each place of a beam until enough meet the constraint
 
 Show = Callable[[int, Sequence[int], Sequence[float]], None]
@@ -78,7 +78,7 @@ class _Hypothesis:
 def beam(search: Search, lengths: Sequence[int], width: int, block_size: int) -> list[Candidate]:
     """The likeliest fills of each length, token by token from the left, all lengths together.
 
-    Keeps `width` beginnings for lengths to BEAM_LENGTHS, and a quarter of that for longer ones. A token is judged by
+    Keeps `width` beginnings for lengths to BEAM_LENGTHS, and an eighth of that for longer ones. A token is judged by
     its probability given both sides of the gap, the tokens before it and the masks behind it.
     """
     mask_id = search.draft.mask_id
@@ -96,11 +96,11 @@ def beam(search: Search, lengths: Sequence[int], width: int, block_size: int) ->
         search.passes += passes
         grown: dict[int, list[_Hypothesis]] = {}
         for (n, h), row in zip(rows, log_p, strict=True):
-            size = width if n <= BEAM_LENGTHS else max(1, width // 4)
+            size = width if n <= BEAM_LENGTHS else max(1, width // 8)
             grown.setdefault(n, []).extend(_extend(search, h, n, row, size))
         for n, some in grown.items():
             some.sort(key=lambda h: -h.log_p)
-            some = some[: width if n <= BEAM_LENGTHS else max(1, width // 4)]
+            some = some[: width if n <= BEAM_LENGTHS else max(1, width // 8)]
             if place + 1 == n:
                 found += [Candidate(list(h.ids), list(h.confidence)) for h in some]
                 some = []

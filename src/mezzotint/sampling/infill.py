@@ -15,7 +15,8 @@ from typing import Any
 from mezzotint.config import SamplingConfig, parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Model
-from mezzotint.sampling.candidates import Candidate, Search, beam, drawn
+from mezzotint.sampling.candidates import BEAM_LENGTHS, Candidate, Search, beam
+from mezzotint.sampling.candidates import drawn as draw_candidates
 from mezzotint.sampling.constraints import Constraint
 from mezzotint.sampling.draft import Draft, edge_limits
 from mezzotint.sampling.generate import Span
@@ -23,7 +24,7 @@ from mezzotint.sampling.healing import heal
 from mezzotint.sampling.ranking import CONTEXT, HORIZON, code_lengths, with_candidate
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-CANDIDATES = 48
+CANDIDATES = 64
 PATHS = 3  # ways to fill the gaps so far that are kept while the next one is filled
 TEMPERATURE = 0.7  # of fills that are drawn
 
@@ -78,13 +79,14 @@ class _Path:
 
 @dataclass
 class _Filling:
-    """What one call of `infill` was asked for, and the forward passes so far."""
+    """What one call of `infill` was asked for, and the forward passes so far. drawn: not sought by a beam."""
 
     model: Model
     draft: Draft
     seed: int
     lengths: Sequence[int]
     candidates: int
+    drawn: bool
     attention: str
     constraint: Constraint
     settings: dict[str, Any]
@@ -112,17 +114,20 @@ def _propose(filling: _Filling, i: int) -> list[Candidate]:
     search = Search(filling.model, draft, i, filling.attention, filling.constraint, show, filling.passes)
     lengths, count = _lengths(filling, i), filling.candidates
     seed = filling.seed + 0x9E3779B97F4A7C15 * i
+    short = [n for n in lengths if n <= BEAM_LENGTHS]
     found: list[Candidate] = []
-    if count > 1 or filling.constraint:
-        short = sum(n <= 4 for n in lengths)
-        width = max(1, round(count / (short + (len(lengths) - short) / 4)))
-        if max(lengths) <= 2 * LENGTHS[-1] or filling.constraint:
-            found += beam(search, lengths, width, parse_attention(filling.attention))
-    if count == 1:
-        found += drawn(search, lengths, seed, settings)
-    elif not found or not filling.constraint:
-        surest = {**settings, "temperature": 0.0}
-        found += drawn(search, lengths, seed, surest)
+    if filling.drawn and not filling.constraint:
+        found += draw_candidates(search, lengths * -(-count // len(lengths)), seed, settings)
+    else:
+        # What a beam leaves out are longer texts, unless it alone can meet a constraint, or there is but one length.
+        alone = bool(filling.constraint) or (len(lengths) == 1 and lengths[0] <= 2 * LENGTHS[-1])
+        if beamed := lengths if alone else short:
+            width = max(1, round((count - len(lengths) + len(short)) / max(1, len(short))))
+            found += beam(search, beamed, width, parse_attention(filling.attention))
+        if not filling.constraint and len(short) < len(lengths):
+            found += draw_candidates(
+                search, [n for n in lengths if n not in short], seed, {**settings, "temperature": 0.0}
+            )
     filling.passes = search.passes
     unique: dict[str, Candidate] = {}
     for candidate in found:
@@ -249,8 +254,8 @@ def infill(
     """Fill the gaps of a text (see `parse_gaps`); all the rest of it comes back byte for byte.
 
     n: alternatives to return for each gap. candidates: about how many texts are proposed for each gap; the one with
-    which the text has the least code length is taken (see `ranking`). Default: CANDIDATES, but 1 for each length where an
-    option of sampling is given: then they are drawn as it says.
+    which the text has the least code length is taken (see `ranking`). Default: CANDIDATES by a beam. Where an option of
+    sampling is given they are drawn as it says, by default one for each length.
     lengths: token counts to try for gaps of unknown length. whole_words: gaps neither begin nor end inside a word.
     max_words: at most so many in a gap. regex: what a gap's text must match as a whole (needs the extra `regex`). avoid:
     words that must not stand in a gap. on_step(pass, spans) sees the text being revealed, progress(done, of) counts gaps.
@@ -259,8 +264,9 @@ def infill(
     more tokens than the window holds, ConfigError for bad settings.
     """
     started = time.perf_counter()
+    drawn = bool(settings)
     if candidates is None:
-        candidates = 1 if settings else CANDIDATES
+        candidates = 1 if drawn else CANDIDATES
     settings.setdefault("temperature", TEMPERATURE)
     SamplingConfig(**settings)
     if not lengths or min(lengths) < 1:
@@ -271,7 +277,7 @@ def infill(
     constraint = Constraint.of(whole_words=whole_words, max_words=max_words, regex=regex, avoid=avoid)
     draft = Draft(model, text)
     filling = _Filling(
-        model, draft, seed, lengths, max(n, candidates), attention, constraint, settings, on_step, progress
+        model, draft, seed, lengths, max(n, candidates), drawn, attention, constraint, settings, on_step, progress
     )
     ranked = _fill(filling)
     gaps = []
