@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import json
 import mmap
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from mezzotint.errors import DataError
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20_240_520, 1, 1024
 SHARD_TOKENS = 100_000_000
 FORMAT = 1
+BLOCK_TOKENS = 1 << 19  # that one checksum covers
 
 
 def _open_shard(path: Path) -> np.ndarray:
@@ -50,11 +52,18 @@ def _open_shard(path: Path) -> np.ndarray:
     return ids
 
 
+def checksums(path: Path) -> str:
+    """CRC-32 of each BLOCK_TOKENS ids of a shard, 8 hexadecimal digits each. Raises DataError for a damaged shard."""
+    ids = _open_shard(path)
+    return "".join(f"{zlib.crc32(ids[a : a + BLOCK_TOKENS].tobytes()):08x}" for a in range(0, len(ids), BLOCK_TOKENS))
+
+
 class TokenStream:
     """The shards of a split as one sequence of ids, memory-mapped. `len` is tokens; `stream[a:b]` is uint16.
 
     bytes: raw UTF-8 bytes of the split's text where they are known (`bytes_kind` "raw"), else the piece table's sum
-    ("pieces"). Ids are checked against the vocabulary as they are read.
+    ("pieces"). Ids are checked against the vocabulary, and against their checksums (`sums`: shard -> digits) where there
+    are any, as they are first read.
     """
 
     def __init__(
@@ -63,6 +72,8 @@ class TokenStream:
         tokenizer: Tokenizer,
         raw_bytes: int | None = None,
         corrections: np.ndarray | None = None,
+        lost: np.ndarray | None = None,
+        sums: dict[str, str] | None = None,
     ) -> None:
         self.paths = list(paths)
         self.tokenizer = tokenizer
@@ -71,6 +82,10 @@ class TokenStream:
         self._raw_bytes = raw_bytes
         self.bytes_kind = "pieces" if raw_bytes is None else "raw"
         self.corrections = np.zeros((0, 2), dtype=np.int64) if corrections is None else corrections
+        self._lost = lost
+        # Checksums not yet compared, by shard: block -> digits.
+        known = [(sums or {}).get(path.name, "") for path in self.paths]
+        self._unverified = [{i // 8: digits[i : i + 8] for i in range(0, len(digits), 8)} for digits in known]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -96,6 +111,7 @@ class TokenStream:
 
     def _read(self, shard: int, start: int, stop: int) -> np.ndarray:
         """Ids of one shard: short stretches through the map, long ones by a plain read, which has read-ahead."""
+        self._verify(shard, start, stop)
         if stop - start < 1 << 20:
             return np.asarray(self._shards[shard][start:stop])
         path = self.paths[shard]
@@ -106,6 +122,25 @@ class TokenStream:
         if len(part) != stop - start:
             raise DataError(f"shard {path} was cut short while it was read")
         return part
+
+    def _verify(self, shard: int, start: int, stop: int) -> None:
+        unverified = self._unverified[shard]
+        if not unverified:
+            return
+        for block in range(start // BLOCK_TOKENS, (stop - 1) // BLOCK_TOKENS + 1):
+            digits = unverified.get(block)
+            ids = self._shards[shard][block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
+            if digits is not None and f"{zlib.crc32(ids.tobytes()):08x}" != digits:
+                raise DataError(f"shard {self.paths[shard]} is damaged: its ids have changed; prepare the data again")
+            unverified.pop(block, None)
+
+    def lost_bytes(self, start: int, stop: int) -> int | None:
+        """Bytes of the text that tokens start..stop do not give back (see `Tokenizer.lost_bytes`), charged to the token
+        that was made from them; None where nobody counted them (published shards, data of an earlier version)."""
+        if self._lost is None:
+            return None
+        rows = self._lost[:, 0]
+        return int(self._lost[bisect.bisect_left(rows, start) : bisect.bisect_left(rows, stop), 1].sum())
 
     def chunks(self, start: int, stop: int, size: int = 1 << 22) -> Iterator[np.ndarray]:
         """Tokens start..stop in consecutive stretches of `size`, uint16; never more than one in memory."""
@@ -208,12 +243,35 @@ class Windows(Sequence[np.ndarray]):
         """Bytes of window i's charged text that its tokens do not give back."""
         return self.stream.lost_bytes(*self._bounds(i)[1:])
 
+    def lost_bytes(self, i: int) -> int | None:
+        """Bytes of window i's text that its tokens do not give back; None where nobody counted them."""
+        return self.stream.lost_bytes(i * self.length, min((i + 1) * self.length, len(self.stream)))
+
+
+def _rows(path: Path, total: int) -> np.ndarray:
+    """Rows of (token, bytes) that sum to `total`, int64 [N, 2], memory-mapped. Raises DataError."""
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        if rows.dtype != np.int64 or rows.shape[1:] != (2,):
+            raise ValueError("not rows of two numbers")
+        if int(rows[:, 1].sum()) != total:
+            raise ValueError("not the rows of this split")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is missing or damaged; prepare the data again") from error
+    return rows
+
 
 class Dataset:
     """A prepared folder, or a folder of the challenge's published shards with its tokenizer beside or in it."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, described: dict[str, Any]) -> None:
         self.folder, self.tokenizer, self.described = folder, tokenizer, described
+
+    def __repr__(self) -> str:
+        counts = "".join(
+            f", {self.described[n]['tokens']:,} {n} tokens" for n in ("train", "val") if n in self.described
+        )
+        return f"Dataset({str(self.folder)!r}{counts})"
 
     @classmethod
     def open(cls, folder: str | Path) -> Dataset:
@@ -229,9 +287,11 @@ class Dataset:
                 if described["format"] != FORMAT:
                     raise DataError(f"{folder} was prepared by another version (format {described['format']})")
                 for name in ("train", "val"):
+                    if type(described[name].get("lost_bytes", 0)) is not int:
+                        raise TypeError("a count that is no number")
                     if any(type(described[name][key]) is not int for key in ("tokens", "bytes", "piece_bytes")):
                         raise TypeError("a count that is no number")
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{folder / 'data.json'} cannot be read; prepare the data again") from error
             tokenizer = Tokenizer.load(folder)
             if tokenizer.sha256 != wanted:
@@ -266,18 +326,14 @@ class Dataset:
                 raise DataError(f"{self.folder}: {name} shard {first + i:06d} is missing")
         account = self.described.get(name, {})
         raw = account.get("bytes")
-        corrections = None
+        corrections = lost = None
         if account and account.get("piece_bytes") != raw:
-            path = self.folder / f"{name}_corrections.npy"
-            try:
-                corrections = np.load(path, mmap_mode="r", allow_pickle=False)
-                if corrections.dtype != np.int64 or corrections.shape[1:] != (2,):
-                    raise ValueError("not rows of two numbers")
-                if int(corrections[:, 1].sum()) != raw - account["piece_bytes"]:
-                    raise ValueError("not the corrections of this split")
-            except (OSError, ValueError, EOFError) as error:
-                raise DataError(f"{path} is missing or damaged; prepare the data again") from error
-        stream = TokenStream(paths, self.tokenizer, raw, corrections)
+            corrections = _rows(self.folder / f"{name}_corrections.npy", raw - account["piece_bytes"])
+        if account.get("lost_bytes"):
+            lost = _rows(self.folder / f"{name}_lost.npy", account["lost_bytes"])
+        elif account.get("lost_bytes", account.get("not_round_trip")) == 0:
+            lost = np.zeros((0, 2), dtype=np.int64)
+        stream = TokenStream(paths, self.tokenizer, raw, corrections, lost, self.described.get("checksums"))
         if account and len(stream) != account["tokens"]:
             raise DataError(
                 f"{self.folder}: the {name} shards hold {len(stream)} tokens, data.json says {account['tokens']}: "

@@ -9,6 +9,11 @@ import contextlib
 import errno
 import json
 import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,14 +21,23 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mezzotint.data.dataset import FORMAT, HEADER_BYTES, SHARD_MAGIC, SHARD_TOKENS, SHARD_VERSION, TokenStream
-from mezzotint.data.sources import documents
+from mezzotint.data.dataset import (
+    FORMAT,
+    HEADER_BYTES,
+    SHARD_MAGIC,
+    SHARD_TOKENS,
+    SHARD_VERSION,
+    TokenStream,
+    checksums,
+)
+from mezzotint.data.sources import Account, documents
 from mezzotint.data.tokenizer import LONG_TEXT, Tokenizer, train_tokenizer
-from mezzotint.errors import DataError
+from mezzotint.errors import DataError, Interrupted
 from mezzotint.files import atomic_folder
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TOKENIZER_SAMPLE_BYTES = 16_000_000
+MAX_VOCAB = 65_535  # ids of 16 bits
 DEFAULT_VOCAB_SIZES = (1024, 512, 384)  # the first that the text can fill
 HUB_REPOSITORY = "willdepueoai/parameter-golf"
 Progress = Callable[[str, int], None]
@@ -99,6 +113,7 @@ class _SplitWriter:
         self.shards = _ShardWriter(folder, split)
         self.documents = self.bytes = self.piece_bytes = self.not_round_trip = 0
         self.corrections = array("q")  # first token and missing bytes of each document that the piece table miscounts
+        self.lost = array("q")  # token and bytes of each token that does not give back what it was made from
         self.pending: list[tuple[str, bool]] = []  # parts of documents; whether one begins
         self.pending_size = 0
         self.start = self.missing = 0  # of the document being written
@@ -127,13 +142,24 @@ class _SplitWriter:
                 ids = np.array(tokens, dtype=np.int64)
             pieces = self.tokenizer.sum_bytes(ids, self.last)
             # A part that goes on begins with a space, which alone it would not be given back.
-            self.faithful &= self.tokenizer.decode_bytes(ids) == (raw if begins else raw[1:])
+            if self.tokenizer.decode_bytes(ids) != (raw if begins else raw[1:]):
+                self.faithful = False
+                self._add_lost(text, len(raw), begins)
             self.missing += len(raw) - pieces
             self.bytes += len(raw)
             self.piece_bytes += pieces
             self.shards.append(ids)
             self.last = int(ids[-1]) if len(ids) else self.last
         self.pending, self.pending_size = [], 0
+
+    def _add_lost(self, text: str, size: int, begins: bool) -> None:
+        """Note the bytes that the next part of a document loses, token by token; without a token, at the one before."""
+        lost = self.tokenizer.lost_bytes(text, goes_on=not begins)
+        first = self.shards.tokens + begins
+        for i in np.flatnonzero(lost).tolist():
+            self.lost.extend((first + i, int(lost[i])))
+        if not len(lost):
+            self.lost.extend((first - 1, size))
 
     def _end_document(self) -> None:
         if self.missing:
@@ -145,16 +171,20 @@ class _SplitWriter:
         self.flush()
         self._end_document()
         self.shards.finish()
+        lost = np.array(self.lost, dtype=np.int64).reshape(-1, 2)
         if self.corrections:
             np.save(
                 self.folder / f"{self.split}_corrections.npy", np.array(self.corrections, dtype=np.int64).reshape(-1, 2)
             )
+        if len(lost):
+            np.save(self.folder / f"{self.split}_lost.npy", lost)
         return {
             "documents": self.documents,
             "tokens": self.shards.tokens,
             "bytes": self.bytes,
             "piece_bytes": self.piece_bytes,
             "not_round_trip": self.not_round_trip,
+            "lost_bytes": int(lost[:, 1].sum()),
         }
 
 
@@ -162,27 +192,30 @@ def prepare(
     sources: Sequence[str | Path],
     out: str | Path,
     *,
-    tokenizer: str | Path | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
     vocab_size: int | None = None,
     val_fraction: float | None = None,
     val: Sequence[str | Path] | None = None,
+    text_field: str = "text",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Turn sources into a data folder: train_*.bin, val_*.bin, tokenizer.model, data.json. Whole or not at all.
+    """Turn sources into a data folder: train_*.bin, val_*.bin, the tokenizer's file, data.json. Whole or not at all.
 
-    sources, val: files (.txt, .jsonl, .parquet with a text column), folders of them, `stdlib`, or, alone,
-    `fineweb:sp1024[:SHARDS]`. Without `val`, a `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a
-    single document, its end. Without `tokenizer`, one of `vocab_size` pieces is trained on `sources` (default
-    1,024, or fewer where the text is too short for that).
+    sources, val: files and folders of them (kinds: see `sources`), `-` (UTF-8 text from standard input), `stdlib`,
+    `hf:OWNER/NAME[:CONFIG][:SPLIT]`, or, alone, `fineweb:sp1024[:SHARDS]`. text_field: the column or JSON key of the text,
+    `a.b` for b inside a. Without `val`, a `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a single
+    document, its end. tokenizer: one, its file, or a folder that holds it (a run, an exported model); without it, one of
+    `vocab_size` pieces is trained on `sources` (default 1,024, or fewer where the text is too short for that).
 
-    Returns train and val, each {documents, tokens, bytes, piece_bytes, not_round_trip}, vocab_size, bytes_per_token.
-    bytes are those of the text's UTF-8; piece_bytes what the piece table says; not_round_trip counts documents that
-    do not decode to themselves. Raises DataError.
+    Returns train and val, each {documents, tokens, bytes, piece_bytes, not_round_trip, lost_bytes}, vocab_size,
+    bytes_per_token, and files {read, skipped: {why: how many}, empty_documents}. bytes are those of the text's UTF-8;
+    piece_bytes what the piece table says; not_round_trip counts documents that do not decode to themselves, lost_bytes the
+    bytes of theirs that are not given back. Raises DataError, and Interrupted after SIGTERM.
     """
     out = Path(out)
     if not sources:
-        raise DataError("no source given: name a file, a folder, stdlib or fineweb:sp1024")
+        raise DataError("no source given: name a file, a folder, -, stdlib, hf:OWNER/NAME or fineweb:sp1024")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists; name a new folder")
     if val_fraction is not None and not 0 < val_fraction < 1:
@@ -191,67 +224,120 @@ def prepare(
         raise DataError("give --val or --val-fraction, not both")
     if vocab_size is not None and tokenizer is not None:
         raise DataError("give --tokenizer or --vocab-size, not both")
-    if vocab_size is not None and not 2 <= vocab_size <= 65_535:
-        raise DataError(f"--vocab-size must be at most 65,535, not {vocab_size}")
+    if vocab_size is not None and not 262 <= vocab_size <= MAX_VOCAB:
+        raise DataError(f"--vocab-size must lie between 262 (256 bytes come first) and 65,535, not {vocab_size}")
     try:
         if any(str(s).startswith("fineweb:") for s in sources):
             if len(sources) > 1 or val or tokenizer or vocab_size or val_fraction:
                 raise DataError("fineweb:... comes with its own tokenizer and validation split; give it alone")
             return _prepare_published(str(sources[0]), out, progress)
-        return _prepare_texts(sources, out, tokenizer, vocab_size, val_fraction or 0.02, val, seed, progress)
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = Tokenizer.load(tokenizer)
+        if tokenizer is not None and tokenizer.vocab_size > MAX_VOCAB:
+            raise DataError(f"the tokenizer has {tokenizer.vocab_size:,} pieces; 16-bit shards hold at most 65,535")
+        with _standard_input([*sources, *(val or [])]) as typed:
+            here = _Reading([typed or s if str(s) == "-" else s for s in sources], text_field, progress)
+            there = _Reading([typed or s if str(s) == "-" else s for s in val or []], text_field, progress)
+            names = [str(s) if str(s) in ("stdlib", "-") else Path(s).resolve().name for s in sources]
+            names = [str(s) if str(s).startswith("hf:") else name for s, name in zip(sources, names, strict=True)]
+            return _prepare_texts(here, there, out, tokenizer, vocab_size, val_fraction or 0.02, seed, names)
     except OSError as error:
         if error.errno in FULL_DISK:
             raise DataError(f"the disk is full: could not write {out}; nothing was left there") from error
         raise DataError(f"cannot write {out}: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def _standard_input(sources: Sequence[str | Path]) -> Iterator[Path | None]:
+    """Standard input as a file, where a source asks for it: sources are read more than once."""
+    if "-" not in map(str, sources):
+        yield None
+        return
+    if [str(s) for s in sources].count("-") > 1:
+        raise DataError("- (standard input) can be given once")
+    with tempfile.TemporaryDirectory(prefix="mezzotint-") as folder:
+        path = Path(folder, "standard input.txt")
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield path
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM becomes Interrupted, so that what is half written is taken away."""
+
+    def stop(*_: object) -> None:
+        raise Interrupted("stopped by SIGTERM; nothing was written")
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _Reading:
+    """Sources that are read several times, with the account of the first reading and progress by bytes."""
+
+    def __init__(self, sources: Sequence[str | Path], text_field: str, progress: Progress | None) -> None:
+        self.sources, self.text_field, self.progress = sources, text_field, progress
+        self.account = Account()
+        self.size = 0  # bytes of the whole text, once it has been read
+
+    def documents(self, what: str) -> Iterator[str]:
+        """All documents, reported as `what`: how many, how many bytes, the time left once the size is known."""
+        account, count, size, started = Account(), 0, 0, time.monotonic()
+        for source in self.sources:
+            for text in documents(source, self.text_field, account):
+                count, size = count + 1, size + len(text.encode())
+                if self.progress and count % 256 == 0:
+                    left = (self.size - size) / size * (time.monotonic() - started) if self.size else 0.0
+                    said = f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left" if self.size else ""
+                    self.progress(f"{what} ({size / 1e6:,.1f} MB{said})", count)
+                yield text
+        self.account, self.size = account, size
+
+
+def _choose_tokenizer(reading: _Reading, vocab_size: int | None) -> Tokenizer:
+    """Train one on a sample of the text: of `vocab_size` pieces, or of the first default that the text can fill."""
+    for pieces in (vocab_size,) if vocab_size else DEFAULT_VOCAB_SIZES:
+        texts = reading.documents("sampling for the tokenizer")
+        try:
+            return train_tokenizer(_sample(texts, TOKENIZER_SAMPLE_BYTES, reading.size), pieces)
+        except DataError:
+            if pieces in (vocab_size, DEFAULT_VOCAB_SIZES[-1]):
+                raise
+    raise AssertionError("no default size")
+
+
 def _prepare_texts(
-    sources: Sequence[str | Path],
+    reading: _Reading,
+    val: _Reading,
     out: Path,
-    tokenizer_path: str | Path | None,
+    tokenizer: Tokenizer | None,
     vocab_size: int | None,
     val_fraction: float,
-    val: Sequence[str | Path] | None,
     seed: int,
-    progress: Progress | None,
+    names: list[str],
 ) -> dict[str, Any]:
-    def all_documents(names: Sequence[str | Path], what: str) -> Iterator[str]:
-        seen = 0
-        for name in names:
-            for text in documents(name):
-                seen += 1
-                if progress and seen % 256 == 0:
-                    progress(what, seen)
-                yield text
-
-    count = size = 0
-    for text in all_documents(sources, "reading"):
-        count, size = count + 1, size + len(text.encode())
+    count = sum(1 for _ in reading.documents("reading"))
     if count == 0:
-        raise DataError(f"no text in {', '.join(str(s) for s in sources)}: every document is empty")
-    if tokenizer_path is not None:
-        tokenizer = Tokenizer.load(tokenizer_path)
-    else:
-        tokenizer = None
-        for pieces in (vocab_size,) if vocab_size else DEFAULT_VOCAB_SIZES:
-            texts = all_documents(sources, "sampling for the tokenizer")
-            try:
-                tokenizer = train_tokenizer(_sample(texts, TOKENIZER_SAMPLE_BYTES, size), pieces)
-                break
-            except DataError:
-                if pieces in (vocab_size, DEFAULT_VOCAB_SIZES[-1]):
-                    raise
-        assert tokenizer is not None
+        raise DataError(f"no text in {', '.join(str(s) for s in reading.sources)}: every document is empty")
+    files = reading.account.to_dict()
+    tokenizer = tokenizer or _choose_tokenizer(reading, vocab_size)
     chosen: set[int] = set()
-    if not val and count > 1:
+    if not val.sources and count > 1:
         held = min(count - 1, max(1, round(count * val_fraction)))
         chosen = set(np.random.default_rng(seed).choice(count, held, replace=False).tolist())
-    with atomic_folder(out) as folder:
+    with _stoppable(), atomic_folder(out) as folder:
         train_split = _SplitWriter(folder, "train", tokenizer)
         val_split = _SplitWriter(folder, "val", tokenizer)
         try:
-            for i, text in enumerate(all_documents(sources, "encoding")):
-                if not val and count == 1:
+            for i, text in enumerate(reading.documents("encoding")):
+                if not val.sources and count == 1:
                     first, last = _halves(text, val_fraction)
                     if not first or not last:
                         raise DataError("the corpus is a single document too short to split; give --val or more text")
@@ -259,7 +345,7 @@ def _prepare_texts(
                     val_split.add(last)
                 else:
                     (val_split if i in chosen else train_split).add(text)
-            for text in all_documents(val or [], "encoding validation"):
+            for text in val.documents("encoding validation"):
                 val_split.add(text)
             report: dict[str, Any] = {"train": train_split.finish(), "val": val_split.finish()}
         finally:
@@ -269,14 +355,15 @@ def _prepare_texts(
             raise DataError("the validation sources hold no text")
         report["vocab_size"] = tokenizer.vocab_size
         report["bytes_per_token"] = report["train"]["bytes"] / report["train"]["tokens"]
-        names = [str(s) if str(s) == "stdlib" else Path(s).resolve().name for s in sources]
+        report["files"] = files
         _write_description(folder, tokenizer, report, {"sources": names, "seed": seed})
     return report
 
 
 def _write_description(folder: Path, tokenizer: Tokenizer, report: dict[str, Any], more: dict[str, Any]) -> None:
     (folder / tokenizer.file_name).write_bytes(tokenizer.serialized)
-    described = {"format": FORMAT, "tokenizer_sha256": tokenizer.sha256, **report, **more}
+    sums = {path.name: checksums(path) for path in sorted(folder.glob("*.bin"))}
+    described = {"format": FORMAT, "tokenizer_sha256": tokenizer.sha256, **report, **more, "checksums": sums}
     (folder / "data.json").write_text(json.dumps(described, indent=1))
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SPACE = "\u2581"  # how SentencePiece writes a space
 LONG_TEXT = 1_000_000  # characters encoded in one go
 MAX_BYTES = 16 << 20  # of a tokenizer's file
-MAX_PIECES = 1 << 20
+MAX_PIECES = 300_000
 FREE_FIELDS = 1 << 14  # of a SentencePiece model's protocol buffer, besides 5 for each piece
 ANCHORS = (".", ")", "x", "0", "A")  # text put before a continuation
 STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "[CLS]", "<cls>", "<|startoftext|>", "<|endoftext|>")
@@ -286,8 +286,8 @@ class Tokenizer(Protocol):
         ids, ends = self._spans("a" + text if goes_on else text)
         data = ("a" + text if goes_on else text).encode()
         lost = np.zeros(len(ids), dtype=np.int64)
-        if not ids:
-            return lost
+        if not ids or self.decode_bytes(ids) == data:
+            return lost[len(self.encode("a")) :] if goes_on else lost
         ends[-1] = len(data)
         start = first = 0
         for last, end in enumerate(ends):
@@ -473,13 +473,15 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.bos_id < 0:
             raise DataError(f"the tokenizer has no special piece that begins a document (one of {', '.join(STARTS)})")
         self._pieces = [""] * self.vocab_size
+        unknown = vocabulary.get(described["model"].get("unk_token"), described["model"].get("unk_id"))
+        self._fallback: int = self.bos_id if unknown is None else unknown
+        self._special = special - {self._fallback}
+        silent = special | {self._fallback}
         for piece, i in vocabulary.items():
             self._pieces[i] = piece
         kind = _piece_kind(described)
-        unknown = described["model"].get("unk_token")
-        self._unknown = {vocabulary.get(unknown, -1), described["model"].get("unk_id", -1)} | special
         self.raw = [
-            b"" if i in self._unknown else piece.encode() if i in added else kind(piece)
+            b"" if i in silent else piece.encode() if i in added else kind(piece)
             for i, piece in enumerate(self._pieces)
         ]
         # Whether the tokenizer puts a space before a text that has none: only then is one dropped at the start.
@@ -497,10 +499,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._bytes
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._no_special(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _no_special(self, ids: list[int]) -> list[int]:
+        """Special ids that a text's own characters spelled (some vocabularies list them as pieces) are unknown text."""
+        return ids if self._special.isdisjoint(ids) else [self._fallback if i in self._special else i for i in ids]
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [self._no_special(found.ids) for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def piece(self, id: int) -> str:
         return self._pieces[id]
@@ -509,7 +515,7 @@ class HuggingFaceTokenizer(Tokenizer):
         found = self._tokenizer.encode(text, add_special_tokens=False)
         ends = np.maximum.accumulate([end for _, end in found.offsets]) if found.ids else np.zeros(0, dtype=np.int64)
         size = np.array([len(c.encode()) for c in text], dtype=np.int64)
-        return list(found.ids), np.concatenate(([0], np.cumsum(size)))[ends].tolist()
+        return self._no_special(found.ids), np.concatenate(([0], np.cumsum(size)))[ends].tolist()
 
 
 def _piece_kind(described: dict[str, Any]) -> Callable[[str], bytes]:
@@ -548,6 +554,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Raises DataError when the text cannot fill the vocabulary.
     """
+    texts = list(texts)
+    tokenizer = _train(texts, vocab_size)
+    # In text with hardly any spaces the space is too rare to be kept, and would come back as U+2581.
+    known = any(tokenizer.piece(i) == SPACE for i in range(tokenizer.vocab_size))
+    return tokenizer if known else _train(texts, vocab_size, required_chars=SPACE)
+
+
+def _train(texts: list[str], vocab_size: int, **more: Any) -> Tokenizer:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
@@ -568,15 +582,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             unk_id=3,
             num_threads=1,
             minloglevel=2,
+            **more,
         )
     except Exception as error:
         reason = str(error)
         most = re.search(r"value <= (\d+)", reason)
         least = re.search(r"(\d+) vs (\d+)", reason)
         if most:
-            advice = f"the text is too short for more than {most[1]}; give --vocab-size {most[1]} or more text"
+            advice = f"the text has too few different words for more than {most[1]}; give --vocab-size {most[1]} or more text"
         elif least and "required_chars" in reason:
             advice = f"its bytes and characters alone need {least[2]}; give at least --vocab-size {least[2]}"
+        elif vocab_size < 262:
+            advice = (
+                "256 bytes, 4 control pieces and the text's own characters come first; give --vocab-size 512 or more"
+            )
         elif "sentences_.empty()" in reason:
             advice = "there is no text"
         else:

@@ -1,0 +1,91 @@
+"""Small texts, shards and a tokenizer for the tests of the data rooms."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
+
+SHARED = Path(os.environ.get("MEZZOTINT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the development corpus is not here")
+
+TEXTS = [
+    "The plate is dark. The burnisher draws the light out of it, slowly.",
+    "  leading spaces, trailing ones  ",
+    "line one\nline two\r\n\n\ttabbed — naïve café 漢字 🎨",
+    "12345 67890",
+    "\u2581 is the mark of a space",
+    "the plate the plate the plate " * 20,
+]
+
+
+@functools.cache
+def small_tokenizer() -> Tokenizer:
+    """340 pieces, trained as `prepare` does."""
+    return train_tokenizer(TEXTS * 3, 340)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+def write_shard(path: Path, ids: np.ndarray, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
+    return path
+
+
+@functools.cache
+def small_lossy_tokenizer() -> Tokenizer:
+    """Knows no Chinese, has no bytes, and drops spaces that follow spaces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the plate is dark, plain and dark; the plate is the plate"] * 3),
+        model_writer=model,
+        vocab_size=60,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return Tokenizer.from_bytes(model.getvalue())
+
+
+def hugging_face_tokenizer(kind: str, texts: list[str]) -> Tokenizer:
+    """A small one trained by the library itself: `wordpiece` (lower-casing), `bytes` (byte-level BPE) or `unigram` (NFKC)."""
+    tokenizers = pytest.importorskip("tokenizers")
+    models, trainers, pre = tokenizers.models, tokenizers.trainers, tokenizers.pre_tokenizers
+    if kind == "wordpiece":
+        made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        made.normalizer, made.pre_tokenizer = tokenizers.normalizers.BertNormalizer(), pre.BertPreTokenizer()
+        made.decoder = tokenizers.decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=1000, special_tokens=["[UNK]", "[CLS]"], show_progress=False)
+    elif kind == "bytes":
+        made = tokenizers.Tokenizer(models.BPE())
+        made.pre_tokenizer, made.decoder = pre.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+        alphabet = pre.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=600, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+        )
+    else:
+        made = tokenizers.Tokenizer(models.Unigram())
+        made.normalizer, made.pre_tokenizer = tokenizers.normalizers.NFKC(), pre.Metaspace()
+        made.decoder = tokenizers.decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=400, special_tokens=["<s>", "<unk>"], unk_token="<unk>", show_progress=False
+        )
+    made.train_from_iterator(texts, trainer)
+    return Tokenizer.from_bytes(made.to_str().encode())

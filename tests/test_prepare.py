@@ -1,0 +1,276 @@
+"""Data folders and their accounts of bytes; the published shards."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from corpus import SHARED, TEXTS, needs_shared, small_tokenizer, write_jsonl, write_shard
+
+import mezzotint.data.prepare as prepare_module
+from mezzotint.data.dataset import HEADER_BYTES, Dataset
+from mezzotint.data.prepare import prepare
+from mezzotint.data.tokenizer import Tokenizer
+from mezzotint.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return small_tokenizer()
+
+
+def test_prepare_accounts_for_every_byte(tmp_path):
+    train, val = TEXTS[:4] * 5, TEXTS[4:]
+    write_jsonl(tmp_path / "t.jsonl", train)
+    write_jsonl(tmp_path / "v.jsonl", val)
+    report = prepare([tmp_path / "t.jsonl"], tmp_path / "out", vocab_size=340, val=[tmp_path / "v.jsonl"])
+    for split, texts in (("train", train), ("val", val)):
+        assert report[split]["documents"] == len(texts)
+        assert report[split]["bytes"] == sum(len(t.encode()) for t in texts)
+    assert report["train"]["not_round_trip"] == 0 and report["train"]["piece_bytes"] == report["train"]["bytes"]
+    assert report["val"]["not_round_trip"] == 1  # the one with U+2581, which reads back as a space: 2 bytes short
+    assert report["val"]["bytes"] - report["val"]["piece_bytes"] == 2
+    dataset = Dataset.open(tmp_path / "out")
+    for split, texts in (("train", train), ("val", val)):
+        stream = dataset.split(split)
+        ids = stream[0 : len(stream)].astype(int)
+        assert int((ids == dataset.tokenizer.bos_id).sum()) == len(texts) and ids[0] == dataset.tokenizer.bos_id
+        for length in (7, 64, 10_000):
+            windows = stream.windows(length)
+            assert np.array_equal(np.concatenate([windows[i] for i in range(len(windows))]), ids)
+            assert sum(windows.byte_count(i) for i in range(len(windows))) == stream.bytes == report[split]["bytes"]
+    starts = np.flatnonzero(ids == dataset.tokenizer.bos_id)
+    assert dataset.tokenizer.decode(ids[starts[1] :].tolist()) == val[1]
+    described = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert described["tokenizer_sha256"] == hashlib.sha256((tmp_path / "out/tokenizer.model").read_bytes()).hexdigest()
+    assert str(tmp_path) not in json.dumps(described)
+
+
+def test_prepare_is_deterministic_and_splits_by_seed(tmp_path):
+    source = write_jsonl(tmp_path / "c.jsonl", [f"{t} {i}" for i in range(10) for t in TEXTS])
+    hashes = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare([source], tmp_path / name, vocab_size=340, val_fraction=0.1, seed=seed)
+        files = sorted(p for p in (tmp_path / name).glob("*.bin"))
+        hashes.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_single_document_is_cut(tmp_path):
+    (tmp_path / "book.txt").write_text(
+        "\n\n".join(f"Paragraph {i} of the book: {i * 7919} words. " * 3 for i in range(200))
+    )
+    report = prepare([tmp_path / "book.txt"], tmp_path / "out", vocab_size=340, val_fraction=0.1)
+    total = (tmp_path / "book.txt").stat().st_size
+    assert report["train"]["bytes"] + report["val"]["bytes"] == total
+    assert 0.05 * total < report["val"]["bytes"] < 0.15 * total
+
+
+def test_shards_are_cut_at_their_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 100)
+    source = write_jsonl(tmp_path / "c.jsonl", TEXTS * 4)
+    report = prepare([source], tmp_path / "out", vocab_size=340, val_fraction=0.1)
+    shards = sorted((tmp_path / "out").glob("train_*.bin"))
+    assert len(shards) == -(-report["train"]["tokens"] // 100) > 2
+    assert all(p.stat().st_size == HEADER_BYTES + 200 for p in shards[:-1])
+    stream = Dataset.open(tmp_path / "out").split("train")
+    whole = np.concatenate([np.fromfile(p, dtype="<u2", offset=HEADER_BYTES) for p in shards])
+    for a, b in ((0, len(whole)), (95, 105), (100, 200), (150, 350)):
+        assert np.array_equal(stream[a:b], whole[a:b])
+
+
+def test_long_documents_are_written_as_short_ones(tmp_path, monkeypatch):
+    """Encoding in parts changes no file and no count, on text that the tokenizer spoils as well."""
+    texts = [" ".join(TEXTS) + f" {i}" for i in range(12)]
+    texts[3] += " and a mark \u2581 within"
+    source = write_jsonl(tmp_path / "c.jsonl", texts)
+    reports = []
+    for name, limit in (("whole", 1 << 20), ("parts", 7)):
+        monkeypatch.setattr(prepare_module, "LONG_TEXT", limit)
+        reports.append(prepare([source], tmp_path / name, vocab_size=340, val_fraction=0.2))
+    assert reports[0] == reports[1] and reports[0]["train"]["bytes"] != reports[0]["train"]["piece_bytes"]
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "parts").iterdir()) and "train_corrections.npy" in names
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_memory_does_not_grow_with_a_document(tmp_path):
+    """A text of 16 million characters costs far less than the 50 bytes each that encoding it whole would take."""
+    (tmp_path / "c.txt").write_text("the plate is dark and the burnisher draws light out of it\n" * 280_000)
+    code = (
+        "import resource, sys\nfrom mezzotint.data.prepare import prepare\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "prepare([sys.argv[1] + '/c.txt'], sys.argv[1] + '/out', tokenizer=sys.argv[1] + '/t.model')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    (tmp_path / "t.model").write_bytes(small_tokenizer().serialized)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 500_000  # kB
+
+
+def test_tokenizer_sample_is_spread_over_the_texts():
+    texts = [f"{i:04d}" + "x" * 5996 for i in range(100)]
+    sample = list(prepare_module._sample(texts, 100_000, sum(map(len, texts))))
+    assert 96_000 <= sum(map(len, sample)) <= 104_000
+    begins = [int(part[:4]) for part in sample if part[:4].isdigit()]
+    assert min(begins) < 10 and max(begins) >= 90
+    assert "".join(prepare_module._sample(texts, 1 << 30, 600_000)) == "".join(texts)
+
+
+def test_val_and_val_fraction_exclude_each_other(tmp_path):
+    source = write_jsonl(tmp_path / "c.jsonl", TEXTS)
+    with pytest.raises(DataError, match="not both"):
+        prepare([source], tmp_path / "out", vocab_size=340, val=[source], val_fraction=0.5)
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "c.jsonl", TEXTS * 4)
+
+    def full(self, ids):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare_module._ShardWriter, "append", full)
+    with pytest.raises(DataError, match="disk is full"):
+        prepare([source], tmp_path / "out", vocab_size=340)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+@needs_shared
+def test_official_tokenizer_on_prose(tmp_path):
+    """Both byte accounts of the validation prose, with the challenge's tokenizer, by two routes."""
+    texts = pq.read_table(SHARED / "prose" / "val.parquet").column("text").to_pylist()
+    raw = sum(len(t.encode()) for t in texts)
+    source = [SHARED / "prose" / "val.parquet"]
+    report = prepare(source, tmp_path / "d", tokenizer=SHARED / "tokenizers" / "fineweb_1024_bpe.model", val=source)
+    account = report["val"]
+    assert account["documents"] == 327 and account["bytes"] == raw == 1_647_844
+    tokenizer = Dataset.open(tmp_path / "d").tokenizer
+    agree = 0
+    for text in texts:
+        ids = np.array([tokenizer.bos_id, *tokenizer.encode(text)])
+        decoded = tokenizer.decode_bytes(ids)
+        # The piece table counts exactly the bytes that the ids decode to, for every document.
+        assert int(tokenizer.byte_counts(ids).sum()) == len(decoded)
+        agree += decoded == text.encode()
+    assert account["not_round_trip"] == len(texts) - agree
+    # The tokenizer turns line breaks into spaces and drops runs; that is all by which the accounts differ.
+    assert abs(account["piece_bytes"] - raw) / raw < 5e-4
+    windows = Dataset.open(tmp_path / "d").split("val").windows(256)
+    assert sum(windows.byte_count(i) for i in range(len(windows))) == raw
+
+
+@pytest.fixture
+def hub(tmp_path, tokenizer, monkeypatch):
+    """A server of the hub's file endpoints over a local tree, for the real huggingface_hub client."""
+    pytest.importorskip("huggingface_hub")
+    tree = tmp_path / "tree" / "datasets"
+    (tree / "datasets" / "fineweb10B_sp300").mkdir(parents=True)
+    (tree / "tokenizers").mkdir()
+    (tree / "tokenizers" / "fineweb_300_bpe.model").write_bytes(tokenizer.serialized)
+    ids = np.concatenate([[tokenizer.bos_id, *tokenizer.encode(t)] for t in TEXTS])
+    for i, split in enumerate(("train_000000", "train_000001", "val_000000")):
+        write_shard(tree / "datasets" / "fineweb10B_sp300" / f"fineweb_{split}.bin", np.roll(ids, i))
+    manifest = {
+        "datasets": [
+            {"name": "fineweb10B_sp300", "tokenizer_name": "sp_bpe_300", "stats": {"files_train": 2, "files_val": 1}}
+        ],
+        "tokenizers": [{"name": "sp_bpe_300", "model_path": "tokenizers/fineweb_300_bpe.model"}],
+    }
+    (tree / "manifest.json").write_text(json.dumps(manifest))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.reply(False)
+
+        def do_GET(self):
+            self.reply(True)
+
+        def reply(self, body: bool):
+            prefix = "/datasets/willdepueoai/parameter-golf/resolve/main/"
+            path = tree.parent / self.path.removeprefix(prefix).split("?")[0]
+            if not self.path.startswith(prefix) or not path.is_file():
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            content = path.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def log_message(self, *words):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # The client reads its endpoint when it is imported, so the test runs it in a process of its own.
+    environment = {
+        **{k: v for k, v in os.environ.items() if "proxy" not in k.lower()},
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+    def run(source: str) -> subprocess.CompletedProcess[str]:
+        code = (
+            "import json, sys\nfrom mezzotint.data.prepare import prepare\nfrom mezzotint.errors import DataError\n"
+            "try: print(json.dumps(prepare([sys.argv[1]], sys.argv[2])))\n"
+            "except DataError as error: sys.exit(f'DataError: {error}')"
+        )
+        words = [sys.executable, "-c", code, source, str(tmp_path / "out")]
+        return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+
+    yield run, tree, tmp_path / "out"
+    server.shutdown()
+
+
+def test_published_shards(hub, tokenizer):
+    run, _, out = hub
+    done = run("fineweb:sp300:1")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    raw = sum(len(t.encode()) for t in TEXTS) - 2  # U+2581 reads as a space
+    assert report["train"]["documents"] == len(TEXTS) and report["train"]["bytes"] == raw
+    assert sorted(p.name for p in out.glob("*.bin")) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
+    stream = Dataset.open(out).split("train")
+    assert stream.bytes == raw and stream.bytes_kind == "pieces"
+    # The same shards without data.json, as published: the bytes come from the piece table.
+    (out / "data.json").unlink()
+    assert Dataset.open(out).split("train").bytes == raw
+
+
+def test_published_shards_that_are_missing(hub):
+    run, tree, out = hub
+    (tree / "datasets" / "fineweb10B_sp300" / "fineweb_train_000001.bin").unlink()
+    done = run("fineweb:sp300")
+    assert done.returncode == 1 and "fineweb_train_000001.bin" in done.stderr and not out.exists()
+    assert "no fineweb10B_sp77" in run("fineweb:sp77").stderr
+    assert "has 2 training shards" in run("fineweb:sp300:3").stderr
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path):
+    code = (
+        "import sys\nfrom mezzotint.data.prepare import prepare\nfrom mezzotint.errors import DataError\n"
+        "try: prepare(['fineweb:sp1024'], sys.argv[1])\nexcept DataError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.count("\n") == 1 and "manifest.json" in done.stdout and not (tmp_path / "out").exists()
