@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -274,3 +275,79 @@ def test_an_unreachable_hub_is_one_line(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, env=environment, check=True
     )
     assert done.stdout.count("\n") == 1 and "manifest.json" in done.stdout and not (tmp_path / "out").exists()
+
+
+# --- what goes in, and what is left -----------------------------------------------------------------------------------
+
+
+def test_skipped_files_are_in_the_report(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    (folder / "b.png").write_bytes(b"no")
+    (folder / ".c.txt").write_text("no")
+    report = prepare([folder], tmp_path / "out", vocab_size=340)
+    assert report["files"] == {"read": 1, "skipped": {"hidden": 1, "other types": 1}, "empty_documents": 0}
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["files"] == report["files"]
+
+
+def run_prepare(tmp_path: Path, code: str, **options) -> subprocess.CompletedProcess[bytes]:
+    code = f"import sys\nfrom mezzotint.data.prepare import prepare\n{code}"
+    return subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, timeout=60, **options)
+
+
+def test_standard_input_is_a_source(tmp_path):
+    text = "\n".join(TEXTS) + "\r\nlast line"
+    done = run_prepare(tmp_path, "prepare(['-'], sys.argv[1] + '/out', vocab_size=330)", input=text.encode())
+    assert done.returncode == 0, done.stderr
+    described = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert described["train"]["bytes"] + described["val"]["bytes"] == len(text.encode())
+    assert described["sources"] == ["-"]
+    with pytest.raises(DataError, match="once"):
+        prepare(["-", "-"], tmp_path / "again")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM there")
+def test_sigterm_leaves_nothing(tmp_path):
+    """Stopped in the middle of writing: no folder, no hidden one, one line."""
+    write_jsonl(tmp_path / "c.jsonl", TEXTS * 4)
+    code = (
+        "import os, signal\nimport mezzotint.data.prepare as module\nfrom mezzotint.errors import Interrupted\n"
+        "whole = module._ShardWriter.append\n"
+        "def append(self, ids):\n    whole(self, ids)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "module._ShardWriter.append = append\n"
+        "try: prepare([sys.argv[1] + '/c.jsonl'], sys.argv[1] + '/out', vocab_size=340)\n"
+        "except Interrupted as error: print(error)\n"
+        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL"
+    )
+    done = run_prepare(tmp_path, code)
+    assert done.stdout == b"stopped by SIGTERM; nothing was written\n", done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_a_tokenizer_from_where_it_is(tmp_path, tokenizer):
+    """Itself, its file under any name, or the folder that holds it."""
+    source = write_jsonl(tmp_path / "c.jsonl", TEXTS * 3)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tokenizer.model").write_bytes(tokenizer.serialized)
+    for i, given in enumerate((tokenizer, run, run / "tokenizer.model")):
+        prepare([source], tmp_path / str(i), tokenizer=given)
+        assert Dataset.open(tmp_path / str(i)).tokenizer.sha256 == tokenizer.sha256
+    with pytest.raises(DataError, match="cannot read tokenizer"):
+        prepare([source], tmp_path / "out", tokenizer=tmp_path / "0" / "nothing")
+
+
+def test_progress_says_bytes_and_time_left(tmp_path):
+    source = write_jsonl(tmp_path / "c.jsonl", ["the plate is dark"] * 600 + TEXTS)
+    said: list[str] = []
+    prepare([source], tmp_path / "out", vocab_size=340, progress=lambda what, seen: said.append(f"{what} {seen}"))
+    assert any(line.startswith("reading (") and line.endswith("MB) 256") for line in said)
+    assert any(line.startswith("encoding (") and "s left)" in line for line in said)
+
+
+@pytest.mark.parametrize("size", [1, 2, 100, 70_000])
+def test_sizes_that_no_vocabulary_has(tmp_path, size):
+    source = write_jsonl(tmp_path / "c.jsonl", TEXTS)
+    with pytest.raises(DataError, match=f"--vocab-size must lie between 262 .* and 65,535, not {size}"):
+        prepare([source], tmp_path / "out", vocab_size=size)

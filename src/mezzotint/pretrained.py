@@ -10,10 +10,11 @@ import importlib.resources
 from collections.abc import Iterator
 from pathlib import Path
 
+from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError
 from mezzotint.model import Model
 from mezzotint.packing import safetensors
-from mezzotint.packing.artifact import open_artifact
+from mezzotint.packing.artifact import MAGIC, open_artifact
 from mezzotint.training.checkpoint import load_run
 
 DEFAULT = "prose"
@@ -61,3 +62,18 @@ def load(model: str | Path | None = None) -> Model:
         return load_run(path)  # says what the folder lacks
     with shipped_file(str(model)) as file:
         return open_artifact(file)
+
+
+def tokenizer_of(name: str | Path) -> Tokenizer:
+    """The tokenizer in a tokenizer's own file, in a folder that holds one (a run, an exported model), or of a model (`load`).
+
+    Raises DataError, CheckpointError or ArtifactError.
+    """
+    path = Path(name)
+    if path.is_dir() or path.suffix in (".model", ".json"):
+        return Tokenizer.load(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            packed = file.read(len(MAGIC)) == MAGIC
+        return open_artifact(path).tokenizer if packed else Tokenizer.load(path)
+    return load(name).tokenizer

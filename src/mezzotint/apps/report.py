@@ -29,7 +29,7 @@ from mezzotint.apps.charts import (
 )
 from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.data.dataset import Dataset, Windows
-from mezzotint.errors import DataError
+from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.files import atomic_write
 from mezzotint.model import Model, count_parameters
 from mezzotint.packing.artifact import BUDGET, inspect_artifact, open_artifact
@@ -132,8 +132,7 @@ def report(
     curve: list[RateBin] = []
     gaps: list[dict[str, str]] = []
     if dataset is not None:
-        if dataset.tokenizer.sha256 != model.tokenizer.sha256:
-            raise DataError("this data was prepared with another tokenizer than the model's: use the run's own data")
+        check_same_tokenizer(model, dataset)
         windows = dataset.split("val").windows(model.config.sequence_length)
         if not any(e.method.startswith("nelbo") for e in estimates):
             say("scoring")

@@ -25,6 +25,7 @@ from typing import Any
 
 from mezzotint.config import to_dict
 from mezzotint.data.dataset import Dataset
+from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import ArtifactError, CheckpointError, DataError
 from mezzotint.files import atomic_folder
 from mezzotint.model import Model, count_parameters
@@ -385,8 +386,7 @@ def submit(
     if not estimates:
         if dataset is None:
             raise DataError("a record needs a score: give the data to score the artifact on")
-        if dataset.tokenizer.sha256 != model.tokenizer.sha256:
-            raise DataError("this data was prepared with another tokenizer than the model's: use the run's own data")
+        check_same_tokenizer(model, dataset)
         say("scoring the artifact")
         windows = dataset.split("val").windows(model.config.sequence_length)
         estimates = [likelihood.nelbo(model, windows, tokens=tokens, seed=seed)]

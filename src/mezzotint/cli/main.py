@@ -136,12 +136,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "prepare",
         "turn text into token shards",
-        "A source is a .txt file (one document), .jsonl or .parquet (column text), a folder of these, stdlib (this "
-        "Python's own library), or fineweb:sp1024[:SHARDS] (the challenge's published shards).",
+        "A source is a file of text (.txt, .md, source code: one document), .jsonl, .csv, .tsv (each also .gz or .zst) or "
+        ".parquet, a folder of these, - (standard input), stdlib (this Python's own library), "
+        "hf:OWNER/NAME[:CONFIG][:SPLIT] (a dataset of the Hugging Face Hub), or fineweb:sp1024[:SHARDS] (the challenge's "
+        "published shards).",
     )
-    sub.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, stdlib or fineweb:sp1024")
+    sub.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, -, stdlib, hf:OWNER/NAME...")
     sub.add_argument("--out", type=Path, required=True, metavar="DATA", help="new folder for the shards")
-    sub.add_argument("--tokenizer", type=Path, metavar="FILE", help="a SentencePiece .model to use")
+    sub.add_argument(
+        "--tokenizer", metavar="FILE|MODEL", help="a SentencePiece .model, a tokenizer.json, or a model's own"
+    )
+    sub.add_argument("--text-field", default="text", metavar="A.B", help="column or JSON key of the text [text]")
     sub.add_argument("--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer to train [1024]")
     sub.add_argument("--val-fraction", type=float, metavar="F", help="share of documents held out [0.02]")
     sub.add_argument("--val", nargs="+", metavar="SOURCE", help="validation sources, instead of a share")
@@ -493,20 +498,23 @@ def _run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | No
 
 
 def _same_tokenizer(model: Model, dataset: Dataset, path: Path) -> None:
-    if dataset.tokenizer.sha256 != model.tokenizer.sha256:
-        raise DataError(f"{path} was prepared with another tokenizer than the model's; prepare it with the model's own")
+    from mezzotint.data.tokenizer import check_same_tokenizer
+
+    check_same_tokenizer(model, dataset, data_name=path)
 
 
 def _run_prepare(arguments: argparse.Namespace, progress: _Progress) -> None:
+    from mezzotint import pretrained
     from mezzotint.data.prepare import prepare
 
     result = prepare(
         arguments.sources,
         arguments.out,
-        tokenizer=arguments.tokenizer,
+        tokenizer=arguments.tokenizer and pretrained.tokenizer_of(arguments.tokenizer),
         vocab_size=arguments.vocab_size,
         val_fraction=arguments.val_fraction,
         val=arguments.val,
+        text_field=arguments.text_field,
         seed=arguments.seed,
         progress=lambda what, seen: progress.bar(0.0, f"{what}: {seen:,} documents" if seen else what),
     )
@@ -521,12 +529,14 @@ def _run_prepare(arguments: argparse.Namespace, progress: _Progress) -> None:
     for split in ("train", "val"):
         account = result[split]
         lost = account["not_round_trip"]
-        difference = account["bytes"] - account["piece_bytes"]
-        note = "unknown" if lost is None else f"{lost:,} ({difference:+,} bytes)" if lost else "0"
+        note = "unknown" if lost is None else f"{lost:,} ({account['lost_bytes']:,} bytes lost)" if lost else "0"
         rows.append((split, *(f"{account[k]:,}" for k in ("documents", "tokens", "bytes")), note))
     _table(
         f"{arguments.out}: {result['vocab_size']:,} pieces, {result['bytes_per_token']:.3f} bytes/token", columns, rows
     )
+    if files := result.get("files"):
+        skipped = ", ".join(f"{count:,} {why}" for why, count in files["skipped"].items()) or "none"
+        print(f"files read: {files['read']:,}; skipped: {skipped}; empty documents: {files['empty_documents']:,}")
 
 
 def _train_configs(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ModelConfig, TrainConfig]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mezzotint.data.dataset import Dataset, TokenStream
+from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.model import Model
 from mezzotint.sampling.generate import sample
@@ -152,8 +153,7 @@ def memorized(
     say = progress or (lambda _: None)
     if length < 8 or min(samples, held_out, batch) < 1:
         raise ConfigError("strings have at least 8 bytes, and there is at least 1 text of each kind")
-    if dataset.tokenizer.sha256 != model.tokenizer.sha256:
-        raise DataError("this data was prepared with another tokenizer than the model's: use the model's own data")
+    check_same_tokenizer(model, dataset)
     tokens = tokens or model.config.sequence_length
     written: list[bytes] = []
     for first in range(0, samples, batch):
