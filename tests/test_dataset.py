@@ -218,13 +218,14 @@ def test_lost_bytes_of_windows(tmp_path):
     stream = dataset.split("val")
     for length in (1, 3, 1000):
         windows = stream.windows(length)
-        assert sum(windows.lost_bytes(i) for i in range(len(windows))) == 14
+        assert sum(windows.bytes_lost(i) for i in range(len(windows))) == 14
     unknown = np.flatnonzero(stream[0 : len(stream)] == 3)
     assert [stream.lost_bytes(int(i), int(i) + 1) for i in unknown] == [6, 6]
     described = json.loads((tmp_path / "d" / "data.json").read_text())
     described["val"].pop("lost_bytes")
     (tmp_path / "d" / "data.json").write_text(json.dumps(described))
-    assert Dataset.open(tmp_path / "d").split("val").lost_bytes(0, 5) is None  # nobody counted them
+    rough = Dataset.open(tmp_path / "d").split("val")  # nobody counted them
+    assert rough.lost_bytes(0, len(rough)) > 0
 
 
 def test_pairs_are_checked():

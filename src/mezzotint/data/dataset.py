@@ -134,14 +134,6 @@ class TokenStream:
                 raise DataError(f"shard {self.paths[shard]} is damaged: its ids have changed; prepare the data again")
             unverified.pop(block, None)
 
-    def lost_bytes(self, start: int, stop: int) -> int | None:
-        """Bytes of the text that tokens start..stop do not give back (see `Tokenizer.lost_bytes`), charged to the token
-        that was made from them; None where nobody counted them (published shards, data of an earlier version)."""
-        if self._lost is None:
-            return None
-        rows = self._lost[:, 0]
-        return int(self._lost[bisect.bisect_left(rows, start) : bisect.bisect_left(rows, stop), 1].sum())
-
     def chunks(self, start: int, stop: int, size: int = 1 << 22) -> Iterator[np.ndarray]:
         """Tokens start..stop in consecutive stretches of `size`, uint16; never more than one in memory."""
         for a in range(start, stop, size):
@@ -154,9 +146,7 @@ class TokenStream:
         for ids in self.chunks(start, stop):
             total += self.tokenizer.sum_bytes(ids, previous)
             previous = int(ids[-1])
-        rows = self.corrections[:, 0]
-        inside = slice(bisect.bisect_left(rows, start), bisect.bisect_left(rows, stop))
-        return total + int(self.corrections[inside, 1].sum())
+        return total + int(_inside(self.corrections, start, stop).sum())
 
     @cached_property
     def _silent(self) -> np.ndarray:
@@ -184,11 +174,15 @@ class TokenStream:
         return self._raw_bytes if self._raw_bytes is not None else self.count_bytes(0, len(self))
 
     def lost_bytes(self, start: int, stop: int) -> int:
-        """Bytes of the text that tokens start..stop do not give back: those that the piece table lacks or has too many
-        of, at their document's BOS, and at least one for every other token that stands for no text."""
-        rows = self.corrections[:, 0]
-        inside = slice(bisect.bisect_left(rows, start), bisect.bisect_left(rows, stop))
-        missing = int(np.abs(self.corrections[inside, 1]).sum())
+        """Bytes of the text that tokens start..stop do not give back, charged to the token that was made from them.
+
+        Counted by `prepare` (see `Tokenizer.lost_bytes`). Where nobody counted them (published shards, data of an earlier
+        version): those that the piece table lacks or has too many of, at their document's BOS, and at least one for every
+        other token that stands for no text.
+        """
+        if self._lost is not None:
+            return int(_inside(self._lost, start, stop).sum())
+        missing = int(np.abs(_inside(self.corrections, start, stop)).sum())
         return max(missing, sum(int(self._silent[ids].sum()) for ids in self.chunks(start, stop)))
 
     def windows(self, length: int, stride: int | None = None) -> Windows:
@@ -243,9 +237,10 @@ class Windows(Sequence[np.ndarray]):
         """Bytes of window i's charged text that its tokens do not give back."""
         return self.stream.lost_bytes(*self._bounds(i)[1:])
 
-    def lost_bytes(self, i: int) -> int | None:
-        """Bytes of window i's text that its tokens do not give back; None where nobody counted them."""
-        return self.stream.lost_bytes(i * self.length, min((i + 1) * self.length, len(self.stream)))
+
+def _inside(rows: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """The bytes of those rows (token, bytes; in order of tokens) whose token is in start..stop."""
+    return rows[bisect.bisect_left(rows[:, 0], start) : bisect.bisect_left(rows[:, 0], stop), 1]
 
 
 def _rows(path: Path, total: int) -> np.ndarray:
