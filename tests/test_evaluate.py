@@ -605,4 +605,4 @@ class TestCompare:
         with pytest.raises(DataError, match="tokenizers"):
             compare(a, other, windows)
         with pytest.raises(DataError, match="method"):
-            compare(a, a, windows, method="causal")
+            compare(a, a, windows, method="best")

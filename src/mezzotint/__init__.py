@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mezzotint.data.tokenizer import Tokenizer
     from mezzotint.errors import ArtifactError, CheckpointError, ConfigError, DataError, MezzotintError
     from mezzotint.integrations.hub import from_pretrained, push_to_hub
+    from mezzotint.integrations.transformers import from_transformers
     from mezzotint.model import Denoiser, Model
     from mezzotint.packing.artifact import inspect_artifact, open_artifact
     from mezzotint.packing.pack import pack, store
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from mezzotint.sampling.denoise import denoise
     from mezzotint.sampling.generate import sample
     from mezzotint.sampling.infill import fill, infill
-    from mezzotint.scoring.compare import compare
+    from mezzotint.scoring.compare import compare, compare_documents
     from mezzotint.scoring.likelihood import causal, chain_rule, nelbo, reconstruction_score
     from mezzotint.scoring.memorization import memorized
     from mezzotint.scoring.statistics import Comparison, Estimate
@@ -55,12 +56,14 @@ _HOME = {
     "causal": "scoring.likelihood",
     "chain_rule": "scoring.likelihood",
     "compare": "scoring.compare",
+    "compare_documents": "scoring.compare",
     "compress": "compression.container",
     "decompress": "compression.container",
     "denoise": "sampling.denoise",
     "export_folder": "packing.safetensors",
     "fill": "sampling.infill",
     "from_pretrained": "integrations.hub",
+    "from_transformers": "integrations.transformers",
     "import_folder": "packing.safetensors",
     "infill": "sampling.infill",
     "inspect_artifact": "packing.artifact",
@@ -101,12 +104,14 @@ __all__ = [
     "causal",
     "chain_rule",
     "compare",
+    "compare_documents",
     "compress",
     "decompress",
     "denoise",
     "export_folder",
     "fill",
     "from_pretrained",
+    "from_transformers",
     "import_folder",
     "infill",
     "inspect_artifact",

@@ -6,7 +6,9 @@ Knows where models lie, not what is in them. The shipped ones are package data, 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.resources
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,8 +44,18 @@ def shipped_file(name: str) -> Iterator[Path]:
         yield path
 
 
+def _of_transformers(folder: Path) -> bool:
+    """Whether a folder holds a model that transformers saved, and none of this package's."""
+    try:
+        found = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "architectures" in found and "mezzotint_version" not in found
+
+
 def load(model: str | Path | None = None) -> Model:
-    """The model called `model`, on the CPU: a shipped one's name, a `.mzt` file, a run folder or an exported folder.
+    """The model called `model`, on the CPU: a shipped one's name, a `.mzt` file, a run folder, an exported folder,
+    or a model of transformers: a folder of it, or `hf:OWNER/NAME` on the Hub.
 
     A file or folder with a model that is there wins over a shipped model of the same name; None is always the shipped
     `prose`. Raises CheckpointError or ArtifactError.
@@ -52,6 +64,9 @@ def load(model: str | Path | None = None) -> Model:
         with shipped_file(DEFAULT) as file:
             return open_artifact(file)
     path = Path(model)
+    if str(model).startswith("hf:") or _of_transformers(path):
+        # By name: an extra of a floor above, loaded only where it is asked for.
+        return importlib.import_module("mezzotint.integrations.transformers").load_transformers(model)
     if safetensors.is_exported(path):
         return safetensors.import_folder(path)
     if path.is_file():

@@ -1,0 +1,217 @@
+"""Tighter figures by enumeration: strides, K orders, orders with a lean, and what is no bound."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from toy import TableModel, ToyTokenizer, ToyWindows, UniformModel, enumerated_nelbo, order_nll, toy_windows
+
+from mezzotint.errors import DataError
+from mezzotint.objective import lean_mask
+from mezzotint.scoring.journal import Journal
+from mezzotint.scoring.kinds import kind_of
+from mezzotint.scoring.likelihood import causal, chain_rule, nelbo, reconstruction_score
+from mezzotint.seeding import generator
+
+V, T = 3, 3
+ORDERS = list(itertools.permutations(range(T)))
+TEXTS = list(itertools.product(range(V), repeat=T))
+
+
+def law(order, lean, length=T):
+    """Chance of an order by Plackett and Luce, by its definition."""
+    if math.isinf(lean):
+        return float(order == tuple(range(length)))
+    weights = [math.exp(-lean * i / length) for i in range(length)]
+    left, chance = set(order), 1.0
+    for i in order:
+        chance *= weights[i] / sum(weights[j] for j in left)
+        left.remove(i)
+    return chance
+
+
+class TestLean:
+    @pytest.mark.parametrize("lean", [0.0, 1.0, 4.0, math.inf])
+    def test_mean_over_counts_and_masks_is_the_mean_over_the_law(self, lean):
+        """What a mask is worth, averaged over every count and order by its chance, is the leaning mean of chains."""
+        model = TableModel(V, T)
+        for x in TEXTS[:9]:
+            want = sum(law(o, lean) * order_nll(model, x, o) for o in ORDERS)
+            mixture = sum(law(o, lean) * math.exp(-order_nll(model, x, o)) for o in ORDERS)
+            assert want >= -math.log(mixture) - 1e-12
+            if lean == 0:
+                assert want == pytest.approx(enumerated_nelbo(model, x), abs=1e-9)
+            if math.isinf(lean):
+                assert want == pytest.approx(order_nll(model, x, (0, 1, 2)), abs=1e-12)
+            windows = ToyWindows(np.array([*x, 1]), T, model.tokenizer)
+            last = enumerated_nelbo(model, (1,))
+            found = nelbo(model, windows, repeats=600, order_lean=lean or 1e-9)
+            nats, error = found.nats_per_token * 4, found.stderr_bpb * found.bytes * math.log(2)
+            assert abs(nats - want - last) < 4.5 * error + 1e-6
+            assert found.kind == "upper bound"
+
+    def test_masks_have_the_laws_chances(self):
+        counts: dict = {}
+        n = 4000
+        for seed in range(n):
+            masked, chance = lean_mask(T, 2, 2.0, generator(seed))
+            key = tuple(masked.tolist())
+            counts[key] = counts.get(key, 0) + 1
+            w = torch.exp(-2.0 * torch.arange(3) / 3) * masked
+            assert torch.allclose(chance, (w / w.sum()).double(), atol=1e-6)
+        for key, count in counts.items():
+            want = sum(law(o, 2.0) for o in ORDERS if not key[o[0]])
+            assert abs(count / n - want) < 4.5 * math.sqrt(want * (1 - want) / n)
+
+    def test_out_of_range(self):
+        model = TableModel(V, T)
+        for lean in (-1.0, math.nan):
+            with pytest.raises(DataError, match="lean"):
+                nelbo(model, toy_windows(model, 9), order_lean=lean)
+
+
+class TestOrders:
+    def test_bounds_fall_to_the_mixture(self):
+        """E[-log mean of K] by enumeration over all K-tuples of orders; the estimate has that mean."""
+        model = TableModel(V, T, scale=2.5)
+        x = (1, 2, 1)
+        p = np.array([math.exp(-order_nll(model, x, o)) for o in ORDERS])
+        exact = [float(np.mean([-math.log(np.mean(c)) for c in itertools.product(p, repeat=k)])) for k in (1, 2, 3, 4)]
+        assert exact[0] == pytest.approx(enumerated_nelbo(model, x), abs=1e-9)
+        assert exact == sorted(exact, reverse=True) and exact[-1] > -math.log(p.mean())
+        windows = ToyWindows(np.array(x), T, model.tokenizer)
+        for k, want in zip((1, 2, 3), exact, strict=False):
+            found = nelbo(model, windows, orders=k, repeats=500)
+            error = found.stderr_bpb * found.bytes * math.log(2)
+            assert abs(found.nats_per_token * T - want) < 4.5 * error
+            assert found.forward_passes == 500 * k * T and found.kind == "upper bound"
+
+    def test_leaning_to_the_end_is_the_chain(self):
+        model = TableModel(V, T)
+        windows = toy_windows(model, 12)
+        assert nelbo(model, windows, orders=2, order_lean=math.inf).bpb == pytest.approx(
+            chain_rule(model, windows).bpb, rel=1e-12
+        )
+
+    def test_a_lower_bound_needs_the_posterior(self):
+        """E over p(order | x) of -log p(x | order) is below -log p; over the law itself it is above. No estimate from
+        orders drawn without the posterior is offered as a lower bound."""
+        model = TableModel(V, T, scale=2.5)
+        for x in TEXTS:
+            nll = np.array([order_nll(model, x, o) for o in ORDERS])
+            p = np.exp(-nll)
+            truth = -math.log(p.mean())
+            assert float((p / p.sum()) @ nll) <= truth + 1e-12 <= nll.mean() + 2e-12
+
+    def test_errors(self):
+        model = TableModel(V, T)
+        for more in ({"orders": 0}, {"orders": 2, "repeats": 1}, {"orders": 2, "block_size": 2}):
+            with pytest.raises(DataError):
+                nelbo(model, toy_windows(model, 9), **more)
+
+
+class TestStride:
+    @pytest.mark.parametrize("stride", [1, 2, 3])
+    def test_chain_and_causal_by_hand_and_normalised(self, stride):
+        model = TableModel(2, T, seed=4)
+        totals = {chain_rule: 0.0, causal: 0.0}
+        for x in itertools.product(range(2), repeat=5):
+            windows = ToyWindows(np.array(x), T, model.tokenizer, stride)
+            assert [t for i in range(len(windows)) for t in windows[i][windows.context(i) :]] == [*x]
+            for score, nats in ((chain_rule, 0.0), (causal, 0.0)):
+                for i in range(len(windows)):
+                    ids = windows[i].tolist()
+                    for j in range(windows.context(i), len(ids)):
+                        canvas = [*ids[:j], *[2] * (len(ids) - j)] if score is chain_rule else [2, *ids[:-1]]
+                        logits = model.logits(torch.tensor([canvas]), block_size=int(score is causal))[0, j]
+                        nats -= float(logits.log_softmax(0)[ids[j]])
+                totals[score] += math.exp(-nats)
+                if sum(x):
+                    found = score(model, windows)
+                    assert found.nats_per_token * 5 == pytest.approx(nats, abs=1e-9) and found.kind == "exact"
+        assert list(totals.values()) == pytest.approx([1, 1], abs=1e-9)
+
+    def test_nelbo_given_the_text_before(self):
+        model = TableModel(V, T, seed=1)
+        x = (1, 2, 0, 2, 1)
+        windows = ToyWindows(np.array(x), T, model.tokenizer, 2)
+        want = enumerated_nelbo(model, x[:3])
+        ids = (0, 2, 1)
+        for k in (1, 2):
+            for masked in itertools.combinations((1, 2), k):
+                canvas = torch.tensor([[V if i in masked else t for i, t in enumerate(ids)]])
+                rows = model.logits(canvas)[0].log_softmax(1)
+                want -= sum(float(rows[i, ids[i]]) for i in masked) * 2 / k / math.comb(2, k) / 2
+        found = nelbo(model, windows, repeats=2000)
+        assert abs(found.nats_per_token * 5 - want) < 4.5 * found.stderr_bpb * found.bytes * math.log(2)
+        assert (found.tokens, found.kind, found.method) == (5, "upper bound", "nelbo")
+        model.info = {"train": {"block_size": 2}}
+        assert nelbo(model, windows, repeats=2).method == "nelbo"
+        for call in (
+            lambda: nelbo(model, windows, block_size=2),
+            lambda: chain_rule(model, windows, attention="block(2)"),
+            lambda: reconstruction_score(model, windows),
+        ):
+            with pytest.raises(DataError, match="stride"):
+                call()
+
+
+class TestKinds:
+    def test_two_fair_bits(self):
+        """A token of two parts that are one fair bit twice: log-probabilities of the parts given each other, or the joint
+        one weighted as a single event, come out below the truth. Neither is called a bound; the NELBO is above."""
+        nothing = math.log(2)
+        truth = math.log(2)  # (0, 0) or (1, 1), half each
+
+        def given(own, other):
+            return nothing if other is None else 0.0
+
+        chain = given(0, None) + given(0, 0)
+        pseudo = given(0, 0) + given(0, 0)
+        # The joint probability of both parts masked, weighted 1 / 2 as one event of a single mask rate; independent bits.
+        joint_as_one = 0.5 * (nothing + nothing) * 0.5
+        assert chain == truth and pseudo < truth and joint_as_one < 2 * nothing
+        assert kind_of("pseudo") == kind_of("reconstruction") == "not a bound"
+        bound = nelbo(UniformModel(2, 2), ToyWindows(np.array([1, 1]), 2, ToyTokenizer(2)))
+        assert bound.nats_per_token * 2 == pytest.approx(2 * math.log(2)) and bound.kind == "upper bound"
+
+    def test_lost_bytes_are_no_code_length(self):
+        model = TableModel(V, T)
+        windows = toy_windows(model, 12)
+        windows.lost = 2
+        for score in (nelbo, chain_rule, causal):
+            found = score(model, windows)
+            assert (found.kind, found.bytes_lost) == ("not a code length", 8)
+            assert found.to_dict()["bytes_lost"] == 8
+        assert reconstruction_score(model, windows).kind == "not a bound"
+        with pytest.raises(ValueError, match="proven"):
+            kind_of("best")
+
+    def test_another_tokenizers_windows_are_refused_by_all(self):
+        model = TableModel(V, T)
+        windows = toy_windows(model, 12)
+        windows.tokenizer = ToyTokenizer(V)
+        windows.tokenizer.sha256 = "other"
+        for score in (nelbo, chain_rule, causal, reconstruction_score):
+            with pytest.raises(DataError, match="another tokenizer"):
+                score(model, windows)
+
+
+@pytest.mark.parametrize("score", [nelbo, chain_rule])
+def test_a_journal_keeps_what_was_done_when_interrupted_at_once(score, tmp_path):
+    model = TableModel(4, 3)
+    windows = toy_windows(model, 100)
+    whole = score(model, windows)
+
+    def stop(done, total):
+        if done >= total // 2:
+            raise KeyboardInterrupt
+
+    assert Journal.interval == 30.0
+    with pytest.raises(KeyboardInterrupt):
+        score(model, windows, journal=tmp_path / "j", progress=stop, batch=4)
+    model.rows = 0
+    assert score(model, windows, journal=tmp_path / "j").bpb == whole.bpb
+    assert 0 < model.rows < 0.6 * whole.forward_passes

@@ -1,0 +1,207 @@
+"""Models of transformers, built small from their config classes, against naive loops over their own logits."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from mezzotint import load
+from mezzotint.data.texts import TextWindows
+from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
+from mezzotint.integrations.transformers import from_transformers, load_transformers
+from mezzotint.scoring.compare import compare_documents
+from mezzotint.scoring.likelihood import causal, chain_rule, nelbo
+
+TEXTS = ["abcab", "bca", "ccabba"]
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+
+
+def tokenizer(letters="abc"):
+    vocabulary = {p: i for i, p in enumerate([*SPECIAL, *letters])}
+    backend = Backend(models.BPE(vocabulary, [], unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    names = {n: f"[{n[:3].upper()}]" for n in ("pad_token", "cls_token", "sep_token", "unk_token")}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", **names)
+
+
+def small(kind, vocab=8):
+    common = {
+        "vocab_size": vocab,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    if kind == "bert":
+        made = transformers.BertForMaskedLM(
+            transformers.BertConfig(**common, intermediate_size=16, max_position_embeddings=12)
+        )
+    elif kind == "roberta":
+        made = transformers.RobertaForMaskedLM(
+            transformers.RobertaConfig(**common, intermediate_size=16, max_position_embeddings=13)
+        )
+    elif kind == "modernbert":
+        made = transformers.ModernBertForMaskedLM(
+            transformers.ModernBertConfig(
+                **common,
+                intermediate_size=16,
+                max_position_embeddings=12,
+                bos_token_id=1,
+                eos_token_id=2,
+                cls_token_id=1,
+                sep_token_id=2,
+                attn_implementation="eager",
+            )
+        )
+    else:
+        made = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=vocab, n_embd=16, n_layer=1, n_head=2, n_positions=12, bos_token_id=1, eos_token_id=2
+            )
+        )
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.linspace(-0.4, 0.4, parameter.numel()).view_as(parameter).sin())
+    return made.eval()
+
+
+def log_p(logits):
+    """Renormalised over the letters, ids 5 to 7, and the unknown piece, 3."""
+    allowed = torch.full_like(logits, -torch.inf)
+    allowed[[3, 5, 6, 7]] = logits[[3, 5, 6, 7]]
+    return allowed.double().log_softmax(0)
+
+
+def naive_chain(network, ids, shift=0, suffix=(2,)):
+    """Left to right over `model(**inputs).logits`, one canvas at a time."""
+    total = 0.0
+    for i in range(len(ids)):
+        canvas = [1, *ids[:i], *[4] * (len(ids) - i), *suffix]
+        logits = network(input_ids=torch.tensor([canvas])).logits[0, 1 + i - shift]
+        total -= float(log_p(logits)[ids[i]])
+    return total
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+@torch.inference_mode()
+def test_masked_models_agree_with_a_naive_loop(kind):
+    network = small(kind)
+    model = from_transformers(network, tokenizer())
+    windows = TextWindows(TEXTS, model.tokenizer, model.config.sequence_length)
+    ids = [model.tokenizer.encode(text) for text in TEXTS]
+    found = chain_rule(model, windows)
+    assert found.nats_per_token * found.tokens == pytest.approx(sum(naive_chain(network, x) for x in ids), abs=1e-5)
+    assert (found.kind, found.bytes, found.bytes_lost) == ("exact", sum(map(len, TEXTS)), 0)
+    # The NELBO of three letters, by every set of them.
+    x, total = ids[1], 0.0
+    for k in (1, 2, 3):
+        sets = list(itertools.combinations(range(3), k))
+        for masked in sets:
+            canvas = torch.tensor([[1, *[4 if i in masked else t for i, t in enumerate(x)], 2]])
+            logits = network(input_ids=canvas).logits[0]
+            total -= sum(float(log_p(logits[1 + i])[x[i]]) for i in masked) / k / len(sets)
+    bound = nelbo(model, TextWindows(TEXTS[1:2], model.tokenizer, 8), repeats=400)
+    assert abs(bound.bpb * 3 * math.log(2) - total) < 4 * bound.stderr_bpb * 3 * math.log(2) + 1e-5
+    assert bound.kind == "upper bound"
+
+
+@torch.inference_mode()
+def test_shifted_outputs_and_extra_inputs():
+    network = small("bert")
+    seen = []
+
+    def share(ids, masked):
+        seen.append(float(masked.double().mean()))
+        return {"token_type_ids": torch.zeros(ids.shape[0], ids.shape[1], dtype=torch.int64)}
+
+    model = from_transformers(network, tokenizer(), "masked_shifted", extra_inputs=share)
+    found = chain_rule(model, TextWindows(TEXTS, model.tokenizer, 12))
+    want = sum(naive_chain(network, model.tokenizer.encode(t), shift=1, suffix=()) for t in TEXTS)
+    assert found.nats_per_token * found.tokens == pytest.approx(want, abs=1e-5) and max(seen) > 0
+
+
+@torch.inference_mode()
+def test_causal_agrees_and_sums_to_one():
+    network = small("gpt2")
+    model = from_transformers(network, tokenizer())
+    total = 0.0
+    for x in itertools.product((3, 5, 6, 7), repeat=3):
+        out = network(input_ids=torch.tensor([[1, *x]])).logits[0]
+        want = -sum(float(log_p(out[i])[x[i]]) for i in range(3))
+        total += math.exp(-want)
+        if 3 not in x:
+            text = "".join(SPECIAL[i] if i < 5 else "abc"[i - 5] for i in x)
+            found = causal(model, TextWindows([text], model.tokenizer, 12))
+            assert found.nats_per_token * 3 == pytest.approx(want, abs=1e-5) and found.kind == "exact"
+            assert nelbo(model, TextWindows([text], model.tokenizer, 12)).bpb == found.bpb
+    assert total == pytest.approx(1, abs=1e-6)
+    with pytest.raises(DataError, match="causal"):
+        chain_rule(model, TextWindows(TEXTS, model.tokenizer, 12))
+
+
+def test_unknown_letters_are_no_code_length():
+    model = from_transformers(small("bert"), tokenizer())
+    found = chain_rule(model, TextWindows(["abxyz"], model.tokenizer, 12))
+    assert found.kind == "not a code length" and found.bytes_lost == 3 and math.isfinite(found.bpb)
+
+
+def test_folders_are_loaded_offline_and_compared_by_document(tmp_path):
+    for kind, names in (("bert", "abc"), ("gpt2", "cab")):
+        small(kind).save_pretrained(tmp_path / kind)
+        tokenizer(names).save_pretrained(tmp_path / kind)
+    a, b = load(tmp_path / "bert"), load(f"hf:{tmp_path / 'gpt2'}")
+    assert (a.block_size, b.block_size) == (0, 1)
+    assert a.tokenizer.sha256 != b.tokenizer.sha256
+    texts = TEXTS * 5
+    found = compare_documents(a, b, texts, method="chain-or-causal")
+    one = chain_rule(a, TextWindows(texts, a.tokenizer, a.config.sequence_length)).bpb
+    two = causal(b, TextWindows(texts, b.tokenizer, b.config.sequence_length)).bpb
+    assert found.difference_bpb == pytest.approx(two - one, abs=1e-9)
+    assert found.stderr_bpb > 0 and 0 <= found.p_value <= 1 and found.degrees_of_freedom == 14
+
+
+class TestBadInput:
+    def test_one_line(self, tmp_path, monkeypatch):
+        network = small("bert")
+        with pytest.raises(ConfigError, match="objective"):
+            from_transformers(network, tokenizer(), "diffusion")
+        bare = tokenizer()
+        bare.mask_token = None
+        with pytest.raises(ConfigError, match="MASK"):
+            from_transformers(network, bare)
+        with pytest.raises(ConfigError, match="do not fit"):
+            from_transformers(network, tokenizer("abcdefgh"))
+        with pytest.raises(ConfigError, match="cannot be told"):
+            from_transformers(network.bert, tokenizer())
+        tokenizer().save_pretrained(tmp_path / "pickle")
+        network.config.architectures = ["BertForMaskedLM"]
+        network.config.save_pretrained(tmp_path / "pickle")
+        torch.save(network.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
+        with pytest.raises(CheckpointError) as caught:
+            load_transformers(tmp_path / "pickle")
+        assert "\n" not in str(caught.value)
+
+    def test_without_a_network(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        with pytest.raises(MezzotintError, match="cannot be reached"):
+            load("hf:nobody/nothing")
+
+
+def test_bytes_add_up_whatever_the_stride():
+    own = from_transformers(small("bert"), tokenizer()).tokenizer
+    for stride in (None, 1, 3):
+        windows = TextWindows([*TEXTS, "", "ab \u4e2d"], own, 5, stride)
+        assert sum(windows.byte_count(i) for i in range(len(windows))) == sum(map(len, TEXTS)) + 6
+        charged = np.concatenate([windows[i][windows.context(i) :] for i in range(len(windows))])
+        assert charged.tolist() == [t for text in [*TEXTS, "ab \u4e2d"] for t in own.encode(text)]
