@@ -272,6 +272,8 @@ def test_tokenizers_are_read_within_bounds(tmp_path):
         b'{"model": {"vocab": 3}}': "not a tokenizer.json",
         b"[" * 100_000: "not a SentencePiece",
     }
+    cases[b"{" + b'"a",' * 3_000_000] = "more than"
+    cases[b"{" + b"[]," * 1_300_000] = "more than"
     for number, (content, message) in enumerate(cases.items()):
         path = tmp_path / f"{number}.model"
         path.write_bytes(content)

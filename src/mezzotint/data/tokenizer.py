@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 LONG_TEXT = 1_000_000  # characters encoded in one go
-MAX_BYTES = 16 << 20  # of a tokenizer's file
+MAX_BYTES = 16 << 20  # of a SentencePiece model
+MAX_JSON_BYTES = 40 << 20  # of a tokenizer.json
 MAX_PIECES = 300_000
 FREE_FIELDS = 1 << 14  # of a SentencePiece model's protocol buffer, besides 5 for each piece
 ANCHORS = (".", ")", "x", "0", "A")  # text put before a continuation
@@ -55,7 +56,7 @@ class Tokenizer(Protocol):
     def load(path: str | Path) -> Tokenizer:
         """Read a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a folder that holds one.
 
-        Time and memory are bounded by MAX_BYTES. Raises DataError naming the file.
+        Time and memory are bounded by MAX_BYTES, MAX_JSON_BYTES and MAX_PIECES. Raises DataError naming the file.
         """
         path = Path(path)
         if path.is_dir():
@@ -63,7 +64,7 @@ class Tokenizer(Protocol):
             path = next((path / name for name in names if (path / name).exists()), path / names[0])
         try:
             with path.open("rb") as file:
-                serialized = file.read(MAX_BYTES + 1)
+                serialized = file.read(MAX_JSON_BYTES + 1)
         except OSError as error:
             raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from error
         try:
@@ -81,9 +82,11 @@ class Tokenizer(Protocol):
             raise DataError("the tokenizer's file is empty")
         if serialized.startswith(b"version https://git-lfs"):
             raise DataError("this is a Git LFS pointer, not the tokenizer itself: fetch it with `git lfs pull`")
-        if len(serialized) > MAX_BYTES:
-            raise DataError(f"the tokenizer's file is larger than {MAX_BYTES >> 20} MiB")
-        if serialized.lstrip()[:1] == b"{":
+        is_json = serialized[:64].lstrip()[:1] == b"{"
+        most = MAX_JSON_BYTES if is_json else MAX_BYTES
+        if len(serialized) > most:
+            raise DataError(f"the tokenizer's file is larger than {most >> 20} MiB")
+        if is_json:
             return HuggingFaceTokenizer(serialized, most_pieces)
         return SentencePieceTokenizer(serialized, most_pieces)
 
@@ -448,6 +451,9 @@ class HuggingFaceTokenizer(Tokenizer):
         except ImportError as error:
             raise DataError("a tokenizer.json needs tokenizers: pip install 'mezzotint[transformers]'") from error
         try:
+            # Some 60 bytes of memory for each list and string, of which vocabularies and merges have a few for each piece.
+            if sum(map(serialized.count, (b"[", b"{"))) > 4 * MAX_PIECES or serialized.count(b'"') > 16 * MAX_PIECES:
+                raise DataError(f"the tokenizer has more than {MAX_PIECES:,} pieces")
             described = json.loads(serialized)
             if len(described["model"]["vocab"]) + len(described.get("added_tokens") or ()) > most_pieces:
                 raise DataError(f"the tokenizer has more than {most_pieces:,} pieces")
