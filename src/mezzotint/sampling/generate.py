@@ -6,7 +6,6 @@ End of text: a document is its ids preceded by BOS, so a BOS that is drawn says 
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Sequence
@@ -117,7 +116,7 @@ def sample(
     """
     started = time.perf_counter()
     if speculate:
-        return _by_speculation(model, n, length, prompt, seed, speculate, settings)
+        return sample_by_speculation(model, n, length, prompt, seed, speculate, settings)
     if model.block_size:
         settings.setdefault("sampler", "blocks")
     elif model.trained_causally and attention is None and not REVEAL_OPTIONS & settings.keys():
@@ -132,16 +131,16 @@ def sample(
     if length is not None and length < 1:
         raise ConfigError(f"a text needs at least 1 token, not {length}")
     window, mask_id, bos = model.config.sequence_length, model.config.mask_id, model.tokenizer.bos_id
-    lead = [bos, *model.tokenizer.encode(model.tokenizer.without_pending_space(prompt))]
-    length = max(1, window // 2, window - len(lead)) if length is None else length
+    prompt_ids = [bos, *model.tokenizer.encode(model.tokenizer.without_pending_space(prompt))]
+    length = max(1, window // 2, window - len(prompt_ids)) if length is None else length
     tokenizer = model.tokenizer
     allowed = tokenizer.is_text.clone()
     allowed[bos] = True
-    canvas = torch.full((n, len(lead) + length), mask_id, dtype=torch.int64)
-    canvas[:, : len(lead)] = torch.tensor(lead)
+    canvas = torch.full((n, len(prompt_ids) + length), mask_id, dtype=torch.int64)
+    canvas[:, : len(prompt_ids)] = torch.tensor(prompt_ids)
     confidence = (canvas != mask_id).float()
     ended = torch.zeros(n, dtype=torch.bool)
-    done, passes, round_ = len(lead), 0, 0
+    done, passes, round_ = len(prompt_ids), 0, 0
     while done < canvas.shape[1] and not ended.all():
         # Half a window of text to go by; a window of 1 token has none.
         start = 0 if canvas.shape[1] <= window else max(0, min(done - window // 2, canvas.shape[1] - window))
@@ -150,7 +149,7 @@ def sample(
         wanted = (view == mask_id) & ~ended[:, None]
         watch = None
         if on_step is not None:
-            watch = functools.partial(_watch_window, on_step, canvas, confidence, start, passes)
+            watch = _in_window(on_step, canvas, confidence, start, passes)
         round_seed = seed + 0x9E3779B97F4A7C15 * round_
         result = denoise(
             model, view, seed=round_seed, wanted=wanted, allowed=allowed, stop_id=bos, attention=attention,
@@ -162,21 +161,15 @@ def sample(
         )
         canvas[:, start:stop] = result.ids
         confidence[:, start:stop] = result.confidence
-        ended |= ((canvas == bos)[:, len(lead) :]).any(dim=1)
+        ended |= ((canvas == bos)[:, len(prompt_ids) :]).any(dim=1)
         done, round_ = stop, round_ + 1
-    texts, tokens = [], []
-    for row in canvas.tolist():
-        body = row[len(lead) :]
-        body = body[: body.index(bos)] if bos in body else body
-        tokens.append(body)
-        texts.append(model.tokenizer.decode(lead[1:] + body))
-    if prompt:
-        # The prompt itself comes back as it was given, not as the tokenizer normalises it.
-        texts = [prompt + _attach(model.tokenizer, prompt, tokenizer.text_of(body)) for body in tokens]
+    tokens = [row[len(prompt_ids) :] for row in canvas.tolist()]
+    tokens = [body[: body.index(bos)] if bos in body else body for body in tokens]
+    texts = [_text(model.tokenizer, prompt, body) for body in tokens]
     return Samples(texts, tokens, ended.tolist(), passes, time.perf_counter() - started, seed)
 
 
-def _by_speculation(
+def sample_by_speculation(
     model: Model, n: int, length: int | None, prompt: str, seed: int, drafted: int, settings: dict[str, Any]
 ) -> Samples:
     """`sample` by `speculate`, text after text."""
@@ -197,7 +190,7 @@ def _by_speculation(
         )
     allowed = tokenizer.is_text & ~tokenizer.is_byte
     allowed[tokenizer.bos_id] = True
-    texts, tokens, ended, passes = [], [], [], 0
+    tokens, ended, passes = [], [], 0
     for row in range(n):
         found = speculation.speculate(
             model, prefix, length, drafted, config=config, generator=seeding.generator(seed, row), allowed=allowed,
@@ -206,14 +199,17 @@ def _by_speculation(
         passes += found.drafts + found.checks
         ended.append(tokenizer.bos_id in found.tokens)
         tokens.append([t for t in found.tokens if t != tokenizer.bos_id])
-        after = tokenizer.text_of(tokens[-1])
-        texts.append(prompt + _attach(tokenizer, prompt, after) if prompt else tokenizer.decode(tokens[-1]))
+    texts = [_text(tokenizer, prompt, body) for body in tokens]
     return Samples(texts, tokens, ended, passes, time.perf_counter() - started, seed)
 
 
-def _attach(tokenizer: Tokenizer, before: str, after: str) -> str:
-    """`after` without the space that the end of `before` already is."""
-    return after[1:] if after.startswith(" ") and tokenizer.space_pending(before) else after
+def _text(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> str:
+    """The prompt as it was given, not as the tokenizer normalises it, and the drawn ids behind it."""
+    if not prompt:
+        return tokenizer.decode([tokenizer.bos_id, *ids])
+    after = tokenizer.text_of(ids)
+    # A space at the prompt's end is the one that the first id begins with.
+    return prompt + (after[1:] if after.startswith(" ") and tokenizer.space_pending(prompt) else after)
 
 
 @dataclass(frozen=True)
@@ -255,11 +251,13 @@ def canvas_spans(tokenizer: Tokenizer, ids: Sequence[int], confidence: Sequence[
     return [Span(text, sure if sure < 1 else None) for text, sure, _ in shown if text or sure == 0]
 
 
-def _watch_window(
-    on_step: OnStep, canvas: Tensor, confidence: Tensor, start: int, before: int, step: int, ids: Tensor, sure: Tensor
-) -> None:
-    """Show a window's canvas as part of the whole one."""
-    whole, certain = canvas.clone(), confidence.clone()
-    whole[:, start : start + ids.shape[1]] = ids
-    certain[:, start : start + ids.shape[1]] = sure
-    on_step(before + step, whole, certain)
+def _in_window(on_step: OnStep, canvas: Tensor, confidence: Tensor, start: int, before: int) -> OnStep:
+    """An `on_step` for a window from `start` that shows it as part of the whole canvas, after `before` passes."""
+
+    def shown(step: int, ids: Tensor, sure: Tensor) -> None:
+        whole, certain = canvas.clone(), confidence.clone()
+        whole[:, start : start + ids.shape[1]] = ids
+        certain[:, start : start + ids.shape[1]] = sure
+        on_step(before + step, whole, certain)
+
+    return shown
