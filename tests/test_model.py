@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from toy import eighths
 
 from mezzotint.config import PRESETS, ModelConfig, parse_attention
 from mezzotint.errors import ConfigError
@@ -38,16 +39,15 @@ RICH = dataclasses.replace(
     value_embedding_width=4,
 )
 SHIFTED = dataclasses.replace(RICH, shifted_output=True)
+# Networks here are float64, and what they sum in another order differs by 1e-14; of the logits, the rotation's angles
+# and, compiled, the attention scores float32 is left, and 2e-6.
+EXACT = {"atol": 1e-10, "rtol": 1e-10}
+ROUNDED = {"atol": 2e-5, "rtol": 1e-5}
 
 
 def build(config: ModelConfig, seed: int = 0) -> Denoiser:
-    """A network all of whose parameters matter (no zeros or ones left from initialisation)."""
-    torch.manual_seed(seed)
-    network = Denoiser(config).eval()
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return network
+    """A network all of whose parameters matter, in float64: sums in another order differ by rounding alone."""
+    return eighths(Denoiser(config), seed)
 
 
 def test_reference_has_the_seeds_parameter_count():
@@ -136,7 +136,7 @@ def naive_logits(net: Denoiser, ids: list[int], free: int) -> torch.Tensor:
             return out
 
         q, k = turn(q) * p["attention.query_gain"][:, None], turn(k)
-        y = torch.zeros(length, c.heads, d)
+        y = torch.zeros(length, c.heads, d, dtype=x.dtype)
         for head in range(c.heads):
             kv = head // (c.heads // c.kv_heads)
             for n in range(length):
@@ -177,7 +177,7 @@ def test_equals_a_plain_second_implementation(config, size):
     with torch.no_grad():
         expected = torch.stack([naive_windows(net, row.tolist(), size) for row in ids])
         for word in words:
-            torch.testing.assert_close(net(ids, block_size=parse_attention(word)), expected, atol=2e-4, rtol=1e-4)
+            torch.testing.assert_close(net(ids, block_size=parse_attention(word)), expected.float(), **ROUNDED)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -199,7 +199,7 @@ def test_positions_select_rows_of_the_output():
     net = build(RICH)
     ids = torch.randint(0, 12, (3, 7), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        torch.testing.assert_close(net(ids, positions=ids == 11), net(ids)[ids == 11])
+        torch.testing.assert_close(net(ids, positions=ids == 11), net(ids)[ids == 11], **ROUNDED)
 
 
 def test_logits_are_capped_and_exclude_mask():
@@ -212,10 +212,13 @@ def test_logits_are_capped_and_exclude_mask():
 
 
 def test_fresh_network_is_nearly_uniform():
-    torch.manual_seed(0)
+    """The last state has a norm of 4 (16 numbers around 1), so no logit is beyond 4 norms of an embedding."""
+    network = Denoiser(RICH)
     with torch.no_grad():
-        logp = Denoiser(RICH)(torch.full((1, 12), 11)).log_softmax(-1)
-    assert float((logp + math.log(11)).abs().max()) < 0.2
+        logp = network(torch.full((1, 12), 11)).log_softmax(-1)
+        most = 4 * float(network.embedding.weight.norm(dim=1).max())
+    assert most < 0.5
+    assert float((logp + math.log(11)).abs().max()) <= 2 * most
 
 
 def test_compiled_attention_equals_the_library_kernel(monkeypatch):
@@ -226,7 +229,7 @@ def test_compiled_attention_equals_the_library_kernel(monkeypatch):
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
             eager = net(ids, block_size=size)
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-            torch.testing.assert_close(net(ids, block_size=size), eager, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(net(ids, block_size=size), eager, **ROUNDED)
 
 
 def block_by_block(net: Denoiser, noisy: torch.Tensor, clean: torch.Tensor, size: int) -> torch.Tensor:
@@ -234,7 +237,7 @@ def block_by_block(net: Denoiser, noisy: torch.Tensor, clean: torch.Tensor, size
     parts = []
     for start in range(0, noisy.shape[1], size):
         canvas = torch.cat((clean[:, :start], noisy[:, start : start + size]), dim=1)
-        parts.append(net.hidden(canvas, f"block({size})")[:, start:])
+        parts.append(net.hidden(canvas, size)[:, start:])
     return torch.cat(parts, dim=1)
 
 
@@ -249,9 +252,9 @@ def test_all_blocks_at_once_equal_one_block_after_another(config, size, compilin
     with torch.no_grad():
         expected = block_by_block(net, noisy, clean, size)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-        torch.testing.assert_close(net.hidden_blocks(noisy, clean, size), expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(net.hidden_blocks(noisy, clean, size), expected, **(ROUNDED if compiling else EXACT))
         if size < 12:  # what stands in the noisy blocks before does not matter, what stands in the clean ones does
-            assert not torch.allclose(net.hidden(noisy, f"block({size})")[:, -1], expected[:, -1], atol=1e-3)
+            assert not torch.allclose(net.hidden(noisy, size)[:, -1], expected[:, -1], atol=1e-3)
 
 
 @pytest.mark.parametrize("config", [RICH, SHIFTED], ids=["rich", "shifted"])
@@ -262,17 +265,16 @@ def test_kept_keys_and_values_change_nothing(size, config):
     ids = torch.randint(0, 12, (3, 12), generator=torch.Generator().manual_seed(6))
     cache = Cache(net, 3, 12)
     with torch.no_grad():
-        whole = net.hidden(ids, f"block({size})")
+        whole = net.hidden(ids, size)
         first = min(2 * size, 12)
         other = (ids[:, :first] + 1) % 12
         cache.hidden(other, size, keep=0)
-        same = {"atol": 2e-5, "rtol": 1e-4}
-        torch.testing.assert_close(cache.hidden(ids[:, :first], size, keep=size), whole[:, :first], **same)
+        torch.testing.assert_close(cache.hidden(ids[:, :first], size, keep=size), whole[:, :first], **EXACT)
         for start in range(size, 12, size):
             for rows in ([2, 0], [1]):
                 here = ids[rows, start : start + size]
                 got = cache.hidden(here, size, keep=here.shape[1], rows=rows)
-                torch.testing.assert_close(got, whole[rows, start : start + size], **same)
+                torch.testing.assert_close(got, whole[rows, start : start + size], **EXACT)
 
 
 def test_what_a_model_was_trained_on():
@@ -288,9 +290,8 @@ def test_what_a_model_was_trained_on():
 
 
 def test_neighbours_of_one_position_window():
-    x = torch.randn(1, 1, 4)
-    taps = torch.randn(3, 4)
-    torch.testing.assert_close(mix_neighbours(x, taps), x * taps[1])
+    x, taps = torch.arange(4.0).view(1, 1, 4), torch.arange(12.0).view(3, 4)
+    assert torch.equal(mix_neighbours(x, taps), x * taps[1])
 
 
 @pytest.mark.parametrize("word", ["", "block(0)", "block(x)", "left", "block(-1)", "block(²)", f"block({'9' * 30})"])
@@ -308,15 +309,15 @@ def test_bad_shapes():
 def test_shifted_output_reads_one_mask_more():
     """Token i comes from the state before it; a causal window, which its caller has shifted, is read as ever."""
     network = build(SHIFTED)
-    plain = Denoiser(RICH).eval()
+    plain = build(RICH)
     plain.load_state_dict(network.state_dict())
     ids = torch.randint(0, 12, (3, 12), generator=torch.Generator().manual_seed(1))
     longer = torch.cat((torch.full((3, 1), RICH.mask_id), ids), dim=1)
     expected = plain(longer)[:, :-1]
-    torch.testing.assert_close(network(ids), expected)
+    torch.testing.assert_close(network(ids), expected, **ROUNDED)
     positions = ids % 2 == 0
-    torch.testing.assert_close(network(ids, positions=positions), expected[positions])
-    torch.testing.assert_close(network(ids, block_size=1), plain(ids, block_size=1))
+    torch.testing.assert_close(network(ids, positions=positions), expected[positions], **ROUNDED)
+    torch.testing.assert_close(network(ids, block_size=1), plain(ids, block_size=1), **ROUNDED)
     assert not torch.allclose(network(ids), plain(ids))
 
 
@@ -334,7 +335,7 @@ def test_attention_by_products_is_attention(size, monkeypatch):
         out.backward(torch.randn(out.shape, dtype=torch.float64))
         found.append((out.detach(), q.grad, k.grad, v.grad))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)  # scores are float32 in both
+        torch.testing.assert_close(one, other, atol=5e-6, rtol=5e-6)  # scores are float32 in both
 
 
 def test_rotation_of_whole_heads_is_that_of_their_first_channels():

@@ -17,6 +17,7 @@ import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import eighths
 
 from mezzotint.config import SAMPLERS, ModelConfig, SamplingConfig
 from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
@@ -106,6 +107,24 @@ class Recall:
         return torch.stack(out)
 
 
+class Same:
+    """A model that says the same of every position, whatever the canvas shows."""
+
+    block_size, trained_causally = 0, False
+
+    def __init__(self, tokenizer: Tokenizer, logits: torch.Tensor, window: int = 32) -> None:
+        self.tokenizer, self.row = tokenizer, logits
+        self.info: dict = {}
+        self.config = SimpleNamespace(
+            vocab_size=tokenizer.vocab_size, mask_id=tokenizer.vocab_size, sequence_length=window
+        )
+        self.device = torch.device("cpu")
+
+    def logits(self, ids, *, block_size=0, positions=None):
+        out = self.row.expand(*ids.shape, len(self.row))
+        return out if positions is None else out[positions]
+
+
 TEXT = """London is the capital of England. Paris is the capital of France. The old man opened the door and said that
 he would not go to London again, because the weather was bad and the people were worse. Whether he went to Paris
 instead nobody knows; the captain of the ship said nothing about it. Ships came and went, the weather stayed, and the
@@ -144,17 +163,12 @@ TOKENIZERS = [own_tokenizer, challenge_tokenizer]
 
 @cache
 def random_model(make=own_tokenizer, window: int = 32) -> Model:
-    """A real network with random weights: it says nonsense, which is the hardest for whoever puts text together."""
+    """A real network with arbitrary weights: it says nonsense, which is the hardest for whoever puts text together."""
     tokenizer = make()
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, sequence_length=window, layers=1, width=16, heads=2, kv_heads=2, mlp_ratio=2.0
     )
-    torch.manual_seed(0)
-    network = Denoiser(config).eval()
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(torch.randn_like(p) * 0.5)
-    return Model(config, tokenizer, network)
+    return Model(config, tokenizer, eighths(Denoiser(config)))
 
 
 def chi_square(counts: Counter, expected: dict, n: int) -> float:
@@ -321,19 +335,14 @@ class Uncached:
 
 
 def block_model(size: int, shifted: bool = False, **options) -> Model:
-    """A random network with every part that looks at neighbours, said to be trained in blocks."""
+    """A network of arbitrary weights with every part that looks at neighbours, said to be trained in blocks."""
     tokenizer = own_tokenizer()
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, sequence_length=32, layers=2, width=16, heads=2, kv_heads=1, mlp_ratio=2.0,
         neighbour_reach=1, bigram_buckets=9, bigram_width=4, value_embedding_width=4, unet_skips=True,
         shifted_output=shifted,
     )  # fmt: skip
-    torch.manual_seed(0)
-    network = Denoiser(config).eval()
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(torch.randn_like(p) * 0.5)
-    return Model(config, tokenizer, network, {"train": {"block_size": size, **options}})
+    return Model(config, tokenizer, eighths(Denoiser(config)), {"train": {"block_size": size, **options}})
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -364,7 +373,7 @@ def test_kept_keys_and_values_change_no_token(size, options, shifted, monkeypatc
     assert torch.equal(kept.ids, plain.ids) and kept.forward_passes == plain.forward_passes
     assert len(answers[0]) == len(answers[1]) > 5
     for a, b in zip(*answers, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)  # float64 but for the last step
     if size > 1:  # and the same as without any notion of keeping, which the other samplers' way goes
         monkeypatch.setattr(denoising, "Cache", None)
         row_by_row = denoising._Network(model, 5, 30, size, keep=False)
@@ -558,18 +567,14 @@ def test_broken_bytes_are_found_and_never_left():
     assert table.invalid_utf8(e_acute) == []
     assert table.invalid_utf8([*e_acute, byte[b"\xa9"], 300]) == [2]
     assert table.invalid_utf8([byte[b"\xc3"], 300, *e_acute, byte[b"\xe2"]]) == [0, 4]
-    model = random_model()
-    with torch.no_grad():
-        saved = model.network.embedding.weight.clone()
-        model.network.embedding.weight[torch.nonzero(table.is_byte)[:, 0]] += 2
-    try:
-        drawn = sample(model, 8, 30, seed=2)
-        raw = denoise(model, torch.full((8, 30), model.config.mask_id), seed=2)
-        filled = infill(model, "a [MASK*12] b ____ c", seed=1)
-    finally:
-        with torch.no_grad():
-            model.network.embedding.weight.copy_(saved)
-    assert any(table.invalid_utf8(row) for row in raw.ids.tolist()), "the model does not tempt"
+    # Half of all draws are a byte that continues nothing, so a row of 30 without any is beyond 1e-9.
+    logits = torch.zeros(table.vocab_size)
+    logits[byte[b"\xa9"]] = float(np.log(table.vocab_size - 1))
+    model = Same(table, logits)
+    raw = denoise(model, torch.full((8, 30), model.config.mask_id), seed=2)
+    assert all(table.invalid_utf8(row) for row in raw.ids.tolist())
+    drawn = sample(model, 8, 30, seed=2)
+    filled = infill(model, "a [MASK*12] b ____ c", seed=1)
     assert not any("\ufffd" in text for text in drawn.texts)
     assert "\ufffd" not in filled.text
 
@@ -708,7 +713,7 @@ def test_a_gap_of_unknown_length_is_never_filled_with_nothing(make, text):
     for seed in range(4):
         filled = infill(random_model(make), text, seed, lengths=(1,), temperature=0.0 if seed == 0 else 1.0)
         before, after = text.split("____")
-        assert filled.gaps[0].text.strip() and filled.text == before + filled.gaps[0].text + after
+        assert filled.gaps[0].text.strip(" ") and filled.text == before + filled.gaps[0].text + after
 
 
 def test_a_character_of_several_bytes_is_seen_whole():
