@@ -238,13 +238,21 @@ def prepare(
         with _standard_input([*sources, *(val or [])]) as typed:
             here = _Reading([typed or s if str(s) == "-" else s for s in sources], text_field, progress)
             there = _Reading([typed or s if str(s) == "-" else s for s in val or []], text_field, progress)
-            names = [str(s) if str(s) in ("stdlib", "-") else Path(s).resolve().name for s in sources]
-            names = [str(s) if str(s).startswith("hf:") else name for s, name in zip(sources, names, strict=True)]
-            return _prepare_texts(here, there, out, tokenizer, vocab_size, val_fraction or 0.02, seed, names)
+            if not sum(1 for _ in here.documents("reading")):
+                raise DataError(f"no text in {', '.join(map(str, here.sources))}: every document is empty")
+            tokenizer = tokenizer or _choose_tokenizer(here, vocab_size)
+            described = {"sources": [_source_name(source) for source in sources], "seed": seed}
+            return _prepare_texts(here, there, out, tokenizer, val_fraction or 0.02, described)
     except OSError as error:
         if error.errno in FULL_DISK:
             raise DataError(f"the disk is full: could not write {out}; nothing was left there") from error
         raise DataError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def _source_name(source: str | Path) -> str:
+    """A source as data.json keeps it: without the folders above it."""
+    name = str(source)
+    return name if name in ("stdlib", "-") or name.startswith("hf:") else Path(source).resolve().name
 
 
 @contextlib.contextmanager
@@ -285,7 +293,7 @@ class _Reading:
     def __init__(self, sources: Sequence[str | Path], text_field: str, progress: Progress | None) -> None:
         self.sources, self.text_field, self.progress = sources, text_field, progress
         self.account = Account()
-        self.size = 0  # bytes of the whole text, once it has been read
+        self.count = self.size = 0  # documents and bytes of the whole text, once it has been read
 
     def documents(self, what: str) -> Iterator[str]:
         """All documents, reported as `what`: how many, how many bytes, the time left once the size is known."""
@@ -298,7 +306,7 @@ class _Reading:
                     said = f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left" if self.size else ""
                     self.progress(f"{what} ({size / 1e6:,.1f} MB{said})", count)
                 yield text
-        self.account, self.size = account, size
+        self.account, self.count, self.size = account, count, size
 
 
 def _choose_tokenizer(reading: _Reading, vocab_size: int | None) -> Tokenizer:
@@ -317,21 +325,16 @@ def _prepare_texts(
     reading: _Reading,
     val: _Reading,
     out: Path,
-    tokenizer: Tokenizer | None,
-    vocab_size: int | None,
+    tokenizer: Tokenizer,
     val_fraction: float,
-    seed: int,
-    names: list[str],
+    described: dict[str, Any],
 ) -> dict[str, Any]:
-    count = sum(1 for _ in reading.documents("reading"))
-    if count == 0:
-        raise DataError(f"no text in {', '.join(str(s) for s in reading.sources)}: every document is empty")
-    files = reading.account.to_dict()
-    tokenizer = tokenizer or _choose_tokenizer(reading, vocab_size)
+    """Write the data folder of sources that have been read once. described: the names of the sources and the seed."""
+    count, files = reading.count, reading.account.to_dict()
     chosen: set[int] = set()
     if not val.sources and count > 1:
         held = min(count - 1, max(1, round(count * val_fraction)))
-        chosen = set(np.random.default_rng(seed).choice(count, held, replace=False).tolist())
+        chosen = set(np.random.default_rng(described["seed"]).choice(count, held, replace=False).tolist())
     with _stoppable(), atomic_folder(out) as folder:
         train_split = _SplitWriter(folder, "train", tokenizer)
         val_split = _SplitWriter(folder, "val", tokenizer)
@@ -356,7 +359,7 @@ def _prepare_texts(
         report["vocab_size"] = tokenizer.vocab_size
         report["bytes_per_token"] = report["train"]["bytes"] / report["train"]["tokens"]
         report["files"] = files
-        _write_description(folder, tokenizer, report, {"sources": names, "seed": seed})
+        _write_description(folder, tokenizer, report, described)
     return report
 
 

@@ -34,23 +34,135 @@ STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "[CLS]", "<cls>", "<|sta
 """Special pieces of a Hugging Face tokenizer that may begin a document, the first that there is."""
 
 
-class Tokenizer(Protocol):
+class Vocabulary(Protocol):
+    """What the ids of a tokenizer stand for: text and bytes, forwards only.
+
+    vocab_size: ids, V. raw: per id, the UTF-8 bytes it stands for, b"" for those that stand for no text (BOS, unknown,
+    padding and other control ids). leading: bool [V], ids whose first byte is a space that is dropped at the start of a
+    text, because the tokenizer puts one there itself.
+    """
+
+    vocab_size: int
+    raw: list[bytes]
+    leading: np.ndarray
+
+    def text_of(self, ids: Iterable[int]) -> str:
+        """The characters of ids as they stand in the middle of a text; MASK and control ids add nothing."""
+        return b"".join(self.raw[i] for i in ids if i < self.vocab_size).decode(errors="replace")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` from its start. Bytes that are not UTF-8 become U+FFFD; control ids are silent."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes `ids` stand for; a leading space is dropped after a silent id and at the start."""
+        parts = []
+        spaced = False
+        for i in np.asarray(ids, dtype=np.int64).tolist():
+            raw = self.raw[i]
+            parts.append(raw[1:] if self.leading[i] and not spaced else raw)
+            spaced = bool(raw)
+        return b"".join(parts)
+
+    @cached_property
+    def piece_texts(self) -> list[str]:
+        """The characters that each id adds; "" for control ids and for bytes that are no whole characters."""
+        return [_whole(raw) if not single else "" for raw, single in zip(self.raw, self._single_bytes, strict=True)]
+
+    @cached_property
+    def _single_bytes(self) -> list[bool]:
+        """Ids that are written as bytes, whatever they say alone."""
+        return [False] * self.vocab_size
+
+    @cached_property
+    def is_text(self) -> Tensor:
+        """bool [V]: ids that stand for text, which leaves out BOS, unknown, padding and other control ids."""
+        import torch  # here, so that `prepare` starts without it
+
+        return torch.tensor([len(raw) > 0 for raw in self.raw])
+
+    @cached_property
+    def is_byte(self) -> Tensor:
+        """bool [V]: ids that are single bytes, or other parts of a longer character."""
+        import torch
+
+        return torch.tensor([len(raw) > 0 and not text for text, raw in zip(self.piece_texts, self.raw, strict=True)])
+
+    def where(self, test: Callable[[str], bool]) -> Tensor:
+        """bool [V]: the ids whose characters pass the test; never bytes or control ids."""
+        import torch
+
+        return torch.tensor([bool(text) and test(text) for text in self.piece_texts]) & self.is_text
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: control, unknown and unused pieces (BOS is one)."""
+        return frozenset(i for i, raw in enumerate(self.raw) if not raw)
+
+    def invalid_utf8(self, ids: Sequence[int]) -> list[int]:
+        """Positions of byte ids that are not part of valid UTF-8. Ids without text count as characters."""
+        raw = b""
+        owner: list[int] = []
+        for position, i in enumerate(ids):
+            part = (self.raw[i] if i < self.vocab_size else b"") or b"\0"
+            raw += part
+            owner += [position] * len(part)
+        broken: set[int] = set()
+        start = 0
+        while start < len(raw):
+            try:
+                raw[start:].decode()
+                break
+            except UnicodeDecodeError as error:
+                broken.update(owner[start + error.start : start + error.end])
+                start += error.end
+        return sorted(p for p in broken if bool(self.is_byte[ids[p]]))
+
+    @cached_property
+    def _byte_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per id: bytes without a leading space, and whether it stands for no text."""
+        length = np.array([len(raw) for raw in self.raw], dtype=np.int64)
+        return length - self.leading, length == 0
+
+    def byte_counts(self, ids: np.ndarray, previous: int | None = None) -> np.ndarray:
+        """UTF-8 bytes charged to each token, int64 like `ids`; BOS and other silent ids are charged 0.
+
+        The challenge's rule, applied to the token that is scored: a piece's bytes, with its leading space counted
+        unless the token before it is silent. `previous`: the id before ids[0], None at the start of a text.
+        """
+        base, silent = self._byte_tables
+        ids = np.asarray(ids, dtype=np.int64)
+        after_silence = np.ones(len(ids), dtype=bool)
+        after_silence[1:] = silent[ids[:-1]]
+        if len(ids) and previous is not None:
+            after_silence[0] = silent[previous]
+        return base[ids] + (self.leading[ids] & ~after_silence)
+
+    def sum_bytes(self, ids: np.ndarray, previous: int | None = None) -> int:
+        """The sum of `byte_counts`, from a histogram: several times quicker on long arrays."""
+        base, silent = self._byte_tables
+        counts = np.bincount(ids, minlength=self.vocab_size)
+        total = int(counts @ (base + self.leading))
+        if len(ids) and (previous is None or silent[previous]):
+            total -= int(self.leading[ids[0]])
+        for quiet in np.flatnonzero(counts.astype(bool) & silent):
+            after = np.flatnonzero(ids[:-1] == quiet) + 1
+            total -= int(self.leading[ids[after]].sum())
+        return total
+
+
+class Tokenizer(Vocabulary, Protocol):
     """What a tokenizer answers for its own text. Immutable.
 
-    serialized: the bytes of its file, which is called file_name; sha256: their digest; vocab_size: ids; bos_id: the id
-    before each document. raw: per id, the UTF-8 bytes it stands for, b"" for those that stand for no text (BOS, unknown,
-    padding and other control ids). leading: bool [V], ids whose first byte is a space that is dropped at the start of a
-    text, because the tokenizer puts one there itself. New backends set these and implement `encode`, `_encode_all`, `piece`
+    serialized: the bytes of its file, which is called file_name; sha256: their digest; bos_id: the id before each
+    document. New backends set these and what a `Vocabulary` has, and implement `encode`, `_encode_all`, `piece`
     and `_spans`; the rest follows.
     """
 
     file_name: str
     serialized: bytes
     sha256: str
-    vocab_size: int
     bos_id: int
-    raw: list[bytes]
-    leading: np.ndarray
 
     @staticmethod
     def load(path: str | Path) -> Tokenizer:
@@ -141,61 +253,6 @@ class Tokenizer(Protocol):
                 return ids[len(head) :]
         return self.encode(text)
 
-    def text_of(self, ids: Iterable[int]) -> str:
-        """The characters of ids as they stand in the middle of a text; MASK and control ids add nothing."""
-        return b"".join(self.raw[i] for i in ids if i < self.vocab_size).decode(errors="replace")
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` from its start. Bytes that are not UTF-8 become U+FFFD; control ids are silent."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
-    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes `ids` stand for; a leading space is dropped after a silent id and at the start."""
-        parts = []
-        spaced = False
-        for i in np.asarray(ids, dtype=np.int64).tolist():
-            raw = self.raw[i]
-            parts.append(raw[1:] if self.leading[i] and not spaced else raw)
-            spaced = bool(raw)
-        return b"".join(parts)
-
-    # What an id stands for
-
-    @cached_property
-    def piece_texts(self) -> list[str]:
-        """The characters that each id adds; "" for control ids and for bytes that are no whole characters."""
-        return [_whole(raw) if not single else "" for raw, single in zip(self.raw, self._single_bytes, strict=True)]
-
-    @cached_property
-    def _single_bytes(self) -> list[bool]:
-        """Ids that are written as bytes, whatever they say alone."""
-        return [False] * self.vocab_size
-
-    @cached_property
-    def is_text(self) -> Tensor:
-        """bool [V]: ids that stand for text, which leaves out BOS, unknown, padding and other control ids."""
-        import torch  # here, so that `prepare` starts without it
-
-        return torch.tensor([len(raw) > 0 for raw in self.raw])
-
-    @cached_property
-    def is_byte(self) -> Tensor:
-        """bool [V]: ids that are single bytes, or other parts of a longer character."""
-        import torch
-
-        return torch.tensor([len(raw) > 0 and not text for text, raw in zip(self.piece_texts, self.raw, strict=True)])
-
-    def where(self, test: Callable[[str], bool]) -> Tensor:
-        """bool [V]: the ids whose characters pass the test; never bytes or control ids."""
-        import torch
-
-        return torch.tensor([bool(text) and test(text) for text in self.piece_texts]) & self.is_text
-
-    @cached_property
-    def control_ids(self) -> frozenset[int]:
-        """Ids that stand for no text: control, unknown and unused pieces (BOS is one)."""
-        return frozenset(i for i, raw in enumerate(self.raw) if not raw)
-
     @cached_property
     def _words_are_separate(self) -> bool:
         """Whether no piece spans a space, so that text before and after one is encoded independently."""
@@ -206,25 +263,6 @@ class Tokenizer(Protocol):
         """A character that the tokenizer knows."""
         return next((t for t in self.piece_texts if len(t) == 1 and t.isalnum() and t.isascii()), "x")
 
-    def invalid_utf8(self, ids: Sequence[int]) -> list[int]:
-        """Positions of byte ids that are not part of valid UTF-8. Ids without text count as characters."""
-        raw = b""
-        owner: list[int] = []
-        for position, i in enumerate(ids):
-            part = (self.raw[i] if i < self.vocab_size else b"") or b"\0"
-            raw += part
-            owner += [position] * len(part)
-        broken: set[int] = set()
-        start = 0
-        while start < len(raw):
-            try:
-                raw[start:].decode()
-                break
-            except UnicodeDecodeError as error:
-                broken.update(owner[start + error.start : start + error.end])
-                start += error.end
-        return sorted(p for p in broken if bool(self.is_byte[ids[p]]))
-
     def space_pending(self, text: str) -> bool:
         """Whether a word put behind `text` would begin with a space of `text` (which `encode` drops at its end)."""
         probe = self._probe
@@ -233,40 +271,6 @@ class Tokenizer(Protocol):
     def without_pending_space(self, text: str) -> str:
         """Text before a gap, without the space at its end that belongs to the gap's first token."""
         return text[:-1] if text.endswith(" ") and self.space_pending(text) else text
-
-    # Bytes
-
-    @cached_property
-    def _byte_tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per id: bytes without a leading space, and whether it stands for no text."""
-        length = np.array([len(raw) for raw in self.raw], dtype=np.int64)
-        return length - self.leading, length == 0
-
-    def byte_counts(self, ids: np.ndarray, previous: int | None = None) -> np.ndarray:
-        """UTF-8 bytes charged to each token, int64 like `ids`; BOS and other silent ids are charged 0.
-
-        The challenge's rule, applied to the token that is scored: a piece's bytes, with its leading space counted
-        unless the token before it is silent. `previous`: the id before ids[0], None at the start of a text.
-        """
-        base, silent = self._byte_tables
-        ids = np.asarray(ids, dtype=np.int64)
-        after_silence = np.ones(len(ids), dtype=bool)
-        after_silence[1:] = silent[ids[:-1]]
-        if len(ids) and previous is not None:
-            after_silence[0] = silent[previous]
-        return base[ids] + (self.leading[ids] & ~after_silence)
-
-    def sum_bytes(self, ids: np.ndarray, previous: int | None = None) -> int:
-        """The sum of `byte_counts`, from a histogram: several times quicker on long arrays."""
-        base, silent = self._byte_tables
-        counts = np.bincount(ids, minlength=self.vocab_size)
-        total = int(counts @ (base + self.leading))
-        if len(ids) and (previous is None or silent[previous]):
-            total -= int(self.leading[ids[0]])
-        for quiet in np.flatnonzero(counts.astype(bool) & silent):
-            after = np.flatnonzero(ids[:-1] == quiet) + 1
-            total -= int(self.leading[ids[after]].sum())
-        return total
 
     def original_bytes(self, text: str) -> tuple[list[int], np.ndarray]:
         """Ids of `text` without BOS, and the bytes of `text` itself charged to each, by offsets: their sum is its size.
