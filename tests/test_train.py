@@ -374,7 +374,7 @@ def test_a_gpu_step_stays_on_its_device_and_in_its_types():
     with torch.device("meta"):
         network = Denoiser(settings.model)
     ids = torch.zeros(2, 2048, dtype=torch.int64, device="meta")
-    for hidden in (network.hidden(ids), network.hidden(ids, "causal"), network.hidden_blocks(ids, ids, 16)):
+    for hidden in (network.hidden(ids), network.hidden(ids, 1), network.hidden_blocks(ids, ids, 16)):
         logits = network.logits(hidden)
         assert logits.device.type == "meta" and logits.shape == (2, 2048, 1024)
         logits.sum().backward()
