@@ -283,6 +283,19 @@ def test_json_is_all_of_standard_output_and_has_no_nan(trained, capsys):
     assert main._finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x")}) == {"a": [None, 1.5], "b": [None, "x"]}
 
 
+def test_fill_shows_ranked_answers(trained, capsys):
+    words = ["fill", str(trained.artifact), "the old ____ was dark", "--n", "3", "--candidates", "8", "--words"]
+    assert main.main([*words, "--max-words", "1", "--avoid", "the", "--json"]) == 0
+    (gap,) = json.loads(capsys.readouterr().out)["gaps"]
+    assert len(gap["alternatives"]) == 3 and gap["alternatives"][0]["text"] == gap["text"]
+    assert all(len(a["text"].split()) == 1 and a["text"].lower() != "the" for a in gap["alternatives"])
+    assert main.main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("the old ") and "gap 1" in printed and "probability" in printed and "%" in printed
+    assert main.main(["fill", str(trained.artifact), r"a \____ b", "--greedy"]) == 0
+    assert capsys.readouterr().out == "a ____ b\n"
+
+
 def test_fill_reads_and_writes_bytes(trained):
     """Standard input to standard output: line ends of every kind and non-ASCII text come back as they were."""
     text = "the old ____ was\r\n dark \u2014 \u00e9\n\n"

@@ -848,7 +848,9 @@ def _run_fill(arguments: argparse.Namespace, progress: _Progress) -> None:
             text,
             arguments.seed,
             on_step=watch.spans if watch else None,
-            progress=None if watch else lambda done, of: progress.bar(done / of, f"gap {done:,} of {of:,}"),
+            progress=None
+            if watch
+            else lambda done, of: progress.bar(done / of, f"gap {done:,} of {of:,}") if of > 1 else None,
             **options,
             **settings,
         )
