@@ -1,6 +1,6 @@
 """What a likelihood figure costs, and whether it can be cashed in. One command, one table per question.
 
-    python benchmarks/likelihood.py MODEL DATA [--part variance|orders|compress|compare|all] [--json FILE]
+    python benchmarks/likelihood.py MODEL DATA [--part variance|orders|bounds|compress|compare|all] [--json FILE]
 
 MODEL is an artifact or a run folder, DATA a prepared folder whose `val` split is scored; `compress` needs `--text`, a
 Parquet (`text` column) or plain file. Sizes are options so that a slow machine can answer too.
@@ -9,6 +9,7 @@ variance  forward passes to a standard error of 0.005 bits per byte over 64 wind
           uniform-t Bernoulli mask per window and pass) and each thing that Mezzotint does about it
 orders    the NELBO and the exact code length of each order on the same windows, with the passes each takes
 compress  real file sizes and speeds beside the chain figure, xz -9, zstd -19 and brotli -q 11
+bounds    strides on whole windows; K orders and leaning orders, on windows of `--short` tokens; with the passes each takes
 compare   a planted difference: the same model with Gaussian noise on its weights, paired and unpaired
 """
 
@@ -32,12 +33,12 @@ from mezzotint.data.dataset import Dataset, Windows
 from mezzotint.data.sources import documents
 from mezzotint.model import Model
 from mezzotint.objective import stratified_counts
-from mezzotint.packing.artifact import open_artifact
+from mezzotint.pretrained import load
 from mezzotint.scoring.compare import compare
 from mezzotint.scoring.likelihood import causal, chain_rule, nelbo
 from mezzotint.scoring.nelbo import apply_control, nelbo_counts, nelbo_mask, token_surprisal
 from mezzotint.scoring.plan import MaskedWindow, choose_windows, masked_window_nll
-from mezzotint.training.checkpoint import load_run
+from mezzotint.scoring.statistics import Estimate
 
 TARGET = 0.005
 
@@ -271,7 +272,36 @@ def planted(model: Model, windows: Windows, args: argparse.Namespace) -> list[di
     return rows
 
 
-PARTS = {"variance": variance, "orders": orders, "compress": compression, "compare": planted}
+def bounds(model: Model, windows: Windows, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every tighter figure beside the plain ones, on the same text."""
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, estimate: Estimate) -> None:
+        row = {"windows": what, "method": estimate.method, "kind": estimate.kind, "bpb": estimate.bpb}
+        rows.append(
+            row | {"s.e.": estimate.mask_stderr_bpb, "passes": estimate.forward_passes, "tokens": estimate.tokens}
+        )
+        print(rows[-1], flush=True)
+
+    length = model.config.sequence_length
+    for stride in (length, length // 2, length // 4):
+        strided = windows.stream.windows(length, stride)
+        add(f"{length}, stride {stride}", causal(model, strided, tokens=args.stride_tokens))
+        add(f"{length}, stride {stride}", nelbo(model, strided, tokens=args.stride_tokens, seed=args.seed))
+    for stride in (length, length // 2, length // 4):
+        strided = windows.stream.windows(length, stride)
+        add(f"{length}, stride {stride}", chain_rule(model, strided, tokens=args.chain_windows * length))
+    short = windows.stream.windows(args.short)
+    tokens = args.chain_windows * args.short
+    for lean in (0.0, 1.0, 4.0, 16.0):
+        add(f"{args.short}", nelbo(model, short, tokens=tokens, repeats=args.chain_repeats, order_lean=lean))
+    add(f"{args.short}", chain_rule(model, short, tokens=tokens))
+    for orders in (1, 4, 16):
+        add(f"{args.short}", nelbo(model, short, tokens=tokens, orders=orders, seed=args.seed))
+    return rows
+
+
+PARTS = {"variance": variance, "orders": orders, "bounds": bounds, "compress": compression, "compare": planted}
 
 
 def main() -> None:
@@ -285,6 +315,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=32, help="independent repeats for variance")
     parser.add_argument("--chain-windows", type=int, default=16, help="windows for orders")
     parser.add_argument("--chain-repeats", type=int, default=32, help="NELBO repeats for orders")
+    parser.add_argument("--short", type=int, default=64, help="tokens of a window for K orders and leans")
+    parser.add_argument("--stride-tokens", type=int, default=32_768, help="tokens for causal and nelbo with strides")
     parser.add_argument("--compare-repeats", type=int, default=8, help="NELBO repeats for compare")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.02, 0.05], help="relative to each tensor's spread")
     parser.add_argument("--text", type=Path, help="file to compress: its documents joined by newlines")
@@ -293,7 +325,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="decompress as well")
     parser.add_argument("--json", type=Path, help="also write the tables here")
     args = parser.parse_args()
-    model = load_run(args.model) if args.model.is_dir() else open_artifact(args.model)
+    model = load(args.model)
     windows = Dataset.open(args.data).split("val").windows(model.config.sequence_length)
     found = {}
     for part in PARTS if args.part == "all" else [args.part]:

@@ -159,22 +159,22 @@ class TestStride:
 
 
 class TestKinds:
-    def test_two_fair_bits(self):
-        """A token of two parts that are one fair bit twice: log-probabilities of the parts given each other, or the joint
-        one weighted as a single event, come out below the truth. Neither is called a bound; the NELBO is above."""
-        nothing = math.log(2)
-        truth = math.log(2)  # (0, 0) or (1, 1), half each
-
-        def given(own, other):
-            return nothing if other is None else 0.0
-
-        chain = given(0, None) + given(0, 0)
-        pseudo = given(0, 0) + given(0, 0)
-        # The joint probability of both parts masked, weighted 1 / 2 as one event of a single mask rate; independent bits.
-        joint_as_one = 0.5 * (nothing + nothing) * 0.5
-        assert chain == truth and pseudo < truth and joint_as_one < 2 * nothing
+    def test_a_token_of_two_parts_as_a_single_event_is_no_bound(self):
+        """Parts are masked at a rate t, uniform on 0..1, each by itself, and the joint log-probability of a token's masked
+        parts is weighted by 1 / t like a single event's. A code length L has sum of exp(-L) <= 1 over all texts (Kraft);
+        this figure has not, so it bounds nothing from above, while the NELBO of the parts has."""
+        model = UniformModel(2, 2)
+        invalid = nelbo_sum = 0.0
+        for x in itertools.product(range(2), repeat=2):
+            bound = enumerated_nelbo(model, x)
+            # One event of a rate t: E[t * joint / t]. Both parts masked at once have chance t^2, one alone counts not.
+            both = order_nll(model, x, (0, 1))
+            invalid += math.exp(-both * np.mean([t * t / t for t in (np.arange(1000) + 0.5) / 1000]))
+            nelbo_sum += math.exp(-bound)
+        assert both * 0.5 == pytest.approx(math.log(2))  # two independent fair bits as one bit
+        assert invalid == pytest.approx(2.0) and nelbo_sum == pytest.approx(1.0)
         assert kind_of("pseudo") == kind_of("reconstruction") == "not a bound"
-        bound = nelbo(UniformModel(2, 2), ToyWindows(np.array([1, 1]), 2, ToyTokenizer(2)))
+        bound = nelbo(model, ToyWindows(np.array([1, 1]), 2, ToyTokenizer(2)))
         assert bound.nats_per_token * 2 == pytest.approx(2 * math.log(2)) and bound.kind == "upper bound"
 
     def test_lost_bytes_are_no_code_length(self):

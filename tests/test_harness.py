@@ -180,13 +180,38 @@ def test_settings():
 
 
 def test_command_lists_tasks(tasks):
-    """`python -m mezzotint.harness` is the harness's command line."""
+    """`python -m mezzotint.integrations.harness` is the harness's command line."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "mezzotint.harness", "--help"],
+        [sys.executable, "-m", "mezzotint.integrations.harness", "--help"],
         capture_output=True,
         text=True,
         env=environment,
         timeout=120,
     )
     assert done.returncode == 0 and "--tasks" in done.stdout + done.stderr
+
+
+def test_settings_that_do_not_exist(model):
+    with pytest.raises(ConfigError, match="no setting visibility"):
+        Harness(model=model, visibility="causal")
+
+
+def test_causal_scoring_generates_with_causal_attention(model, monkeypatch):
+    """What is generated greedily is what causal attention finds likeliest, token by token."""
+    seen = []
+    original = Model.logits
+    monkeypatch.setattr(
+        Model, "logits", lambda self, ids, **more: seen.append(more.get("block_size", 0)) or original(self, ids, **more)
+    )
+    harness = Harness(model=model, attention="causal", max_gen_toks=4)
+    text = harness._generate("The plate", {})
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode("The plate")]
+    start = len(model.tokenizer.decode_bytes(ids))
+    for _ in range(4):
+        shifted = torch.tensor([[model.config.mask_id, *ids]])
+        row = original(model, shifted, block_size=1)[0, -1]
+        row[model.tokenizer.bos_id] = -torch.inf
+        ids.append(int(row.masked_fill(~model.tokenizer.is_text, -torch.inf).argmax()))
+    assert 0 not in seen
+    assert text == model.tokenizer.decode_bytes(ids)[start:].decode("utf-8", "replace")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def fake_hub(monkeypatch, tmp_path) -> Path:
             raise huggingface_hub.errors.LocalEntryNotFoundError(f"{repo_id} has no {filename}\nmore words")
         return str(root / repo_id / filename)
 
+    monkeypatch.setattr("mezzotint.integrations.hub.reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(hub, "hf_hub_download", download)
@@ -114,3 +116,18 @@ def test_what_cannot_be_had_is_one_line(trained, fake_hub, tmp_path):
     with pytest.raises(ArtifactError, match="no such artifact"):
         mezzotint.push_to_hub(tmp_path / "none.mzt", "someone/plate")
     assert not (fake_hub / "someone").exists()
+
+
+def test_without_a_network_is_one_line_at_once(trained, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    started = time.monotonic()
+    for call in (
+        lambda: mezzotint.from_pretrained("someone/nothing", cache_dir=tmp_path),
+        lambda: mezzotint.push_to_hub(trained.artifact, "someone/plate"),
+    ):
+        with pytest.raises(MezzotintError, match="cannot be reached") as refused:
+            call()
+        assert "\n" not in str(refused.value)
+    assert time.monotonic() - started < 10

@@ -21,10 +21,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig, preset
-from mezzotint.errors import ConfigError, DataError, MezzotintError
+from mezzotint.errors import ConfigError, DataError, Interrupted, MezzotintError
 from mezzotint.files import atomic_write
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ DEFAULT_PRESET = "small"
 DEFAULT_MODEL = "prose"
 METHODS = ("nelbo", "chain", "causal", "reconstruction")
 COMPARED_TOKENS = 32_768
+SCORED = (
+    "prepared folder with the model's tokenizer, or text (.txt, .jsonl, .parquet, folders, -), a document at a time"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -124,7 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     def model_argument(sub: argparse.ArgumentParser, optional: bool = False) -> None:
         words: dict[str, Any] = {"nargs": "?"} if optional else {}
         shown = f" [the shipped {DEFAULT_MODEL}]" if optional else ""
-        help = f"a .mzt artifact, a run folder or a shipped model's name{shown}"
+        help = (
+            f"a .mzt artifact, a run folder, a shipped model's name, a folder of transformers or hf:OWNER/NAME{shown}"
+        )
         sub.add_argument("model", type=Path, metavar="MODEL|RUN", help=help, **words)
 
     sub = command(
@@ -204,11 +209,24 @@ def build_parser() -> argparse.ArgumentParser:
         "per token of a block). causal: exact, one pass, for models with a causal share. reconstruction: the challenge entry's score, no bound.",
     )
     model_argument(sub)
-    sub.add_argument("data", type=Path, metavar="DATA", help="prepared folder with the model's tokenizer")
+    sub.add_argument("data", type=Path, nargs="+", metavar="DATA|TEXT", help=SCORED)
     sub.add_argument("--method", default="nelbo", choices=(*METHODS, "all"), help="[nelbo]")
     sub.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
     sub.add_argument("--tokens", type=_positive, metavar="N", help="score about N tokens, evenly spread [all]")
-    sub.add_argument("--repeats", type=_positive, default=8, help="independent sets of masks for nelbo [8]")
+    sub.add_argument("--repeats", type=_positive, help="independent sets of masks for nelbo [8; 2 with --orders]")
+    sub.add_argument(
+        "--stride", type=_positive, metavar="S", help="charge S tokens a window, behind the text before [all of it]"
+    )
+    sub.add_argument(
+        "--orders", type=_positive, metavar="K", help="nelbo over K orders: tighter, a pass per token and order"
+    )
+    sub.add_argument(
+        "--order-lean",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="nelbo of orders that lean to the left; inf: chain [0]",
+    )
     sub.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
     sub.add_argument(
         "--order", metavar="ORDER", help="order of chain: left, random(SEED), block(SIZE), spread(PASSES) [left]"
@@ -231,10 +249,12 @@ def build_parser() -> argparse.ArgumentParser:
         "is the second model better than the first?",
         "Both are scored on the same windows and masks, so that the difference has a small standard error.",
     )
-    sub.add_argument("a", type=Path, metavar="A", help="a .mzt artifact or a run folder")
-    sub.add_argument("b", type=Path, metavar="B", help="another, with the same tokenizer")
-    sub.add_argument("data", type=Path, metavar="DATA", help="prepared folder with the models' tokenizer")
-    sub.add_argument("--method", default="nelbo", choices=("nelbo", "chain"), help="[nelbo]")
+    sub.add_argument("a", type=Path, metavar="A", help="a .mzt artifact, a run folder, or a model of transformers")
+    sub.add_argument("b", type=Path, metavar="B", help="another; on TEXT it may have another tokenizer")
+    sub.add_argument("data", type=Path, nargs="+", metavar="DATA|TEXT", help=SCORED + ", paired by document")
+    sub.add_argument(
+        "--method", default="nelbo", choices=("nelbo", "chain", "chain-or-causal"), help="[nelbo; next tokens' own]"
+    )
     sub.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
     sub.add_argument(
         "--tokens", type=_positive, default=COMPARED_TOKENS, metavar="N", help=f"score about N [{COMPARED_TOKENS}]"
@@ -463,12 +483,13 @@ def _print_scores(estimates: Sequence[Estimate]) -> None:
                 f"{e.nats_per_token:.4f}",
                 f"{e.tokens:,}",
                 f"{e.bytes:,}",
+                f"{e.bytes_lost:,}",
                 f"{e.forward_passes:,}",
                 f"{e.seconds:.1f}",
                 comparison(e.kind)[1],
             )
         )
-    names = ("method", "kind", "bits/byte", "± s.e.", "nats/token", "tokens", "bytes", "passes", "seconds")
+    names = ("method", "kind", "bits/byte", "± s.e.", "nats/token", "tokens", "bytes", "lost", "passes", "seconds")
     columns = [(n, "left" if n in ("method", "kind") else "right") for n in names]
     _table("", [*columns, ("comparable with autoregressive figures?", "left")], rows)
 
@@ -694,33 +715,56 @@ def _score(
     windows: Windows,
     method: str,
     tokens: int | None,
-    repeats: int,
+    repeats: int | None,
     seed: int,
     progress: _Progress,
     order: str | None = None,
     journal: Path | None = None,
     attention: str | None = None,
-    block_size: int | None = None,
+    **nelbo: Any,
 ) -> Estimate:
     from mezzotint.scoring import likelihood
 
     watch = progress.passes(method)
     words: dict[str, Any] = {"tokens": tokens, "seed": seed, "journal": journal, "progress": watch}
     if method == "nelbo":
-        return likelihood.nelbo(model, windows, repeats=repeats, block_size=block_size, **words)
+        return likelihood.nelbo(model, windows, repeats=repeats, **nelbo, **words)
     if method == "chain":
         return likelihood.chain_rule(model, windows, order=order or "left", attention=attention or "full", **words)
     function = {"causal": likelihood.causal, "reconstruction": likelihood.reconstruction_score}[method]
     return function(model, windows, tokens=tokens, seed=seed, progress=watch)
 
 
-def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.data.dataset import Dataset
+def _is_data(sources: Sequence[Path]) -> bool:
+    """Whether what is to be scored is a prepared folder (or published shards) rather than text."""
+    folder = sources[0]
+    return len(sources) == 1 and folder.is_dir() and ((folder / "data.json").exists() or any(folder.glob("*.bin")))
 
+
+def _windows(model: Model, arguments: argparse.Namespace) -> Windows:
+    """Windows of a prepared folder's split, or of text, a document at a time."""
+    length = model.config.sequence_length
+    stride = getattr(arguments, "stride", None)
+    if _is_data(arguments.data):
+        from mezzotint.data.dataset import Dataset
+
+        dataset = Dataset.open(arguments.data[0])
+        _same_tokenizer(model, dataset, arguments.data[0])
+        return dataset.split(arguments.split).windows(length, stride)
+    from mezzotint.data.texts import TextWindows
+
+    return cast("Windows", TextWindows(_texts(arguments), model.tokenizer, length, stride))
+
+
+def _texts(arguments: argparse.Namespace) -> list[str]:
+    from mezzotint.data.sources import documents
+
+    return [text for source in arguments.data for text in documents(source)]
+
+
+def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
     model = _load(arguments.model)
-    dataset = Dataset.open(arguments.data)
-    _same_tokenizer(model, dataset, arguments.data)
-    windows = dataset.split(arguments.split).windows(model.config.sequence_length)
+    windows = _windows(model, arguments)
     methods = [arguments.method]
     if arguments.method == "all":
         causal = model.trained_causally
@@ -735,48 +779,45 @@ def _run_score(arguments: argparse.Namespace, progress: _Progress) -> None:
         raise ConfigError("--block-size is that of the NELBO: add --method nelbo, or --attention to the chain rule")
     if arguments.journal and arguments.method not in ("nelbo", "chain"):
         raise ConfigError("--journal keeps one figure: add --method nelbo or --method chain")
-    estimates = [
-        _score(
-            model,
-            windows,
-            method,
-            arguments.tokens,
-            arguments.repeats,
-            arguments.seed,
-            progress,
-            arguments.order,
-            arguments.journal,
-            arguments.attention,
-            arguments.block_size,
-        )
-        for method in methods
-    ]
+    if (arguments.orders or arguments.order_lean) and "nelbo" not in methods:
+        raise ConfigError("--orders and --order-lean are those of the NELBO: add --method nelbo")
+    bounds = {"block_size": arguments.block_size, "orders": arguments.orders, "order_lean": arguments.order_lean}
+    settings = (arguments.order, arguments.journal, arguments.attention)
+    estimates: list[Estimate] = []
+    failures: dict[str, str] = {}
+    for method in methods:
+        try:
+            asked = (arguments.tokens, arguments.repeats, arguments.seed)
+            estimates.append(_score(model, windows, method, *asked, progress, *settings, **bounds))
+        except Interrupted:
+            raise
+        except MezzotintError as error:
+            if len(methods) == 1:
+                raise
+            failures[method] = str(error)
     progress.close()
+    for method, reason in failures.items():
+        print(f"mezzotint: no figure for {method}: {reason}", file=sys.stderr)
+    if not estimates:
+        raise DataError("no method gave a figure")
     if arguments.json:
-        results = [e.to_dict() for e in estimates]
-        return _emit(arguments, {"results": results, "model_sha256": model.sha256, "commit": model.info.get("commit")})
+        result = {"results": [e.to_dict() for e in estimates], "model_sha256": model.sha256}
+        result |= {"commit": model.info.get("commit")} | ({"failures": failures} if failures else {})
+        return _emit(arguments, result)
     _print_scores(estimates)
 
 
 def _run_compare(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.data.dataset import Dataset
-    from mezzotint.scoring.compare import compare
+    from mezzotint.scoring.compare import compare, compare_documents
 
     a, b = _load(arguments.a), _load(arguments.b)
-    dataset = Dataset.open(arguments.data)
-    for model in (a, b):
-        _same_tokenizer(model, dataset, arguments.data)
-    windows = dataset.split(arguments.split).windows(a.config.sequence_length)
-    found = compare(
-        a,
-        b,
-        windows,
-        method=arguments.method,
-        tokens=arguments.tokens,
-        repeats=arguments.repeats,
-        seed=arguments.seed,
-        progress=progress.passes("comparing"),
-    )
+    words = {"method": arguments.method, "repeats": arguments.repeats, "seed": arguments.seed}
+    words["progress"] = progress.passes("comparing")
+    if _is_data(arguments.data):
+        _windows(b, arguments)  # the second model's tokenizer is checked like the first's
+        found = compare(a, b, _windows(a, arguments), tokens=arguments.tokens, **words)
+    else:
+        found = compare_documents(a, b, _texts(arguments), **words)
     progress.close()
     p = found.p_value
     verdict = "no difference shown" if p >= 0.01 else f"{'A' if found.difference_bpb > 0 else 'B'} is better"

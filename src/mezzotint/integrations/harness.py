@@ -1,6 +1,6 @@
 """Adapter to EleutherAI's lm-evaluation-harness (extra `eval`): its tasks, on an artifact or a run.
 
-`python -m mezzotint.harness --model_args path=MODEL.mzt --tasks ...` is the harness's own command with this model
+`python -m mezzotint.integrations.harness --model_args path=MODEL.mzt --tasks ...` is the harness's own command with this model
 registered; every other option is the harness's. Knows nothing of tasks.
 
 Likelihoods are exact chain-rule code lengths from left to right. A window is always `sequence_length` long with what
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mezzotint.config import parse_attention
-from mezzotint.errors import ConfigError
+from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import TOKENS_PER_FORWARD, Model
 from mezzotint.pretrained import load
 from mezzotint.sampling.denoise import denoise
@@ -51,8 +51,12 @@ class Harness(TemplateLM):
         max_batch_size: int | None = None,
         max_gen_toks: int = 128,
         seed: int = 0,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            known = "path, attention, batch_size, device, max_gen_toks, seed"
+            raise ConfigError(f"the harness model has no setting {', '.join(sorted(unknown))}; it has {known}")
         if (path is None) == (model is None):
             raise ConfigError("name one model: path=MODEL.mzt or path=RUN")
         if attention not in ("full", "causal"):
@@ -198,6 +202,7 @@ class Harness(TemplateLM):
                 sampler="blocks",
                 block=1,
                 temperature=temperature,
+                attention="causal" if self.attention == "causal" else None,
             ).ids[0, len(seen) : len(seen) + step]
             fresh = [int(t) for t in drawn if int(t) not in (mask, tokenizer.bos_id)]
             ids += fresh
@@ -218,7 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "--model" not in words:
         words += ["--model", "mezzotint"]
     sys.argv = ["lm_eval", *words]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except MezzotintError as error:
+        print(f"mezzotint: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.errors import ConfigError, MezzotintError
+from mezzotint.integrations.network import reachable
 from mezzotint.model import Model, count_parameters
 from mezzotint.packing import safetensors
 from mezzotint.packing.artifact import inspect_artifact, open_artifact
@@ -217,6 +218,8 @@ def push_to_hub(
     card: the other settings of `HubModel`. Raises ArtifactError for the file, MezzotintError if the Hub refuses.
     """
     hub = HubModel(artifact, figures, **card)
+    if not reachable():
+        raise MezzotintError(f"the Hub cannot be reached, so {repo_id} was not uploaded: try again with a network")
     try:
         return hub.push_to_hub(
             repo_id,
@@ -244,6 +247,8 @@ def from_pretrained(
 
     Raises ArtifactError for what is in the file, MezzotintError if it cannot be had.
     """
+    local = local_files_only or (not Path(repo_id).is_dir() and not reachable())
+    away = " (the Hub cannot be reached)" if local and not local_files_only else ""
     try:
         return HubModel.from_pretrained(
             repo_id,
@@ -251,10 +256,10 @@ def from_pretrained(
             token=token,
             cache_dir=cache_dir,
             force_download=force_download,
-            local_files_only=local_files_only,
+            local_files_only=local,
         ).model
     except REFUSALS as error:
-        raise MezzotintError(f"no Mezzotint model could be had from {repo_id}: {_first_line(error)}") from error
+        raise MezzotintError(f"no Mezzotint model could be had from {repo_id}{away}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

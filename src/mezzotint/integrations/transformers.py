@@ -6,19 +6,17 @@ what is left is renormalised. Knows nothing of how figures are made.
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError
+from mezzotint.integrations.network import reachable
 
 try:
     import transformers
@@ -184,21 +182,6 @@ def load_transformers(
         away = " (the Hub cannot be reached)" if local and not Path(where).is_dir() else ""
         raise CheckpointError(f"no model could be had from {name}{away}: {reason}") from error
     return from_transformers(model, tokenizer, objective, window=window)
-
-
-def reachable(seconds: float = 3.0) -> bool:
-    """Whether the Hub answers within `seconds`; taken on trust where a proxy stands between."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return False
-    parts = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        port = parts.port or (80 if parts.scheme == "http" else 443)
-        with socket.create_connection((parts.hostname or "", port), timeout=seconds):
-            return True
-    except (OSError, ValueError):
-        return False
 
 
 def _objective(architectures: list[str]) -> str:

@@ -31,7 +31,8 @@ def kind_of(family: str, bytes_lost: int = 0) -> str:
     et al. 2016, theorem 1). It needs p(x | order) as a whole: a mean over masks inside the logarithm is no bound.
 
     `reconstruction`, `pseudo` (each token given all others, or a token's parts weighted like a single event): not a bound.
-    Two fair bits that are independent but for being equal cost nothing given each other, and one bit in truth.
+    Two fair bits that are always equal cost nothing given each other, and one bit in truth; two independent ones, weighted
+    as one event, cost one bit, and two in truth.
 
     bytes_lost: bytes of the text that cannot be had back from its tokens. Where there are any, every family is `not a code
     length`: many texts have the same tokens, and what tells them apart is not charged for.

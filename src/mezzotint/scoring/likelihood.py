@@ -164,7 +164,7 @@ def reconstruction_score(
     """
     plan = Scoring.make(model, windows, tokens=tokens, progress=progress, seed=seed, batch=batch)
     if plan.has_context:
-        raise DataError("the reconstruction score has no stride: leave it out")
+        raise DataError("the reconstruction score has no context: leave out the stride, and score prepared data")
     chosen = plan.chosen
     rates = RECONSTRUCTION_RATES
     sums = np.zeros((len(rates), len(chosen)))

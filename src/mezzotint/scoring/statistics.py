@@ -188,7 +188,7 @@ class Comparison:
         return {
             "difference_bpb": self.difference_bpb,
             "stderr_bpb": _finite(self.stderr_bpb),
-            "interval95_bpb": [self.difference_bpb - half, self.difference_bpb + half] if _finite(half) else None,
+            "interval95_bpb": [self.difference_bpb - half, self.difference_bpb + half] if math.isfinite(half) else None,
             "p_value": self.p_value,
             "a": self.a.to_dict(),
             "b": self.b.to_dict(),

@@ -1,0 +1,22 @@
+"""Whether the Hugging Face Hub can be reached, before a client spends minutes on finding out. Knows nothing of what is there."""
+
+from __future__ import annotations
+
+import os
+import socket
+from urllib.parse import urlsplit
+
+
+def reachable(seconds: float = 3.0) -> bool:
+    """Whether the Hub answers within `seconds`; taken on trust where a proxy stands between."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
+    parts = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        port = parts.port or (80 if parts.scheme == "http" else 443)
+        with socket.create_connection((parts.hostname or "", port), timeout=seconds):
+            return True
+    except (OSError, ValueError):
+        return False
