@@ -29,7 +29,7 @@ interpreter() {
   ENVIRONMENTS=${ENVIRONMENTS:-$(mktemp -d)}
   local folder="$ENVIRONMENTS/$1"
   [ -x "$folder/bin/python" ] || "$2" -m venv "$folder" || return 1
-  "$folder/bin/pip" install --quiet "$3" . pytest hypothesis brotli zstandard huggingface_hub starlette uvicorn 1>&2 || return 1
+  "$folder/bin/pip" install --quiet "$3" . pytest hypothesis regex brotli zstandard huggingface_hub starlette uvicorn 1>&2 || return 1
   echo "$folder/bin/python"
 }
 

@@ -62,7 +62,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o777 & ~umask)
         for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            descriptor = os.open(file, os.O_RDONLY)
+            descriptor = os.open(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs writers only
             try:
                 os.fsync(descriptor)
             finally:

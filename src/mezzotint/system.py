@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import resource
 import subprocess
 import sys
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def commit_id() -> str | None:
@@ -28,7 +32,9 @@ def commit_id() -> str | None:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """Largest resident memory of this process so far; 0 where the system does not say (Windows)."""
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
