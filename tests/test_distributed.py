@@ -19,7 +19,7 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from mezzotint.config import ModelConfig, TrainConfig
-from mezzotint.train import train
+from mezzotint.training.run import train
 data, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 model = ModelConfig(vocab_size=settings.pop("vocab"), sequence_length=16, layers=2, width=16, heads=2, kv_heads=1)
 train(data, out, model=model, config=TrainConfig(compile=False, dtype="float32", log_every=0.0, **settings))

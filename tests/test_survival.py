@@ -60,7 +60,7 @@ torch.set_num_threads(1)
 from mezzotint.cli import main
 from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.errors import MezzotintError
-from mezzotint.train import train
+from mezzotint.training.run import train
 data, out, mode, vocab = sys.argv[1:5]
 rank, again = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 model = dict(vocab_size=int(vocab), sequence_length=16, layers=1, width=16, heads=2, kv_heads=1)
@@ -71,7 +71,7 @@ if mode == "model" and rank:
     model["layers"] = 2
 
 if mode == "kill" and rank and not again:
-    from mezzotint.train import Trainer
+    from mezzotint.training.step import Trainer
     whole = Trainer.run_step
     def run_step(self, progress):
         if self.step == 6:
