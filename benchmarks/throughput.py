@@ -44,7 +44,9 @@ class RandomWindows:
 class EveryPosition(MaskedLoss):
     """The reference's way: logits of all positions, of which the masked ones are kept."""
 
-    def forward(self, corrupted: Tensor, ids: Tensor, masked: Tensor, block_size: int) -> Tensor:
+    def forward(
+        self, corrupted: Tensor, ids: Tensor, masked: Tensor, block_size: int, next_tokens: bool = False
+    ) -> Tensor:
         tables = self.network.tables(ids.shape[1], block_size)
         logits = self.network.logits(self.hidden(corrupted, block_size, tables))
         nll = functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)

@@ -118,7 +118,7 @@ def test_page(page, house, tmp_path, monkeypatch, capfd):
     (tmp_path / "package" / "models").mkdir(parents=True)
     shutil.copy(house / "model.mzt", tmp_path / "package" / "models" / "prose.mzt")
     for name in ("report.html", "serve.html"):
-        shutil.copy(Path(mezzotint.__file__).parent / name, tmp_path / "package")
+        shutil.copy(Path(mezzotint.__file__).parent / "apps" / name, tmp_path / "package")
     monkeypatch.setattr(pretrained.importlib.resources, "files", lambda name: tmp_path / "package")
     monkeypatch.setattr("mezzotint.apps.serve.serve", lambda model, **words: None)
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,9 @@ import dataclasses
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mezzotint.config import ModelConfig, TrainConfig, preset
@@ -21,7 +25,7 @@ from mezzotint.data.loader import Loader
 from mezzotint.data.prepare import prepare
 from mezzotint.errors import CheckpointError, ConfigError, Interrupted, MezzotintError
 from mezzotint.model import Denoiser
-from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run
+from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock
 from mezzotint.training.optim import MovingAverage, Optimizers
 from mezzotint.training.run import train
 from mezzotint.training.step import Trainer, draw_step
@@ -331,7 +335,7 @@ def test_non_finite_loss_stops_and_names_the_step(data, model, tmp_path):
 def test_compile_failure_falls_back(data, model, tmp_path, monkeypatch):
     def broken(function, **options):
         def fail(*args):
-            raise RuntimeError("no working C++ compiler found")
+            raise InvalidCxxCompiler
 
         return fail
 
@@ -339,7 +343,70 @@ def test_compile_failure_falls_back(data, model, tmp_path, monkeypatch):
     said: list[str] = []
     config = dataclasses.replace(QUICK, steps=2, compile=True)
     result = train(data, tmp_path / "run", model=model, config=config, warn=said.append)
-    assert result["compiled"] is False and len(said) == 1 and "no working C++ compiler" in said[0]
+    assert result["compiled"] is False and "InvalidCxxCompiler" in said[-1]
+
+
+def test_an_error_of_the_step_is_no_compilers_failure(data, model, tmp_path, monkeypatch):
+    def broken(function, **options):
+        def fail(*args):
+            raise TypeError("our own mistake")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(TypeError, match="our own mistake"):
+        train(data, tmp_path / "run", model=model, config=dataclasses.replace(QUICK, steps=2, compile=True))
+
+
+def test_two_compiled_runs_on_two_threads_are_equal(data, model, tmp_path):
+    """What is added up at an index (embeddings, masked positions) is added in one order, whatever the threads."""
+    config = dataclasses.replace(QUICK, steps=8, batch=16, compile=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [train(data, tmp_path / name, model=model, config=config) for name in ("a", "b")]
+    finally:
+        torch.set_num_threads(before)
+    assert all(run["compiled"] for run in runs)
+    one, other = (Path(run["final_checkpoint"]) for run in runs)
+    for name in ("weights.safetensors", "average.safetensors", "optimizer.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_resumed_run_is_the_same_run_unless_told(data, model, tmp_path):
+    run = tmp_path / "run"
+    train(data, run, model=model, config=dataclasses.replace(QUICK, steps=2))
+    described = (run / "config.json").read_text()
+    other = dataclasses.replace(QUICK, steps=4, causal_share=0.25)
+    with pytest.raises(ConfigError, match=r"--change causal-share=0.25"):
+        train(data, run, model=model, config=other, resume=True)
+    assert (run / "config.json").read_text() == described
+    train(data, run, model=model, config=other, resume=True, changes=["causal_share"])
+    assert json.loads((run / "config.json").read_text())["train"]["causal_share"] == 0.25
+    assert f"from step 2 on: causal_share: {QUICK.causal_share} -> 0.25" in (run / "train.log").read_text()
+
+
+def test_one_training_at_a_time_in_a_folder(data, model, tmp_path):
+    run = tmp_path / "run"
+    with run_lock(run), pytest.raises(CheckpointError, match=f"process {os.getpid()}"):
+        train(data, run, model=model, config=QUICK)
+    assert not run.exists(), "a folder that nothing came of is left behind"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    run.mkdir()
+    (run / "train.lock").write_text(f"{gone.pid} {socket.gethostname()}")
+    train(data, run, model=model, config=dataclasses.replace(QUICK, steps=1))
+    assert not (run / "train.lock").exists()
+    (run / "train.lock").write_text("17 another-machine")
+    with pytest.raises(CheckpointError, match="another-machine"):
+        train(data, run, model=model, config=QUICK, resume=True)
+
+
+def test_files_follow_the_umask(data, model, tmp_path):
+    made = train(data, tmp_path / "run", model=model, config=dataclasses.replace(QUICK, steps=1))
+    for path in Path(made["final_checkpoint"]).iterdir():
+        assert path.stat().st_mode & 0o044 or os.name == "nt", path.name
 
 
 def test_tensorboard_events(data, model, tmp_path):

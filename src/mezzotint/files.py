@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sync_folder(folder: Path) -> None:
@@ -23,28 +24,43 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write `data` to `path`: temporary neighbour, fsync, rename. On any failure `path` is untouched.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file, open for writing and reading, that becomes `path` once everything is written and on the disk.
 
-    Raises OSError (for example when the disk is full) after removing the temporary file.
+    On any failure `path` is untouched and nothing is left behind. A symbolic link stays one: what it points to is
+    written. What is no regular file (a device, a named pipe) is written to directly at the end, never replaced.
+    Raises OSError (for example when the disk is full).
     """
-    path = Path(path)
-    content = data.encode() if isinstance(data, str) else data
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    path = Path(os.path.realpath(path))
+    direct = path.exists() and not path.is_file() and not path.is_dir()
+    folder = None if direct else path.parent
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp is private; a finished file follows the user's umask
-        os.replace(name, path)
-    except BaseException:
+            if direct:
+                file.seek(0)
+                with path.open("wb") as target:
+                    shutil.copyfileobj(file, target)
+            else:
+                os.fsync(file.fileno())
+        if not direct:
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(name, 0o666 & ~umask)  # mkstemp is private; a finished file follows the user's umask
+            os.replace(name, path)
+            sync_folder(path.parent)
+    finally:
         with contextlib.suppress(OSError):
             os.unlink(name)
-        raise
-    sync_folder(path.parent)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path` as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
@@ -62,6 +78,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o777 & ~umask)
         for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            os.chmod(file, 0o666 & ~umask)  # some writers make private files
             descriptor = os.open(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs writers only
             try:
                 os.fsync(descriptor)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,22 @@ def commit_id() -> str | None:
         return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def process_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    if sys.platform == "win32":  # there os.kill(pid, 0) would send it Ctrl-C
+        handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)
+        if handle:
+            ctypes.windll.kernel32.CloseHandle(handle)
+        return bool(handle)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def peak_memory_bytes() -> int:

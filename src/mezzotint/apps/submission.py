@@ -172,7 +172,10 @@ if __name__ == "__main__":
 
 def _source(name: str) -> str | None:
     """Source text of a module, without importing it; None if there is no such module."""
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # a name in a module that is no folder
+        return None
     if spec is None or spec.loader is None or not hasattr(spec.loader, "get_source"):
         return None
     return spec.loader.get_source(name)  # type: ignore[attr-defined]
@@ -185,7 +188,7 @@ def _imported(tree: ast.AST) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names if node.module == "mezzotint")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)  # a module of that folder, perhaps
     return names
 
 
@@ -420,7 +423,7 @@ def submit(
         (folder / "train.log").write_text(words.replace(place, '"DATA"') if len(place) > 2 else words, "utf-8")
         for script, text in texts.items():
             (folder / script).write_bytes(text.encode())
-        needs = _needs(module_sources(("train", "artifact", "evaluate")))
+        needs = _needs(module_sources(("training.run", "packing.pack", "scoring.likelihood")))
         (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in needs))
         (folder / "submission.json").write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (folder / "README.md").write_text(_readme(name, blurb, model, estimates, sizes, described), "utf-8")

@@ -173,6 +173,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--resume", action="store_true", help="go on from the newest valid checkpoint of RUN, with its settings"
     )
+    sub.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="with --resume: go on with another value of a training setting; may be repeated, and is logged",
+    )
     _add_settings(sub, TrainConfig, presets=True)
     _add_settings(sub, ModelConfig, presets=True)
 
@@ -560,9 +567,28 @@ def _run_prepare(arguments: argparse.Namespace, progress: _Progress) -> None:
         print(f"files read: {files['read']:,}; skipped: {skipped}; empty documents: {files['empty_documents']:,}")
 
 
+def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `--change NAME=VALUE`, by the names of `TrainConfig`."""
+    if arguments.change and not arguments.resume:
+        raise ConfigError("--change is for --resume: without it, give the setting as an option")
+    known = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
+    changes: dict[str, Any] = {}
+    for change in arguments.change:
+        name, sign, text = change.partition("=")
+        name = name.replace("-", "_")
+        if not sign or name not in known:
+            raise ConfigError(f"--change takes NAME=VALUE with NAME a training setting, not {change!r}")
+        kind = type(known[name])
+        try:
+            changes[name] = {"True": True, "False": False}[text.capitalize()] if kind is bool else kind(text)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"--change {name}: {text!r} is not {kind.__name__}") from error
+    return changes
+
+
 def _train_configs(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ModelConfig, TrainConfig]:
     """The preset's settings, or with `--resume` the run's own, changed by the options given."""
-    train_changes = _settings(arguments, TrainConfig)
+    train_changes = _settings(arguments, TrainConfig) | _changes(arguments)
     if "minutes" in train_changes:
         train_changes.setdefault("steps", 0)  # steps would have the last word
     if arguments.resume and (arguments.out / "config.json").exists():
@@ -600,6 +626,7 @@ def _run_train(arguments: argparse.Namespace, progress: _Progress) -> None:
         model=model,
         config=config,
         resume=arguments.resume,
+        changes=list(_changes(arguments)),
         progress=progress.training,
         warn=progress.say,
     )
@@ -1202,5 +1229,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, status = "stopped", 130
     finally:
         progress.close()
-    print(f"mezzotint: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0" or status != 2:  # under torchrun one process says it
+        print(f"mezzotint: {message}", file=sys.stderr)
     return status

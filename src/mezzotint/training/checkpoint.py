@@ -9,9 +9,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError
 from mezzotint.files import atomic_folder
 from mezzotint.model import Denoiser, Model
+from mezzotint.system import process_alive
 from mezzotint.training.step import Trainer
 
 WEIGHTS, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
@@ -123,6 +126,73 @@ def read_run(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return described
+
+
+FREE_TO_CHANGE = frozenset(
+    ("minutes", "steps", "micro_batch", "device", "compile", "log_every", "checkpoint_minutes", "keep_checkpoints",
+     "tensorboard")
+)  # fmt: skip
+"""Settings that may change when a run is resumed: how long, where and with what notes, not what is learnt."""
+
+
+def changed_settings(run: Path, config: TrainConfig, allowed: Sequence[str]) -> list[str]:
+    """What differs from the settings that the run was trained with so far, a line each: `NAME: OLD -> NEW`.
+
+    Raises ConfigError if anything else than `FREE_TO_CHANGE` and `allowed` differs.
+    """
+    before, now = to_dict(read_run(run)["train"]), to_dict(config)
+    names = [name for name, value in now.items() if before[name] != value]
+    for name in names:
+        if name not in FREE_TO_CHANGE and name not in allowed:
+            option = name.replace("_", "-")
+            raise ConfigError(
+                f"{run} was trained with --{option} {before[name]}, not {now[name]}: leave the option out, or say "
+                f"--change {option}={now[name]} to go on with another"
+            )
+    return [f"{name}: {before[name]} -> {now[name]}" for name in names]
+
+
+@contextlib.contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process. Raises CheckpointError naming the process that holds it.
+
+    The lock is a file with the holder's process number and machine. One left by a process that is gone is taken over;
+    of a process on another machine nothing can be known, so its lock stays until somebody deletes it.
+    """
+    created = not run.exists()
+    path = run / "train.lock"
+    if run.exists() and not run.is_dir():
+        raise CheckpointError(f"{run} is a file; name a folder for the run")
+    run.mkdir(parents=True, exist_ok=True)
+    for _ in range(2):
+        try:
+            with path.open("x") as file:
+                file.write(f"{os.getpid()} {socket.gethostname()}")
+            break
+        except FileExistsError as error:
+            pid, _, host = _lock_holder(path)
+            gone = host == socket.gethostname() and not process_alive(pid)
+            if not gone:
+                raise CheckpointError(
+                    f"{run} is being trained by process {pid} on {host}; wait for it, or delete {path} if it is gone"
+                ) from error
+            path.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if created:
+            with contextlib.suppress(OSError):
+                run.rmdir()  # nothing came of it
+
+
+def _lock_holder(path: Path) -> tuple[int, str, str]:
+    """(process number, a space, machine) of a lock file; a damaged one counts as a process that is gone."""
+    try:
+        pid, space, host = path.read_text().partition(" ")
+        return int(pid), space, host
+    except (OSError, ValueError):
+        return 2**30, " ", socket.gethostname()
 
 
 def load_run(run: Path) -> Model:

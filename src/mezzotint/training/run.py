@@ -15,7 +15,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,15 @@ from mezzotint.errors import CheckpointError, ConfigError, Interrupted
 from mezzotint.files import atomic_write
 from mezzotint.model import Denoiser, count_parameters
 from mezzotint.system import commit_id, peak_memory_bytes
-from mezzotint.training.checkpoint import _checkpoint_folders, load_checkpoint, newest_checkpoint, save_checkpoint
-from mezzotint.training.step import Trainer
+from mezzotint.training.checkpoint import (
+    _checkpoint_folders,
+    changed_settings,
+    load_checkpoint,
+    newest_checkpoint,
+    run_lock,
+    save_checkpoint,
+)
+from mezzotint.training.step import Trainer, deterministic_sums
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with every metrics row, which also carries `progress` (0..1) and `seconds_left`."""
@@ -97,21 +104,31 @@ def train(
     model: ModelConfig,
     config: TrainConfig,
     resume: bool = False,
+    changes: Sequence[str] = (),
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train a denoiser on a prepared folder and write the run folder `out`.
 
     With `resume`, goes on from the newest valid checkpoint of `out` (from the start if it has none); the same model
-    and data are required. A run counted by steps that is stopped and resumed ends bit-equal on the CPU.
+    and data are required, and the same settings but for those of `FREE_TO_CHANGE` (the run's length among them) and
+    those named in `changes`, each of which is noted in train.log with the step from which it holds. A run counted by
+    steps that is stopped and resumed ends bit-equal on the CPU. One process at a time may train in a folder.
 
     Returns steps, tokens, seconds, tokens_per_second, parameters, train_nelbo_bpb (mean over the last tenth of the
     steps, an estimate on training text), final_checkpoint, setup_seconds (compilation, not counted in `seconds`),
     compiled, peak_memory_bytes.
     Raises DataError, ConfigError, CheckpointError; Interrupted after a signal, with a checkpoint written.
     """
-    with process_group(config.device) as (rank, world, local_rank), _signals() as received:
-        return _train(Path(data), Path(out), model, config, resume, progress, warn, received, rank, world, local_rank)
+    with (
+        process_group(config.device) as (rank, world, local_rank),
+        deterministic_sums(choose_device(config.device, local_rank)),
+        run_lock(Path(out)) if rank == 0 else contextlib.nullcontext(),
+        _signals() as received,
+    ):
+        return _train(
+            Path(data), Path(out), model, config, resume, changes, progress, warn, received, rank, world, local_rank
+        )
 
 
 def _train(
@@ -120,6 +137,7 @@ def _train(
     model: ModelConfig,
     config: TrainConfig,
     resume: bool,
+    changes: Sequence[str],
     progress: Progress | None,
     warn: Callable[[str], None],
     received: list[int],
@@ -151,12 +169,13 @@ def _train(
     network = Denoiser(model).to(device)
     loader = Loader(stream, model.sequence_length, config.batch, config.seed, rank, world)
     trainer = Trainer(network, config, loader, device)
-    resumed = False
+    resumed, changed = False, []
     if resume and _checkpoint_folders(out):
         before = json.loads((out / "config.json").read_text())
         for key in ("model", "data"):
             if before.get(key) != described[key]:
                 raise CheckpointError(f"{out} was trained with another {key}; resume it with the same, or start anew")
+        changed = changed_settings(out, config, changes)
         folder, state = newest_checkpoint(out, warn)
         load_checkpoint(folder, state, trainer)
         resumed = True
@@ -173,8 +192,12 @@ def _train(
     board = _tensorboard(out) if config.tensorboard and first else None
     length = model.sequence_length
     log.line(f"{'resuming at' if resumed else 'starting at'} step {trainer.step}; {json.dumps(described)}")
+    for line in changed:
+        log.line(f"from step {trainer.step} on: {line}")
     log.line(f"parameters {count_parameters(network)}, processes {world}, device {device}")
 
+    if config.compile and first:
+        warn("compiling the training step; this can take a minute")
     reason = trainer.warm_up()
     if reason:
         warn(f"torch.compile does not work here ({reason}); training without it")

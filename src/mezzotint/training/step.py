@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,6 +122,36 @@ def draw_step(
     return Draw(causal, counts if size else counts[:, 0], corrupted, masked, size)
 
 
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises where it does not work; an error of the step itself is none of these."""
+    from torch._dynamo import exc
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return (exc.TorchDynamoException, CppCompileError, InvalidCxxCompiler)
+
+
+@contextlib.contextmanager
+def deterministic_sums(device: torch.device) -> Iterator[None]:
+    """Let gradients that are added up at an index (embeddings, masked positions) add up in one order, on the CPU.
+
+    Compiled code adds them from several threads as these come, so that two runs with one seed differ. On CUDA the same
+    setting refuses some operations, so there it stays as it is.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor twice
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = filling
+
+
 class Trainer:
     """State of a run: network, optimizers, average, step; and how one step is made."""
 
@@ -158,7 +190,7 @@ class Trainer:
         reason = None
         try:
             self._try_step()
-        except Exception as error:
+        except _compiler_errors() as error:
             if not self.compiled:
                 raise
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
