@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mezzotint.data.dataset import Windows
+from mezzotint.data.texts import TextWindows
 from mezzotint.distributed import rank_and_size
 from mezzotint.errors import DataError
 from mezzotint.files import atomic_write
@@ -50,7 +51,7 @@ class Journal:
         self,
         path: Path | None,
         model: Model,
-        windows: Windows,
+        windows: Windows | TextWindows,
         settings: dict[str, Any],
         units: int,
         columns: int = 1,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mezzotint import seeding
 from mezzotint.data.dataset import Windows
+from mezzotint.data.texts import TextWindows
 from mezzotint.errors import DataError
 from mezzotint.model import Model
 from mezzotint.objective import block_lengths, lean_mask, mask_by_count, nelbo_per_window, stratified_counts
@@ -62,7 +63,7 @@ def nelbo_masks(plan: Scoring, repeat: int) -> Iterator[tuple[MaskedWindow, int]
         yield nelbo_mask(plan.ids(n), plan.chosen[n], count, (plan.seed, repeat), None, plan.context(n)), count
 
 
-def token_surprisal(windows: Windows, chosen: Sequence[int], vocab_size: int) -> np.ndarray:
+def token_surprisal(windows: Windows | TextWindows, chosen: Sequence[int], vocab_size: int) -> np.ndarray:
     """-log of each token's frequency in the chosen windows, in nats, float64 [V]: a rough guess at its difficulty."""
     counts = np.full(vocab_size, 0.5)
     for i in chosen:

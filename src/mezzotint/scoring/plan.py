@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.data.dataset import Windows
+from mezzotint.data.texts import TextWindows
 from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import DataError
 from mezzotint.model import TOKENS_PER_FORWARD, Model
@@ -30,7 +31,7 @@ def silent(done: int, total: int) -> None:
     """The Progress that shows nothing."""
 
 
-def choose_windows(windows: Windows, tokens: int | None) -> list[int]:
+def choose_windows(windows: Windows | TextWindows, tokens: int | None) -> list[int]:
     """Indices of the windows to score: all, or as many evenly spaced ones as hold `tokens` tokens.
 
     Depends on nothing but the two arguments. Raises DataError when there is nothing to score.
@@ -57,7 +58,7 @@ class Scoring:
     tokens: what was asked for, None for all. batch: rows at a time, None for what holds 16,384 tokens.
     """
 
-    windows: Windows
+    windows: Windows | TextWindows
     chosen: list[int]
     tokens: int | None = None
     repeats: int = 1
@@ -69,7 +70,7 @@ class Scoring:
 
     @classmethod
     def make(
-        cls, model: Model, windows: Windows, *, tokens: int | None, progress: Progress | None, **more: Any
+        cls, model: Model, windows: Windows | TextWindows, *, tokens: int | None, progress: Progress | None, **more: Any
     ) -> Scoring:
         """Raises DataError: nothing to score, or `model` and `windows` have different tokenizers."""
         check_same_tokenizer(model, windows)
