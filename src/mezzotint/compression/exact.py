@@ -1,0 +1,391 @@
+"""The network's next-token probabilities in arithmetic that gives the same bits on every machine.
+
+FORMAT.md, "Exact arithmetic, version 1", is the specification; this is one way to compute it. Why it is exact:
+
+- A matrix product has integers on both sides (weights of at most 63, inputs of at most 127 in size), and all its partial
+  sums stay below 2^24 in float32, 2^53 in float64 or 2^31 in int32. So no order of summation, no fused multiply-add and
+  no kernel can change it, and whichever kernel is fastest may be taken. `_Matrix` checks both the bound and the kernel.
+- Everything else is one IEEE 754 operation at a time on float32 arrays (add, multiply, divide, square root, compare,
+  round half to even), each rounded correctly by definition. NumPy does them, never a compiler that might contract them.
+- Sums of floats have a stated order, `fold`. Sums of integers need none.
+- exp, tanh, cos and sin are tables of integers made by Python's integers, never by a math library.
+
+Knows nothing of text, files or entropy coding.
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal, localcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from mezzotint.errors import MezzotintError
+from mezzotint.model import Model
+
+TOTAL = 1 << 24
+"""What the integer probabilities of one token sum to."""
+INPUT, WEIGHT = 127, 63  # with weights of at most 63 even processors that add pairs of products in 16 bits cannot saturate
+UNIT = np.float32(128)  # a normalised query or key channel of 1
+VALUE = 2047  # the largest value channel
+SHARE = np.float32(4096)  # what the attention weights of a query come to, up to rounding
+SCORE_STEP, LOGIT_STEP = 32, 64  # steps of attention scores and of logits per nat
+WINDOW = 4096  # the most tokens of a window; float32 holds the sums of its attention
+ROWS = 64  # queries that go through attention together
+EPSILON = np.float32(2.0**-23)
+TINY = np.float32(2.0**-80)
+F32 = np.float32
+
+
+def fold(x: np.ndarray) -> np.ndarray:
+    """Sum over the last axis in a stated order: the later half is added to the earlier one until one is left."""
+    while (n := x.shape[-1]) > 1:
+        half = (n + 1) // 2
+        first = x[..., :half]
+        if n % 2:
+            first = first.copy()
+            first[..., : n - half] += x[..., half:]
+            x = first
+        else:
+            x = first + x[..., half:]
+    return x
+
+
+def exp_table(step: int, peak: int) -> np.ndarray:
+    """round(peak * e^(-i / step)) for i = 0, 1, ... up to the first 0, as integers."""
+    with localcontext() as context:
+        context.prec = 60
+        ratio = int((Decimal(-1) / step).exp() * (1 << 160))
+    value, out = peak << 160, []
+    while not out or out[-1]:
+        out.append((value + (1 << 159)) >> 160)
+        value = value * ratio >> 160
+    return np.array(out)
+
+
+def cap_table(cap: float) -> np.ndarray:
+    """round(64 * cap * tanh(i / (64 * cap))) for i = 0, 1, ..., where tanh has as good as reached 1 or i 2^20."""
+    size = min(math.ceil(10 * cap * LOGIT_STEP), 1 << 20)
+    bits = 160
+    scale = Decimal(cap) * LOGIT_STEP
+    with localcontext() as context:
+        context.prec = 60
+        ratio = int((Decimal(-2) / scale).exp() * (1 << bits))
+        top = int(scale * (1 << bits))
+    one, power = 1 << bits, 1 << bits
+    out = []
+    for _ in range(size + 1):
+        out.append((2 * top * (one - power) // (one + power) + one) >> (bits + 1))
+        power = power * ratio >> bits
+    return np.array(out)
+
+
+def rotary_tables(length: int, channels: int, base: float) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of place * base^(-2 i / channels), rounded to multiples of 2^-15, float32 [length, channels / 2]."""
+    bits = 160
+    shape = (length, channels // 2)
+    cos, sin = np.zeros(shape), np.zeros(shape)
+    for i in range(channels // 2):
+        with localcontext() as context:
+            context.prec = 60
+            angle = (Decimal(base).ln() * (-2 * i) / channels).exp()
+            c = s = Decimal(0)
+            term, n = Decimal(1), 0
+            while abs(term) > Decimal(10) ** -58:  # the series of e^(i angle)
+                if n % 2:
+                    s += -term if n % 4 == 3 else term
+                else:
+                    c += -term if n % 4 == 2 else term
+                n += 1
+                term = term * angle / n
+            step_c, step_s = int(c * (1 << bits)), int(s * (1 << bits))
+        a, b = 1 << bits, 0
+        for place in range(length):
+            cos[place, i] = (a + (1 << bits - 16)) >> bits - 15
+            sin[place, i] = (b + (1 << bits - 16)) >> bits - 15
+            a, b = (a * step_c - b * step_s) >> bits, (a * step_s + b * step_c) >> bits
+    return (cos / 32768).astype(F32), (sin / 32768).astype(F32)
+
+
+class _Matrix:
+    """A weight matrix [R, K] as integers of at most 63 with a float32 scale for each row."""
+
+    def __init__(self, weight: np.ndarray) -> None:
+        weight = np.ascontiguousarray(weight, dtype=F32)
+        largest = np.abs(weight).max(axis=1)
+        self.scale = largest / F32(WEIGHT)
+        inverse = np.where(largest > 0, F32(WEIGHT) / np.where(largest > 0, largest, F32(1)), F32(0))
+        codes = np.clip(np.rint(weight * inverse[:, None]), -WEIGHT, WEIGHT)
+        # The bound of every partial sum, in any order: float32 holds integers below 2^24.
+        bound = INPUT * int(np.abs(codes).sum(axis=1, dtype=np.float64).max(initial=0))
+        self.kind: Any = F32 if bound < 1 << 24 else np.float64
+        self.codes = np.ascontiguousarray(codes.T.astype(self.kind))
+        self.short = torch.from_numpy(codes.astype(np.int8)).T if bound < 1 << 31 else None
+        if not self._integer_kernel_is_exact():
+            self.short = None
+            probe = np.where(self.codes.T[:4] < 0, -INPUT, INPUT).astype(self.kind)
+            if not np.array_equal(probe @ self.codes, probe.astype(np.int64) @ self.codes.astype(np.int64)):
+                raise MezzotintError("this machine's matrix products are not exact in float32: cannot compress here")
+
+    def _integer_kernel_is_exact(self) -> bool:
+        """Try torch's int8 product on inputs that make the largest sums."""
+        if self.short is None or not hasattr(torch, "_int_mm"):
+            return False
+        codes = self.codes.T
+        rows = np.sign(codes[: min(24, len(codes))]) * INPUT
+        mixed = np.arange(rows.size).reshape(rows.shape) * 89 % 255 - INPUT
+        for probe in (rows, mixed, mixed[:1]):
+            try:
+                found = torch._int_mm(torch.from_numpy(probe.astype(np.int8)), self.short).numpy()
+            except (RuntimeError, NotImplementedError):
+                return False
+            if not np.array_equal(found, (probe.astype(np.float64) @ self.codes.astype(np.float64)).astype(np.int64)):
+                return False
+        return True
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Integers x [n, K] of at most 127, float32 -> exact sums [n, R], rounded to float32."""
+        if self.short is None:
+            return np.matmul(x.astype(self.kind, copy=False), self.codes).astype(F32, copy=False)
+        return torch._int_mm(torch.from_numpy(x.astype(np.int8)), self.short).numpy().astype(F32)
+
+
+def to_integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of x as integers of at most 127, and what one of them is worth: float32 [n, K], [n, 1]."""
+    largest = np.maximum(x.max(axis=-1, keepdims=True), -x.min(axis=-1, keepdims=True))
+    safe = np.maximum(largest, TINY)
+    x = x * (F32(INPUT) / safe)
+    return np.rint(x, out=x), largest / F32(INPUT)
+
+
+def inverse_rms(x: np.ndarray, epsilon: np.float32 = EPSILON) -> np.ndarray:
+    """1 / sqrt(mean of squares + epsilon) of rows, [..., K] -> [..., 1]."""
+    mean = fold(x * x) * (F32(1) / F32(x.shape[-1]))
+    return F32(1) / np.sqrt(mean + epsilon)
+
+
+class ExactNetwork:
+    """A causal model's integer probabilities. See the module's head and FORMAT.md."""
+
+    def __init__(self, model: Model) -> None:
+        c = self.config = model.config
+        if c.head_width > 512 or c.width > 1 << 16 or c.mlp_width > 1 << 16:
+            raise MezzotintError("compress takes models with heads of at most 512 channels and 65,536 channels in all")
+        state = {name: value.detach().float().cpu().numpy() for name, value in model.network.state_dict().items()}
+        self.length = min(c.sequence_length, WINDOW)
+        self.state = {name: value for name, value in state.items() if value.ndim < 2 or "taps" in name or "mix" in name}
+        self.state["skip_scales"] = state.get("skip_scales", np.zeros((0, 1), F32))
+        self.embedding = state["embedding.weight"]
+        self.output = _Matrix(self.embedding[: c.vocab_size])
+        self.bigram = self.values = None
+        if c.bigram_buckets:
+            self.bigram = state["bigram.embedding.weight"], _Matrix(state["bigram.project.weight"])
+        if c.value_embedding_width:
+            self.values = state["value_embedding.embedding.weight"], _Matrix(state["value_embedding.project.weight"])
+        self.layers: list[dict[str, _Matrix]] = []
+        for i in range(c.layers):
+            at = f"blocks.{i}."
+            inside = np.concatenate([state[f"{at}attention.{part}.weight"] for part in ("query", "key", "value")])
+            self.layers.append({
+                "inside": _Matrix(inside), "output": _Matrix(state[f"{at}attention.output.weight"]),
+                "up": _Matrix(state[f"{at}mlp.up.weight"]), "down": _Matrix(state[f"{at}mlp.down.weight"]),
+            })  # fmt: skip
+        channels = c.rotary_dims or c.head_width
+        self.cos, self.sin = (t[:, None] for t in rotary_tables(self.length, channels, c.rotary_base))
+        self.score_exp = exp_table(SCORE_STEP, 4096).astype(F32)
+        self.logit_exp = exp_table(LOGIT_STEP, TOTAL).astype(np.float64)
+        half = cap_table(c.softcap)
+        self.cap = np.concatenate((-half[:0:-1], half)).astype(np.int32)
+        self.value_grid = [self._grid(state, i) for i in range(c.layers)]
+
+    def _grid(self, state: dict[str, np.ndarray], layer: int) -> np.float32:
+        """Steps per 1 of a layer's values: a power of two that leaves room for 16 times their root mean square."""
+        c = self.config
+        weight = state[f"blocks.{layer}.attention.value.weight"]
+        mean = fold(np.square(weight.reshape(1, -1)))[0, 0] / F32(len(weight))
+        late = layer - (c.layers - c.value_embedding_layers)
+        if self.values is not None and late >= 0:
+            bias = self._value_bias(np.arange(c.vocab_size + 1)[None], late)
+            mean = mean + fold(np.square(bias.reshape(1, -1)))[0, 0] / F32(bias.size)
+        return F32(2.0 ** (7 - int(np.frexp(np.sqrt(np.maximum(mean, TINY)))[1])))
+
+    def _value_bias(self, ids: np.ndarray, late: int) -> np.ndarray:
+        assert self.values is not None
+        table, project = self.values
+        x, worth = to_integers(table[ids.ravel()])
+        x = project(x) * project.scale * (worth * self.state["value_embedding.scale"])
+        return x * self.state["value_embedding.layer_scales"][late]
+
+    def _embed(self, ids: np.ndarray, new: int) -> np.ndarray:
+        """What enters the first layer at the last `new` of the inputs ids [B, m], whose first ones are context."""
+        c = self.config
+        x = self.embedding[ids]
+        if self.bigram is not None:
+            table, project = self.bigram
+            previous = np.concatenate((np.full((len(ids), 1), -1), ids[:, :-1]), axis=1)
+            bucket = np.bitwise_xor(36_313 * ids, 27_191 * previous) % (c.bigram_buckets - 1)
+            y, worth = to_integers(table[np.where(previous < 0, c.bigram_buckets - 1, bucket).ravel()])
+            y = project(y) * project.scale * (worth * self.state["bigram.scale"])
+            x = x + y.reshape(x.shape)
+        if c.neighbour_reach:
+            taps, reach = self.state["neighbour_taps"], c.neighbour_reach
+            padded = np.concatenate((np.zeros((len(ids), reach, c.width), F32), x), axis=1)
+            mixed = np.zeros_like(x)
+            for tap in range(reach + 1):
+                mixed = mixed + padded[:, tap : tap + x.shape[1]] * taps[tap]
+            x = x + mixed
+        x = x[:, x.shape[1] - new :].reshape(-1, c.width)
+        return x * inverse_rms(x)
+
+    def _rotate(self, x: np.ndarray, at: int, n: int) -> np.ndarray:
+        """x [B * n, heads, D] at places at .. at + n - 1, turned and normalised, in integers of 1 / 128."""
+        half = self.cos.shape[-1]
+        y = x.reshape(-1, n, *x.shape[1:])
+        cos, sin = self.cos[at : at + n], self.sin[at : at + n]
+        out = np.empty_like(y)
+        a, b = y[..., :half], y[..., half : 2 * half]
+        np.add(a * cos, b * sin, out=out[..., :half])
+        np.subtract(b * cos, a * sin, out=out[..., half : 2 * half])
+        out[..., 2 * half :] = y[..., 2 * half :]
+        out *= inverse_rms(out, TINY) * UNIT
+        return np.rint(out, out=out)
+
+    def _attend(self, q: np.ndarray, cache: Cache, layer: int, at: int) -> np.ndarray:
+        """q [B, n, H, D] at places `at` on -> [B, n, H, D], given the keys and values kept for all of them."""
+        c = self.config
+        b, n, heads, width = q.shape
+        group = heads // c.kv_heads
+        gain = self.state[f"blocks.{layer}.attention.query_gain"]
+        factor = (gain * F32(SCORE_STEP / (128 * 128 * math.sqrt(width)))).reshape(c.kv_heads, group, 1, 1)
+        out = np.empty_like(q)
+        for start in range(0, n, ROWS):
+            rows = min(ROWS, n - start)
+            stop = at + start + rows
+            part = q[:, start : start + rows].reshape(b, rows, c.kv_heads, group, width).transpose(0, 2, 3, 1, 4)
+            part = np.ascontiguousarray(part).reshape(b, c.kv_heads, group * rows, width)
+            keys, values = cache.keys[layer, :, :, :, :stop], cache.values[layer, :, :, :stop]
+            z = np.matmul(part, keys).reshape(b, c.kv_heads, group, rows, stop)
+            z *= factor
+            np.rint(z, out=z)
+            if rows > 1:
+                z[..., stop - rows :] -= np.triu(np.full((rows, rows), F32(1 << 23)), 1)
+            np.subtract(z.max(axis=-1, keepdims=True), z, out=z)
+            np.minimum(z, F32(len(self.score_exp) - 1), out=z)
+            e = self.score_exp[z.astype(np.int32)]
+            e *= SHARE / e.sum(axis=-1, keepdims=True)
+            np.rint(e, out=e)
+            worth = F32(1) / (e.sum(axis=-1, keepdims=True) * self.value_grid[layer])
+            y = np.matmul(e.reshape(b, c.kv_heads, group * rows, stop), values).reshape(b, c.kv_heads, group, rows, width)
+            y = y * worth
+            out[:, start : start + rows] = y.transpose(0, 3, 1, 2, 4).reshape(b, rows, heads, width)
+        return out
+
+    def _attention(self, i: int, x: np.ndarray, ids: np.ndarray, cache: Cache, at: int, skip: int) -> np.ndarray:
+        """Layer i's attention for x [B * n, W]; the result leaves out the first `skip` of each row's n places."""
+        c = self.config
+        b, n = ids.shape
+        matrix, kv = self.layers[i]["inside"], c.kv_heads * c.head_width
+        xi, worth = to_integers(x)
+        acc = matrix(xi)
+        acc *= matrix.scale
+        k = self._rotate(acc[:, c.width : c.width + kv].reshape(b * n, c.kv_heads, c.head_width), at, n)
+        v = acc[:, c.width + kv :] * (worth * self._norm(i, x))
+        late = i - (c.layers - c.value_embedding_layers)
+        if self.values is not None and late >= 0:
+            v = v + self._value_bias(ids, late)
+        v = v.reshape(b, n, c.kv_heads, c.head_width)
+        grid = np.clip(np.rint(v * self.value_grid[i]), F32(-VALUE), F32(VALUE))
+        cache.keys[i, :, :, :, at : at + n] = k.transpose(0, 2, 3, 1)
+        cache.values[i, :, :, at : at + n] = grid.swapaxes(1, 2)
+        asked = acc[:, : c.width].reshape(b, n, -1)[:, skip:].reshape(b * (n - skip), c.heads, c.head_width)
+        y = self._attend(self._rotate(asked, at + skip, n - skip), cache, i, at + skip)
+        if c.exclusive_attention:
+            own = v[:, skip:]
+            own = (own / np.maximum(np.sqrt(fold(own * own)), F32(1e-12)))[:, :, :, None]
+            grouped = y.reshape(b, n - skip, c.kv_heads, -1, c.head_width)
+            y = grouped - fold(grouped * own) * own
+        xi, worth = to_integers(y.reshape(b * (n - skip), c.width))
+        matrix = self.layers[i]["output"]
+        return self._scaled(matrix(xi) * matrix.scale * worth, f"blocks.{i}.attention_scale")
+
+    def _norm(self, i: int, x: np.ndarray) -> np.ndarray:
+        r = inverse_rms(x)
+        return r * F32(1 / math.sqrt(i + 1)) if self.config.depth_scaled_norm else r
+
+    def _scaled(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x * self.state[name] if name in self.state else x
+
+    def _mlp(self, i: int, x: np.ndarray) -> np.ndarray:
+        up, down = self.layers[i]["up"], self.layers[i]["down"]
+        xi, worth = to_integers(x)
+        worth = worth * self._norm(i, x)
+        h = up(xi)
+        h *= up.scale
+        np.maximum(h, h * F32(0.5) if self.config.activation == "leaky_relu2" else F32(0), out=h)
+        np.multiply(h, h, out=h)
+        hi, square = to_integers(h)
+        y = down(hi)
+        y *= down.scale
+        y *= square * (worth * worth)
+        return self._scaled(y, f"blocks.{i}.mlp_scale")
+
+    def hidden(self, ids: np.ndarray, cache: Cache, skip: int = 0) -> np.ndarray:
+        """The last layer's outputs at the next inputs ids [B, n], less the first `skip` of each row: [B, n - skip, W].
+
+        The first input of a window is MASK. Keeps keys and values of all n in `cache`.
+        """
+        c = self.config
+        b, n = ids.shape
+        at = cache.kept
+        cache.ids[:, at : at + n] = ids
+        context = min(at, c.neighbour_reach + 1)
+        x = embedded = self._embed(cache.ids[:, at - context : at + n], n)
+        skips: list[np.ndarray] = []
+        half = len(self.state["skip_scales"]) and c.layers // 2
+        for i in range(c.layers):
+            if half and i >= half and skips:
+                x = x + self.state["skip_scales"][i - half] * skips.pop()
+            mix = self.state.get(f"blocks.{i}.embedding_mix")
+            if mix is not None:
+                x = mix[0] * x + mix[1] * embedded
+            last = skip if i == c.layers - 1 else 0
+            a = self._attention(i, x, ids, cache, at, last)
+            if last:
+                x = x.reshape(b, n, -1)[:, last:].reshape(-1, c.width)
+            x = x + a
+            x = x + self._mlp(i, x)
+            if half and i < half:
+                skips.append(x)
+        cache.kept += n
+        return x.reshape(b, n - skip, c.width)
+
+    def frequencies(self, hidden: np.ndarray) -> np.ndarray:
+        """Last hidden states [n, W] -> how probable each token is next: float64 integers >= 1 [n, V], sum 2^24."""
+        xi, worth = to_integers(hidden)
+        z = self.output(xi)
+        z *= self.output.scale
+        z *= worth * inverse_rms(hidden) * F32(LOGIT_STEP)
+        edge = F32(len(self.cap) // 2)
+        np.clip(np.rint(z, out=z), -edge, edge, out=z)
+        level = self.cap[z.astype(np.int32) + len(self.cap) // 2]
+        level = np.minimum(level.max(axis=1, keepdims=True) - level, len(self.logit_exp) - 1)
+        f = self.logit_exp[level]
+        f *= (TOTAL - f.shape[1]) / f.sum(axis=1, keepdims=True)
+        np.floor(f, out=f)
+        f += 1
+        f[np.arange(len(f)), level.argmin(axis=1)] += TOTAL - f.sum(axis=1)
+        return f
+
+
+class Cache:
+    """Keys, values and inputs of `rows` windows side by side."""
+
+    def __init__(self, network: ExactNetwork, rows: int, length: int) -> None:
+        c = network.config
+        self.keys = np.zeros((c.layers, rows, c.kv_heads, c.head_width, length), F32)
+        self.values = np.zeros((c.layers, rows, c.kv_heads, length, c.head_width), F32)
+        self.ids = np.zeros((rows, length), dtype=np.int64)
+        self.kept = 0
+
