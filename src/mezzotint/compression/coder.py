@@ -1,189 +1,284 @@
-"""Probabilities as integers, and the range coder's sessions over windows.
+"""The entropy coder (rANS) and its sessions over tokens and whitespace.
 
-Knows nothing of files or text.
+Knows probabilities as integers that sum to 2^24, and nothing of files or text. FORMAT.md has the arithmetic.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import constriction
 import numpy as np
-import torch
-from torch import Tensor
 
-from mezzotint.config import parse_attention
-from mezzotint.model import Cache, Model
-from mezzotint.scoring.orders import canvas_length, reveal_order
+from mezzotint.compression.exact import TOTAL, Cache, ExactNetwork
+from mezzotint.errors import DataError
 
-NEXT = "next"
-
-
-_stream: Any = getattr(constriction, "stream")  # noqa: B009 - a compiled submodule that type checkers cannot see
-
-
-TOTAL = 1 << 24
 DAMAGED = "the compressed file is damaged"
+LOWEST = 1 << 32  # the coder's state lies between this and 2^64
+MOST_STREAMS = 256
+KEPT_BYTES = 1 << 28  # keys and values of all streams together
+STREAM_TOKENS = 4096  # a stream's start has little context: it costs some three bytes
+POSITIONS = 256  # positions that go through the network together where windows are short: they stay in a core's cache
+Tick = Callable[[float], None]
+"""Told the share of a job that is done."""
 
 
-def integer_probabilities(logits: Tensor) -> np.ndarray:
-    """Softmax rounded to integers of at least 1 that sum to 2^24. logits: [n, V]; returns float32 [n, V], exact."""
-    x = logits.double().cpu().numpy()
-    x = np.exp(x - x.max(axis=1, keepdims=True))
-    x /= x.sum(axis=1, keepdims=True)
-    counts = np.floor(x * (TOTAL - x.shape[1])).astype(np.int64) + 1
-    # What rounding down left over, at most V, goes to the likeliest token.
-    counts[np.arange(len(counts)), counts.argmax(axis=1)] += TOTAL - counts.sum(axis=1)
-    return counts.astype(np.float32)
+class Encoder:
+    """Collects (start, frequency) of symbols in the decoder's order; the coding itself goes from last to first."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.frequencies: list[int] = []
+
+    def put(self, start: int, frequency: int) -> None:
+        """A symbol that takes `frequency` of 2^24, from `start` on."""
+        self.starts.append(start)
+        self.frequencies.append(frequency)
+
+    def finish(self) -> bytes:
+        """The state, 8 bytes, and the words, 4 bytes each, in the order in which the decoder reads them."""
+        state, words = LOWEST, []
+        for start, frequency in zip(reversed(self.starts), reversed(self.frequencies), strict=True):
+            if state >= frequency << 40:
+                words.append(state & 0xFFFFFFFF)
+                state >>= 32
+            state = (state // frequency << 24) + state % frequency + start
+        return state.to_bytes(8, "little") + np.array(words[::-1], dtype="<u4").tobytes()
 
 
-def _parts(logits: Tensor, symbols: np.ndarray) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Logits and symbols a bounded number of rows at a time: float64 copies of all would be large."""
-    step = max(1, (1 << 23) // logits.shape[1])
-    for start in range(0, len(symbols), step):
-        yield logits[start : start + step], symbols[start : start + step]
+class Decoder:
+    """Reads what `Encoder.finish` wrote; anything else ends in a DataError, at `finish` at the latest."""
 
+    def __init__(self, data: bytes) -> None:
+        if len(data) < 8 or len(data) % 4:
+            raise DataError(DAMAGED)
+        self.state = int.from_bytes(data[:8], "little")
+        self.words: Iterator[int] = iter(np.frombuffer(data, dtype="<u4", offset=8).tolist())
 
-@torch.inference_mode()
-def next_logits(cache: Cache, ids: Tensor) -> Tensor:
-    """Logits [rows, V], float32, of the token after the new input `ids`, int64 [rows]: first MASK, then each token."""
-    return cache.network.logits(cache.hidden(ids[:, None], size=1, keep=1)[:, 0])
+    def peek(self) -> int:
+        """Which of the 2^24 the next symbol's are."""
+        return self.state & (TOTAL - 1)
+
+    def take(self, start: int, frequency: int) -> None:
+        """Go past the symbol, which is the one that `peek` fell on."""
+        state = frequency * (self.state >> 24) + (self.state & (TOTAL - 1)) - start
+        if state < LOWEST:
+            word = next(self.words, None)
+            if word is None:
+                raise DataError(DAMAGED)
+            state = state << 32 | word
+        self.state = state
+
+    def finish(self) -> None:
+        """Raise unless everything was read and the state is the encoder's first."""
+        if self.state != LOWEST or next(self.words, None) is not None:
+            raise DataError(DAMAGED)
 
 
 @dataclass(frozen=True)
-class _Code:
-    """How windows are coded: the order of revelation, what sees what, and how many windows go together."""
+class Streams:
+    """`count` tokens cut into `number` stretches that are coded side by side; the first `longer` have one more."""
 
-    order: str
-    attention: str
-    rows: int
+    count: int
+    number: int
 
+    @property
+    def most(self) -> int:
+        """Tokens of the longest stream."""
+        return -(-self.count // self.number)
 
-class _Coder:
-    """Codes the tokens of windows step by step; encodes without `words`, decodes with them."""
+    def alive(self, place: int) -> int:
+        """How many streams, the first ones, have a token at `place`."""
+        return self.number if place < self.count // self.number else self.count % self.number
 
-    def __init__(self, model: Model, code: _Code, words: np.ndarray | None) -> None:
-        self.model, self.code = model, code
-        # The coder adds 1 to the weights that it is given and scales them to 2^24 in all: so ours, less 1, stay.
-        self.family = _stream.model.Categorical(perfect=False)
-        self.encoder = _stream.queue.RangeEncoder() if words is None else None
-        self.decoder = None if words is None else _stream.queue.RangeDecoder(words)
-        self.bits = 0.0
-        self.passes = 0
-
-    def run(self, count: int, tokens: np.ndarray | None, tick: Callable[[float], None]) -> np.ndarray:
-        """Encode `tokens`, or decode `count` of them. int64 [count]. `tick` is told the share done."""
-        length = self.model.config.sequence_length
-        out = np.zeros(count, dtype=np.int64) if tokens is None else tokens
-        full = count // length
-        blocks = [
-            out[start * length : min(start + self.code.rows, full) * length].reshape(-1, length)
-            for start in range(0, full, self.code.rows)
-        ]
-        if count % length:
-            blocks.append(out[full * length :].reshape(1, -1))
-        done = 0
-        for block in blocks:
-            for symbols in self._windows(block):
-                done += symbols
-                tick(done / count)
+    def table(self, tokens: np.ndarray) -> np.ndarray:
+        """int64 [number, most], the missing last tokens 0."""
+        out = np.zeros((self.number, self.most), dtype=np.int64)
+        short, longer = divmod(self.count, self.number)
+        at = 0
+        for stream in range(self.number):
+            size = short + (stream < longer)
+            out[stream, :size] = tokens[at : at + size]
+            at += size
         return out
 
-    def _windows(self, block: np.ndarray) -> Iterator[int]:
-        """One batch of windows [B, T], in place. Both directions do exactly the same arithmetic."""
-        rows, length = block.shape
-        self.passes += rows * (1 if self.code.order == NEXT else len(reveal_order(self.code.order, length)))
-        for group, logits in self._steps(block):
-            known = block[:, group].reshape(-1)
-            found = [self._symbols(part, symbols) for part, symbols in _parts(logits, known)]
-            block[:, group] = np.concatenate(found).reshape(rows, len(group))
-            yield len(known)
-
-    def _steps(self, block: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """(positions, logits of them, row by row) from what `block` holds of the groups yielded before."""
-        rows, length = block.shape
-        model, code, mask_id = self.model, self.code, self.model.config.mask_id
-        if code.order == NEXT:
-            cache = Cache(model.network, rows, length)
-            given = torch.full((rows,), mask_id)
-            for i in range(length):
-                yield np.array([i]), next_logits(cache, given)
-                given = torch.from_numpy(block[:, i].copy())
-            return
-        canvas = torch.full((rows, length), mask_id, dtype=torch.long)
-        for group in reveal_order(code.order, length):
-            stop = canvas_length(parse_attention(code.attention), length, int(group.max()))
-            scored = torch.zeros(rows, stop, dtype=torch.bool)
-            scored[:, group] = True
-            with torch.inference_mode():
-                logits = model.logits(
-                    canvas[:, :stop].to(model.device),
-                    block_size=parse_attention(code.attention),
-                    positions=scored.to(model.device),
-                )
-            yield group, logits
-            canvas[:, group] = torch.from_numpy(np.ascontiguousarray(block[:, group]))
-
-    def _symbols(self, logits: Tensor, known: np.ndarray) -> np.ndarray:
-        weights = integer_probabilities(logits)
-        if self.encoder is None:
-            assert self.decoder is not None
-            return self.decoder.decode(self.family, weights - 1).astype(np.int64)
-        self.encoder.encode(known.astype(np.int32), self.family, weights - 1)
-        self.bits += float(np.log2(TOTAL / weights[np.arange(len(known)), known].astype(np.float64)).sum())
-        return known
-
-    def words(self) -> bytes:
-        """The coded words, little-endian."""
-        assert self.encoder is not None
-        return self.encoder.get_compressed().astype("<u4").tobytes()
+    def flat(self, table: np.ndarray) -> np.ndarray:
+        """The tokens that `table` was made of."""
+        short, longer = divmod(self.count, self.number)
+        return np.concatenate([row[: short + (i < longer)] for i, row in enumerate(table)])
 
 
-def numerics(model: Model, code: _Code) -> bytes:
-    """Eight bytes that differ where a model's probabilities come out differently: coded probe windows, hashed.
+def most_streams(network: ExactNetwork) -> int:
+    """How many streams a model's keys and values leave memory for, 1 to 256."""
+    c = network.config
+    each = 8 * c.layers * c.kv_heads * c.head_width * network.length
+    return max(1, min(MOST_STREAMS, KEPT_BYTES // each))
 
-    The probes have the shapes that coding uses (fewer rows) and are half revealed at random.
+
+def choose_streams(network: ExactNetwork, count: int) -> Streams:
+    """Enough streams to decode at speed, few enough to cost nothing much."""
+    return Streams(count, max(1, min(most_streams(network), count // STREAM_TOKENS)))
+
+
+def windows(length: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first place predicted, stop) of the windows of `length` over a stream of `most` tokens.
+
+    Each starts half a window after the one before, so that every token but those of the first half window has at least
+    half a window before it.
     """
-    length = model.config.sequence_length
-    draw = np.random.Generator(np.random.PCG64(0))
-    digest = hashlib.sha256()
-    for batch in sorted({1, min(code.rows, 4)}):
-        ids = draw.integers(0, model.config.vocab_size + 1, size=(batch, length))
-        with torch.inference_mode():
-            if code.order == NEXT:
-                cache = Cache(model.network, batch, min(length, 16))
-                logits = torch.cat([next_logits(cache, torch.from_numpy(i)) for i in ids.T[:16]])
-            else:
-                scored = torch.zeros(batch, length, dtype=torch.bool)
-                scored[:, :: max(1, length // 16)] = True
-                ids[scored.numpy()] = model.config.mask_id
-                canvas, where = torch.from_numpy(ids).to(model.device), scored.to(model.device)
-                logits = model.logits(canvas, block_size=parse_attention(code.attention), positions=where)
-        weights = integer_probabilities(logits)
-        symbols = draw.integers(0, model.config.vocab_size, size=len(weights)).astype(np.int32)
-        encoder = _stream.queue.RangeEncoder()
-        encoder.encode(symbols, _stream.model.Categorical(perfect=False), weights - 1)
-        digest.update(weights.tobytes() + encoder.get_compressed().astype("<u4").tobytes())
-    return digest.digest()[:8]
+    start = done = 0
+    while done < most:
+        stop = min(start + length, most)
+        yield start, done, stop
+        done, start = stop, start + max(1, length // 2)
 
 
-def _rate(places: int, hits: int) -> Any:
-    weights = np.array([places - hits, hits], dtype=np.float64)
-    return _stream.model.Categorical(weights / places, perfect=False)
+def _inputs(table: np.ndarray, start: int, stop: int, mask_id: int) -> np.ndarray:
+    """What the network reads to predict the tokens up to `stop`: MASK, then those from `start` on."""
+    return np.concatenate((np.full((len(table), 1), mask_id), table[:, start : stop - 1]), axis=1)
 
 
-def _cut(data: bytes) -> int:
-    """Where to halve: after the newline, else the space, nearest the middle, else between characters."""
-    middle = len(data) // 2
-    for mark in (b"\n", b" "):
-        after, before = data.find(mark, middle, len(data) - 1), data.rfind(mark, 0, middle)
-        candidates = [at + 1 for at in (after, before) if at >= 0]
-        if candidates:
-            return min(candidates, key=lambda at: abs(at - middle))
-    at = middle
-    while at > middle - 4 and at > 1 and data[at] & 0xC0 == 0x80:
-        at -= 1
-    return at
+def encode_tokens(network: ExactNetwork, tokens: np.ndarray, streams: Streams, encoder: Encoder, tick: Tick) -> float:
+    """Hand all tokens to `encoder`, whole windows at a time; returns what they cost in bits."""
+    c = network.config
+    table = streams.table(tokens)
+    starts, frequencies = np.zeros((2, *table.shape), dtype=np.int64)
+    together = max(1, POSITIONS // network.length)
+    for start, first, stop in windows(network.length, streams.most):
+        for row in range(0, streams.number, together):
+            part = table[row : row + together]
+            inputs = _inputs(part, start, stop, c.mask_id)
+            cache = Cache(network, len(part), stop - start)
+            hidden = network.hidden(inputs, cache, first - start).reshape(-1, c.width)
+            wanted = part[:, first:stop].ravel()
+            for begin in range(0, len(hidden), POSITIONS):  # a wide vocabulary takes memory
+                chosen = wanted[begin : begin + POSITIONS]
+                f = network.frequencies(hidden[begin : begin + POSITIONS])
+                own = f[np.arange(len(f)), chosen]
+                f[np.arange(f.shape[1]) >= chosen[:, None]] = 0
+                place = np.arange(begin, begin + len(chosen))
+                where = row + place // (stop - first), first + place % (stop - first)
+                starts[where], frequencies[where] = f.sum(axis=1), own
+            done = first * streams.number + (row + len(part)) * (stop - first)
+            tick(done / table.size)
+    bits = 0.0
+    for place in range(streams.most):
+        alive = streams.alive(place) if place == streams.most - 1 else streams.number
+        encoder.starts += starts[:alive, place].tolist()
+        encoder.frequencies += frequencies[:alive, place].tolist()
+        bits += float(np.log2(TOTAL / frequencies[:alive, place]).sum())
+    return bits
+
+
+def decode_tokens(network: ExactNetwork, streams: Streams, decoder: Decoder, tick: Tick) -> np.ndarray:
+    """The tokens that `encode_tokens` was given, step by step in all streams side by side. int64 [count]."""
+    c = network.config
+    table = np.zeros((streams.number, streams.most), dtype=np.int64)
+    together = max(1, POSITIONS // network.length)
+    cache = Cache(network, streams.number, min(network.length, streams.most))
+    hidden = np.zeros((streams.number, c.width), dtype=np.float32)
+    for start, first, stop in windows(network.length, streams.most):
+        inputs = _inputs(table, start, first + 1, c.mask_id)
+        for row in range(0, streams.number, together):
+            rows = slice(row, row + together)
+            hidden[rows] = network.hidden(inputs[rows], cache.part(rows), first - start)[:, 0]
+        cache.kept = inputs.shape[1]
+        for place in range(first, stop):
+            alive = streams.alive(place)
+            table[:alive, place] = _decode_step(network, hidden[:alive], decoder)
+            if place + 1 < stop:
+                hidden = network.hidden(table[:, place : place + 1], cache)[:, 0]
+            tick((place + 1) / streams.most)
+    return streams.flat(table)
+
+
+def _decode_step(network: ExactNetwork, hidden: np.ndarray, decoder: Decoder) -> list[int]:
+    """One token for each row of hidden [n, W]."""
+    out = []
+    for begin in range(0, len(hidden), POSITIONS):
+        ends = np.cumsum(network.frequencies(hidden[begin : begin + POSITIONS]), axis=1)
+        for row in ends:
+            token = int(row.searchsorted(decoder.peek(), side="right"))
+            below = int(row[token - 1]) if token else 0
+            decoder.take(below, int(row[token]) - below)
+            out.append(token)
+    return out
+
+
+class RunModel:
+    """How likely the kinds of whitespace are, learnt as they come: counts in three contexts, the coarser as the prior.
+
+    Contexts: none; the byte before and the byte after; these, the second byte before, and the distance from the last
+    run that was not of the commonest kind. Letters, digits and bytes above 127 count as classes.
+    """
+
+    def __init__(self, kinds: int) -> None:
+        self.kinds = kinds
+        self.counts: dict[tuple[int, ...], list[int]] = {}
+        self.last = 0
+
+    def _cells(self, node: int, near: tuple[int, int, int], distance: int) -> tuple[list[list[int]], int]:
+        """The three contexts' counts, and how probable node's kind is, of 2^16."""
+        two, one, after = near
+        probability, cells = 1 << 15, []
+        for context in ((node,), (node, one, after), (node, one, after, two, distance.bit_length())):
+            cell = self.counts.setdefault(context, [0, 0])
+            probability = ((cell[1] << 16) + 4 * probability) // (cell[0] + cell[1] + 4)
+            cells.append(cell)
+        return cells, max(1, min((1 << 16) - 1, probability)) << 8
+
+    def run(self, folded: Iterable[bytes], decide: Callable[[int, int], bool]) -> list[int]:
+        """The kind of each space of the folded texts: `decide(node, probability of 2^24)`, kind by kind, says which."""
+        out = []
+        for text in folded:
+            padded = b"\0\0" + text + b"\0"
+            last, at = 0, padded.find(b" ", 2)
+            while at >= 0:
+                near = CLASSES[padded[at - 2]], CLASSES[padded[at - 1]], CLASSES[padded[at + 1]]
+                kind = self.kinds - 1
+                for node in range(self.kinds - 1):
+                    cells, probability = self._cells(node, near, at - last)
+                    hit = decide(node, probability)
+                    for cell in cells:
+                        cell[hit] += 1
+                    if hit:
+                        kind = node
+                        break
+                if kind:
+                    last = at
+                out.append(kind)
+                at = padded.find(b" ", at + 1)
+        return out
+
+
+CLASSES = [
+    65 if 65 <= b <= 90 else 97 if 97 <= b <= 122 else 48 if 48 <= b <= 57 else 128 if b >= 128 else b
+    for b in range(256)
+]
+
+
+def encode_runs(folded: Iterable[bytes], kinds: Iterable[int], number: int, encoder: Encoder) -> None:
+    """Hand the kind (0 .. number - 1) of each space of the folded texts to `encoder`."""
+    upcoming = iter(kinds)
+    now = 0
+
+    def decide(node: int, probability: int) -> bool:
+        nonlocal now
+        if node == 0:
+            now = next(upcoming)
+        hit = now == node
+        encoder.put(0 if hit else probability, probability if hit else TOTAL - probability)
+        return hit
+
+    RunModel(number).run(folded, decide)
+
+
+def decode_runs(folded: Iterable[bytes], number: int, decoder: Decoder) -> list[int]:
+    """The kinds that `encode_runs` was given."""
+
+    def decide(node: int, probability: int) -> bool:
+        hit = decoder.peek() < probability
+        decoder.take(0 if hit else probability, probability if hit else TOTAL - probability)
+        return hit
+
+    return RunModel(number).run(folded, decide)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal, localcontext
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ def fold(x: np.ndarray) -> np.ndarray:
     return x
 
 
+@lru_cache(64)
 def exp_table(step: int, peak: int) -> np.ndarray:
     """round(peak * e^(-i / step)) for i = 0, 1, ... up to the first 0, as integers."""
     with localcontext() as context:
@@ -65,6 +67,7 @@ def exp_table(step: int, peak: int) -> np.ndarray:
     return np.array(out)
 
 
+@lru_cache(64)
 def cap_table(cap: float) -> np.ndarray:
     """round(64 * cap * tanh(i / (64 * cap))) for i = 0, 1, ..., where tanh has as good as reached 1 or i 2^20."""
     size = min(math.ceil(10 * cap * LOGIT_STEP), 1 << 20)
@@ -82,6 +85,7 @@ def cap_table(cap: float) -> np.ndarray:
     return np.array(out)
 
 
+@lru_cache(16)
 def rotary_tables(length: int, channels: int, base: float) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of place * base^(-2 i / channels), rounded to multiples of 2^-15, float32 [length, channels / 2]."""
     bits = 160
@@ -389,3 +393,8 @@ class Cache:
         self.ids = np.zeros((rows, length), dtype=np.int64)
         self.kept = 0
 
+    def part(self, rows: slice) -> Cache:
+        """Some of the windows, in the same memory, from their start on."""
+        view = object.__new__(Cache)
+        view.keys, view.values, view.ids, view.kept = self.keys[:, rows], self.values[:, rows], self.ids[rows], 0
+        return view

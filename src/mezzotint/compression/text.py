@@ -8,9 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import numpy as np
-
-from mezzotint.compression.coder import DAMAGED, _cut, _rate, _stream
+from mezzotint.compression.blocks import DAMAGED
 from mezzotint.errors import DataError
 from mezzotint.model import Model
 
@@ -111,6 +109,20 @@ def _text(model: Model, data: bytes, fold: bool) -> Segment | None:
     return Segment(data, ids, tuple(edits), folded, tuple(RUN.findall(data)) if fold else ())
 
 
+def _cut(data: bytes) -> int:
+    """Where to halve: after the newline, else the space, nearest the middle, else between characters."""
+    middle = len(data) // 2
+    for mark in (b"\n", b" "):
+        after, before = data.find(mark, middle, len(data) - 1), data.rfind(mark, 0, middle)
+        candidates = [at + 1 for at in (after, before) if at >= 0]
+        if candidates:
+            return min(candidates, key=lambda at: abs(at - middle))
+    at = middle
+    while at > middle - 4 and at > 1 and data[at] & 0xC0 == 0x80:
+        at -= 1
+    return at
+
+
 def segments(model: Model, data: bytes, fold: bool) -> list[Segment]:
     """Split `data` into stretches of text and of the rest; their bytes concatenate to `data`.
 
@@ -148,66 +160,3 @@ def segments(model: Model, data: bytes, fold: bool) -> list[Segment]:
     if rest:
         out.append(Segment(b"".join(rest)))
     return out
-
-
-COMMON = 15
-
-
-def _run_contexts(folded: list[bytes]) -> np.ndarray:
-    """A small number for every space of the folded texts, the same for spaces that are alike.
-
-    Alike in the two bytes before and the byte after, of which letters count as upper or lower only; or in fewer of
-    these, where so much occurs fewer than 100 times: what a context costs must not exceed what it saves.
-    """
-    parts = []
-    for text in folded:
-        padded = np.frombuffer(b"\0\0" + text + b"\0", dtype=np.uint8).astype(np.int64)
-        at = np.flatnonzero(padded[2:-1] == 32) + 2
-        after = padded[at + 1]
-        after = np.where((after >= 65) & (after <= 90), 65, np.where((after >= 97) & (after <= 122), 97, after))
-        parts.append(np.stack((padded[at - 2], padded[at - 1], after)))
-    two, one, after = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), dtype=np.int64)
-    contexts = (two * 257 + one) * 257 + after
-    for coarser in ((256 * 257 + one) * 257 + after, (256 * 257 + one) * 257 + 256, np.full_like(one, -1)):
-        _, which, counts = np.unique(contexts, return_inverse=True, return_counts=True)
-        contexts = np.where(counts[which] < 100, coarser, contexts)
-    return np.unique(contexts, return_inverse=True)[1]
-
-
-def encode_runs(folded: list[bytes], kinds: np.ndarray, classes: int) -> bytes:
-    """Range-code which kind of run (0..classes - 1) each space of the folded texts stands for.
-
-    Context by context and kind by kind: how many of the places left are of it (uniform), then which (at that rate).
-    """
-    encoder = _stream.queue.RangeEncoder()
-    contexts = _run_contexts(folded)
-    for context in range(int(contexts.max()) + 1 if len(contexts) else 0):
-        left = kinds[contexts == context]
-        for kind in range(classes - 1):
-            if not len(left):
-                break
-            hit = (left == kind).astype(np.int32)
-            encoder.encode(int(hit.sum()), _stream.model.Uniform(len(left) + 1))
-            if 0 < hit.sum() < len(left):
-                encoder.encode(hit, _rate(len(left), int(hit.sum())))
-            left = left[hit == 0]
-    return encoder.get_compressed().astype("<u4").tobytes()
-
-
-def decode_runs(folded: list[bytes], coded: bytes, classes: int) -> np.ndarray:
-    """The kinds that `encode_runs` was given."""
-    decoder = _stream.queue.RangeDecoder(np.frombuffer(coded, dtype="<u4").astype(np.uint32))
-    contexts = _run_contexts(folded)
-    kinds = np.full(len(contexts), classes - 1)
-    for context in range(int(contexts.max()) + 1 if len(contexts) else 0):
-        left = np.flatnonzero(contexts == context)
-        for kind in range(classes - 1):
-            if not len(left):
-                break
-            many = int(decoder.decode(_stream.model.Uniform(len(left) + 1)))
-            hit = np.full(len(left), many == len(left))
-            if 0 < many < len(left):
-                hit = decoder.decode(_rate(len(left), many), len(left)) == 1
-            kinds[left[hit]] = kind
-            left = left[~hit]
-    return kinds
