@@ -38,6 +38,8 @@ ROWS = 64  # queries that go through attention together
 EPSILON = np.float32(2.0**-23)
 TINY = np.float32(2.0**-80)
 F32 = np.float32
+FUTURE = np.triu(np.full((ROWS, ROWS), F32(1 << 23)), 1)
+"""What hides later places: more than any score."""
 
 
 def fold(x: np.ndarray) -> np.ndarray:
@@ -156,9 +158,21 @@ class _Matrix:
         return torch._int_mm(torch.from_numpy(x.astype(np.int8)), self.short).numpy().astype(F32)
 
 
+def total(x: np.ndarray) -> np.ndarray:
+    """Sums over the last axis of integers, which no order changes: [..., K] -> [..., 1]."""
+    return torch.from_numpy(x).sum(-1, keepdim=True).numpy()
+
+
+def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Stacked products of integers, [..., n, K] @ [..., K, m], whose sums float32 holds; by the faster kernel."""
+    if a.shape[-2] == 1:
+        return np.matmul(a, b)
+    return torch.matmul(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+
+
 def to_integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of x as integers of at most 127, and what one of them is worth: float32 [n, K], [n, 1]."""
-    largest = np.maximum(x.max(axis=-1, keepdims=True), -x.min(axis=-1, keepdims=True))
+    largest = torch.from_numpy(np.abs(x)).amax(-1, keepdim=True).numpy()
     safe = np.maximum(largest, TINY)
     x = x * (F32(INPUT) / safe)
     return np.rint(x, out=x), largest / F32(INPUT)
@@ -198,7 +212,7 @@ class ExactNetwork:
             })  # fmt: skip
         channels = c.rotary_dims or c.head_width
         self.cos, self.sin = (t[:, None] for t in rotary_tables(self.length, channels, c.rotary_base))
-        self.score_exp = exp_table(SCORE_STEP, 4096).astype(F32)
+        self.score_exp = torch.from_numpy(exp_table(SCORE_STEP, 4096).astype(F32))
         self.logit_exp = exp_table(LOGIT_STEP, TOTAL).astype(np.float64)
         half = cap_table(c.softcap)
         self.cap = np.concatenate((-half[:0:-1], half)).astype(np.int32)
@@ -270,21 +284,25 @@ class ExactNetwork:
             part = q[:, start : start + rows].reshape(b, rows, c.kv_heads, group, width).transpose(0, 2, 3, 1, 4)
             part = np.ascontiguousarray(part).reshape(b, c.kv_heads, group * rows, width)
             keys, values = cache.keys[layer, :, :, :, :stop], cache.values[layer, :, :, :stop]
-            z = np.matmul(part, keys).reshape(b, c.kv_heads, group, rows, stop)
+            z = products(part, keys).reshape(b, c.kv_heads, group, rows, stop)
             z *= factor
-            np.rint(z, out=z)
             if rows > 1:
-                z[..., stop - rows :] -= np.triu(np.full((rows, rows), F32(1 << 23)), 1)
-            np.subtract(z.max(axis=-1, keepdims=True), z, out=z)
-            np.minimum(z, F32(len(self.score_exp) - 1), out=z)
-            e = self.score_exp[z.astype(np.int32)]
-            e *= SHARE / e.sum(axis=-1, keepdims=True)
-            np.rint(e, out=e)
-            worth = F32(1) / (e.sum(axis=-1, keepdims=True) * self.value_grid[layer])
-            y = np.matmul(e.reshape(b, c.kv_heads, group * rows, stop), values).reshape(b, c.kv_heads, group, rows, width)
+                z[..., stop - rows :] -= FUTURE[:rows, :rows]
+            e = self._shares(z)
+            worth = F32(1) / (total(e) * self.value_grid[layer])
+            y = products(e.reshape(b, c.kv_heads, group * rows, stop), values).reshape(b, c.kv_heads, group, rows, width)
             y = y * worth
             out[:, start : start + rows] = y.transpose(0, 3, 1, 2, 4).reshape(b, rows, heads, width)
         return out
+
+    def _shares(self, z: np.ndarray) -> np.ndarray:
+        """Scores z [..., S], spoilt, -> integers in proportion to their exponentials that sum to about 4096."""
+        t = torch.from_numpy(z)
+        torch.sub(t.amax(-1, keepdim=True) + 0.5, t, out=t)
+        t.clamp_(max=len(self.score_exp) - 1)
+        e = torch.index_select(self.score_exp, 0, t.to(torch.int32).view(-1)).view(t.shape).numpy()
+        e *= SHARE / total(e)
+        return np.rint(e, out=e)
 
     def _attention(self, i: int, x: np.ndarray, ids: np.ndarray, cache: Cache, at: int, skip: int) -> np.ndarray:
         """Layer i's attention for x [B * n, W]; the result leaves out the first `skip` of each row's n places."""
