@@ -211,31 +211,23 @@ def compression(model: Model, _: Windows, args: argparse.Namespace) -> list[dict
         add("brotli -q 11", len(brotli.compress(data, quality=11)), time.perf_counter() - started)
     except ImportError:
         print("zstandard and brotli are not installed: left out")
-    for order in args.order:
-        target = io.BytesIO()
+    target = io.BytesIO()
+    started = time.perf_counter()
+    report = compress_stream(io.BytesIO(data), target, model)
+    add("mezzotint", report.output_bytes, time.perf_counter() - started, f"{report.rest_bytes} bytes not modelled")
+    if args.check:
         started = time.perf_counter()
-        report = compress_stream(io.BytesIO(data), target, model, order=order)
+        same = decompress(target.getvalue(), model) == data
         took = time.perf_counter() - started
-        note = f"{report.forward_passes} passes, {report.rest_bytes} bytes not modelled"
-        order = report.order
-        add(f"mezzotint {order}", report.output_bytes, took, note)
-        if args.check:
-            started = time.perf_counter()
-            same = decompress(target.getvalue(), model) == data
-            rows[-1]["note"] += (
-                f", decompressed {'identical' if same else 'DIFFERENT'} in {time.perf_counter() - started:.1f} s"
-            )
-        if not report.rest_bytes:
-            ids = np.array([model.tokenizer.bos_id, *model.tokenizer.encode(data.decode())])
-            started = time.perf_counter()
-            held: Any = _Ids(ids, model.config.sequence_length, len(data))
-            figure = causal(model, held) if order == "next" else chain_rule(model, held, order=order)
-            add(
-                f"figure of {'causal' if order == 'next' else 'chain'}, {order}",
-                math.ceil(figure.bpb * len(data) / 8),
-                time.perf_counter() - started,
-            )
-            rows[-1]["note"] = f"file is {100 * (report.output_bytes * 8 / len(data) / figure.bpb - 1):+.2f}% of this"
+        rows[-1]["note"] += f", decompressed {'identical' if same else 'DIFFERENT'} in {took:.1f} s"
+    if not report.rest_bytes:
+        ids = np.array([model.tokenizer.bos_id, *model.tokenizer.encode(data.decode())])
+        started = time.perf_counter()
+        held: Any = _Ids(ids, model.config.sequence_length, len(data))
+        figure = causal(model, held)
+        size = math.ceil(figure.bpb * len(data) / 8)
+        add("figure of causal, windows that do not overlap", size, time.perf_counter() - started)
+        rows[-1]["note"] = f"file is {100 * (report.output_bytes * 8 / len(data) / figure.bpb - 1):+.2f}% of this"
     return rows
 
 
@@ -321,7 +313,6 @@ def main() -> None:
     parser.add_argument("--noise", type=float, nargs="+", default=[0.02, 0.05], help="relative to each tensor's spread")
     parser.add_argument("--text", type=Path, help="file to compress: its documents joined by newlines")
     parser.add_argument("--bytes", type=int, default=100_000, help="how much of it (0: all)")
-    parser.add_argument("--order", nargs="+", default=[None], help="orders to compress with")
     parser.add_argument("--check", action="store_true", help="decompress as well")
     parser.add_argument("--json", type=Path, help="also write the tables here")
     args = parser.parse_args()

@@ -362,12 +362,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="file to write")
 
     for name, help in (
-        ("compress", "compress any file, without loss, with a model's chain rule"),
+        ("compress", "compress any file, without loss, with a model's next-token likelihood"),
         ("decompress", "restore a file that `compress` made"),
     ):
         sub = command(name, help)
-        sub.add_argument("file", type=Path, metavar="FILE", help="file to read")
-        sub.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="file to write")
+        sub.add_argument("file", type=Path, metavar="FILE", help="file to read (-: standard input)")
+        sub.add_argument(
+            "-o", "--out", type=Path, required=True, metavar="FILE", help="file to write (-: standard output)"
+        )
+        if name == "compress":
+            sub.add_argument("--check", action="store_true", help="restore the result and compare before it appears")
         help = f"a .mzt artifact, a run folder or a shipped model's name [the shipped {DEFAULT_MODEL}]"
         sub.add_argument("--model", type=Path, metavar="MODEL|RUN", help=help)
     sub = command("serve", "open a page where text is filled before your eyes (needs the extra serve)")
@@ -438,6 +442,14 @@ class _Progress:
     def passes(self, what: str) -> Any:
         """A callback (done, total) for a score."""
         return lambda done, total: self.bar(done / max(1, total), f"{what}: pass {done:,} of {total:,}")
+
+    def bytes_done(self, what: str) -> Any:
+        """A callback (done, total or 0 where it is not known) for work through a file."""
+
+        def show(done: int, total: int) -> None:
+            self.bar(done / total if total else 0.0, f"{what}: {done:,}{f' of {total:,}' if total else ''} bytes")
+
+        return show
 
 
 def _table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
@@ -1016,26 +1028,32 @@ def _run_report(arguments: argparse.Namespace, progress: _Progress) -> None:
 
 
 def _run_compress(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.compression.container import compress_file
+    from mezzotint.compression.container import STANDARD, compress_file
 
     model = _load(arguments.model)
-    watch = progress.passes("compressing")
-    result = compress_file(arguments.file, arguments.out, model, progress=watch)
+    watch = progress.bytes_done("compressing")
+    result = compress_file(arguments.file, arguments.out, model, check=arguments.check, progress=watch)
     progress.close()
-    before, after = arguments.file.stat().st_size, arguments.out.stat().st_size
+    before, after = result.input_bytes, result.output_bytes
     figures = {**dataclasses.asdict(result), "bytes": before, "compressed_bytes": after, "bpb": result.bpb}
-    ratio = f"{before / after:.2f} times smaller, {8 * after / before:.3f} bits/byte" if before else "empty input"
-    _emit(arguments, figures, [("compressed", f"{before:,} -> {after:,} bytes ({ratio})")])
+    ratio = f"{before / after:.2f} times smaller, {result.bpb:.3f} bits/byte" if before else "empty input"
+    checked = ", restored and compared" if result.checked else ""
+    if arguments.out == STANDARD:
+        progress.say(f"compressed  {before:,} -> {after:,} bytes ({ratio}){checked}")
+    else:
+        _emit(arguments, figures, [("compressed", f"{before:,} -> {after:,} bytes ({ratio}){checked}")])
 
 
 def _run_decompress(arguments: argparse.Namespace, progress: _Progress) -> None:
-    from mezzotint.compression.container import decompress_file
+    from mezzotint.compression.container import STANDARD, decompress_file
 
-    size = decompress_file(
-        arguments.file, arguments.out, _load(arguments.model), progress=progress.passes("decompressing")
-    )
+    watch = progress.bytes_done("decompressing")
+    size = decompress_file(arguments.file, arguments.out, _load(arguments.model), progress=watch)
     progress.close()
-    _emit(arguments, {"bytes": size}, [("restored", f"{arguments.out}  {size:,} bytes, checked")])
+    if arguments.out == STANDARD:
+        progress.say(f"restored  {size:,} bytes, checked")
+    else:
+        _emit(arguments, {"bytes": size}, [("restored", f"{arguments.out}  {size:,} bytes, checked")])
 
 
 def _run_serve(arguments: argparse.Namespace, progress: _Progress) -> None:

@@ -116,8 +116,9 @@ def most_streams(network: ExactNetwork) -> int:
 
 
 def choose_streams(network: ExactNetwork, count: int) -> Streams:
-    """Enough streams to decode at speed, few enough to cost nothing much."""
-    return Streams(count, max(1, min(most_streams(network), count // STREAM_TOKENS)))
+    """Enough streams to decode at speed, few enough to cost next to nothing."""
+    wished = max(min(4, count // (STREAM_TOKENS // 4)), count // STREAM_TOKENS)
+    return Streams(count, max(1, min(most_streams(network), wished)))
 
 
 def windows(length: int, most: int) -> Iterator[tuple[int, int, int]]:

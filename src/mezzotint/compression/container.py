@@ -6,14 +6,15 @@ its bytes. Version 1 is read where it could be read before (`version1`). Does no
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import os
 import shutil
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -358,7 +359,9 @@ def compress_file(
             restored = _Compare()
             decompress_stream(out, restored, model, progress=progress)  # type: ignore[arg-type]
             if restored.digest.digest() != hashed.digest.digest():
-                raise DataError("the compressed file does not restore to its input: please report this; nothing written")
+                raise DataError(
+                    "the compressed file does not restore to its input: please report this; nothing written"
+                )
             out.seek(0, io.SEEK_END)
         return CompressionReport(**{**vars(report), "checked": check})
 
@@ -369,21 +372,22 @@ def decompress_file(source: Path, target: Path, model: Model, *, progress: Progr
         return decompress_stream(file, out, model, progress=progress)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """The file to read and its bytes, 0 where that is not known."""
     if Path(path) == STANDARD:
         yield sys.stdin.buffer, 0
         return
-    try:
-        file = Path(path).open("rb")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    with file:
-        yield file, Path(path).stat().st_size
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(Path(path).open("rb"))
+            size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        yield file, size
 
 
-@contextmanager
+@contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the name `path`, or goes to standard output, once everything is written."""
     if Path(path) == STANDARD:

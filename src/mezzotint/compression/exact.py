@@ -28,7 +28,10 @@ from mezzotint.model import Model
 
 TOTAL = 1 << 24
 """What the integer probabilities of one token sum to."""
-INPUT, WEIGHT = 127, 63  # with weights of at most 63 even processors that add pairs of products in 16 bits cannot saturate
+INPUT, WEIGHT = (
+    127,
+    63,
+)  # with weights of at most 63 even processors that add pairs of products in 16 bits cannot saturate
 UNIT = np.float32(128)  # a normalised query or key channel of 1
 VALUE = 2047  # the largest value channel
 SHARE = np.float32(4096)  # what the attention weights of a query come to, up to rounding
@@ -38,8 +41,9 @@ ROWS = 64  # queries that go through attention together
 EPSILON = np.float32(2.0**-23)
 TINY = np.float32(2.0**-80)
 F32 = np.float32
-FUTURE = np.triu(np.full((ROWS, ROWS), F32(1 << 23)), 1)
-"""What hides later places: more than any score."""
+LARGEST = 1 << 14  # in size, of a weight
+FUTURE = np.triu(np.full((ROWS, ROWS), F32(-np.inf)), 1)
+"""What hides later places from a score."""
 
 
 def fold(x: np.ndarray) -> np.ndarray:
@@ -165,7 +169,7 @@ def total(x: np.ndarray) -> np.ndarray:
 
 def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Stacked products of integers, [..., n, K] @ [..., K, m], whose sums float32 holds; by the faster kernel."""
-    if a.shape[-2] == 1:
+    if a.shape[-2] == 1 or torch.get_float32_matmul_precision() != "highest":
         return np.matmul(a, b)
     return torch.matmul(torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
@@ -191,7 +195,11 @@ class ExactNetwork:
         c = self.config = model.config
         if c.head_width > 512 or c.width > 1 << 16 or c.mlp_width > 1 << 16:
             raise MezzotintError("compress takes models with heads of at most 512 channels and 65,536 channels in all")
+        if not c.rotary_base >= 1:
+            raise MezzotintError(f"compress takes models with a rotary_base of at least 1, not {c.rotary_base}")
         state = {name: value.detach().float().cpu().numpy() for name, value in model.network.state_dict().items()}
+        if any(not np.abs(value).max(initial=0) <= LARGEST for value in state.values()):
+            raise MezzotintError(f"compress takes models whose weights are at most {LARGEST:,} in size")
         self.length = min(c.sequence_length, WINDOW)
         self.state = {name: value for name, value in state.items() if value.ndim < 2 or "taps" in name or "mix" in name}
         self.state["skip_scales"] = state.get("skip_scales", np.zeros((0, 1), F32))
@@ -287,10 +295,12 @@ class ExactNetwork:
             z = products(part, keys).reshape(b, c.kv_heads, group, rows, stop)
             z *= factor
             if rows > 1:
-                z[..., stop - rows :] -= FUTURE[:rows, :rows]
+                z[..., stop - rows :] += FUTURE[:rows, :rows]
             e = self._shares(z)
             worth = F32(1) / (total(e) * self.value_grid[layer])
-            y = products(e.reshape(b, c.kv_heads, group * rows, stop), values).reshape(b, c.kv_heads, group, rows, width)
+            y = products(e.reshape(b, c.kv_heads, group * rows, stop), values).reshape(
+                b, c.kv_heads, group, rows, width
+            )
             y = y * worth
             out[:, start : start + rows] = y.transpose(0, 3, 1, 2, 4).reshape(b, rows, heads, width)
         return out
@@ -380,6 +390,8 @@ class ExactNetwork:
             x = x + self._mlp(i, x)
             if half and i < half:
                 skips.append(x)
+        if not np.isfinite(x).all():
+            raise MezzotintError("the model's numbers leave float32's range: it cannot compress")
         cache.kept += n
         return x.reshape(b, n - skip, c.width)
 

@@ -215,7 +215,9 @@ def decompress_rest(source: BinaryIO, target: BinaryIO, model: Model, progress: 
     code = _read_code(reader, model.config.sequence_length)
     threads = reader.varint(1 << 20)
     if not 1 <= threads <= MOST_THREADS:
-        raise DataError(f"the file was compressed with {threads:,} threads; this machine takes {MOST_THREADS:,} at most")
+        raise DataError(
+            f"the file was compressed with {threads:,} threads; this machine takes {MOST_THREADS:,} at most"
+        )
     expected = reader.bytes(8)
     used = torch.get_num_threads()
     try:
