@@ -89,7 +89,17 @@ def test_base_dependencies_are_what_the_package_imports(built):
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.partition(".")[0])
     third = imported - set(sys.stdlib_module_names) - {"mezzotint"}
-    extras = {"datasets", "huggingface_hub", "lm_eval", "regex", "starlette", "tensorboard", "tokenizers", "uvicorn"}
+    extras = {
+        "datasets",
+        "huggingface_hub",
+        "lm_eval",
+        "regex",
+        "starlette",
+        "tensorboard",
+        "tokenizers",
+        "transformers",
+        "uvicorn",
+    }
     comes_with = {"markupsafe": "jinja2"}
     assert {comes_with.get(name, name).lower() for name in third - extras} == base
     optional = {re.split(r"[\s<>=!~;\[]", line)[0].replace("-", "_") for line in required if "extra ==" in line}

@@ -143,7 +143,8 @@ def encode_tokens(network: ExactNetwork, tokens: np.ndarray, streams: Streams, e
     """Hand all tokens to `encoder`, whole windows at a time; returns what they cost in bits."""
     c = network.config
     table = streams.table(tokens)
-    starts, frequencies = np.zeros((2, *table.shape), dtype=np.int64)
+    starts = np.zeros(table.shape, dtype=np.int64)
+    frequencies = np.zeros_like(starts)
     together = max(1, POSITIONS // network.length)
     for start, first, stop in windows(network.length, streams.most):
         for row in range(0, streams.number, together):
