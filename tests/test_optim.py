@@ -34,6 +34,7 @@ def test_schedule_is_a_trapezoid():
     assert 0 < scales[0] < 0.02 and scales[10] == scales[50] == 1 and scales[75] == pytest.approx(0.5)
     assert scales[100] == 0
     assert learning_rate_scale(0, 0, 0) == 1
+    assert [learning_rate_scale(p, 0, 0.5, 0.2) for p in (0.5, 0.75, 1)] == pytest.approx([1, 0.6, 0.2])
 
 
 def test_moving_average_against_the_recursion():

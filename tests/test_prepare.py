@@ -351,3 +351,27 @@ def test_sizes_that_no_vocabulary_has(tmp_path, size):
     source = write_jsonl(tmp_path / "c.jsonl", TEXTS)
     with pytest.raises(DataError, match=f"--vocab-size must lie between 262 .* and 65,535, not {size}"):
         prepare([source], tmp_path / "out", vocab_size=size)
+
+
+@pytest.mark.parametrize(
+    ("size", "tried"),
+    [(983_040, [4096, 2048, 1024, 512, 384]), (983_039, [2048, 1024, 512, 384]), (300, [1024, 512, 384])],
+)
+def test_default_vocabulary_grows_with_the_text(tmp_path, monkeypatch, size, tried):
+    """The largest that the text is long enough for; then smaller ones, as long as the text cannot fill them."""
+    (tmp_path / "t.txt").write_text("x" * size)
+    asked = []
+
+    def train(texts, pieces):
+        asked.append(pieces)
+        raise DataError("too short")
+
+    monkeypatch.setattr(prepare_module, "train_tokenizer", train)
+    with pytest.raises(DataError, match="too short"):
+        prepare([tmp_path / "t.txt"], tmp_path / "out")
+    assert asked == tried
+
+
+def test_a_small_text_gets_a_vocabulary_that_it_can_fill(tmp_path):
+    write_jsonl(tmp_path / "t.jsonl", TEXTS)
+    assert prepare([tmp_path / "t.jsonl"], tmp_path / "out")["vocab_size"] in (384, 512, 1024)

@@ -148,7 +148,8 @@ class TrainConfig:
     weight_decay: float = _option(0.04, "decoupled weight decay of matrices and embeddings")
     grad_clip: float = _option(1.0, "global gradient norm above which gradients are scaled down (0: never)")
     warmup: float = _option(0.01, "share of the run over which the learning rate rises from 0")
-    warmdown: float = _option(0.5, "share of the run, at its end, over which the learning rate falls to 0")
+    warmdown: float = _option(0.5, "share of the run, at its end, over which the learning rate falls")
+    lr_floor: float = _option(0.0, "share of the learning rate that is left when the run ends")
     ema_horizon: float = _option(0.02, "averaging horizon of the weights' EMA as a share of the steps so far (0: none)")
     seed: int = _option(0, "seed of initialisation, data order and masks")
     device: str = _option("auto", "cpu, cuda, mps, or auto")
@@ -177,6 +178,7 @@ class TrainConfig:
             "narrow_high",
             "warmup",
             "warmdown",
+            "lr_floor",
             "momentum_warmup",
             "neuron_decay",
             "ema_horizon",

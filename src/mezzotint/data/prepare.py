@@ -38,7 +38,8 @@ from mezzotint.files import atomic_folder
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TOKENIZER_SAMPLE_BYTES = 16_000_000
 MAX_VOCAB = 65_535  # ids of 16 bits
-DEFAULT_VOCAB_SIZES = (1024, 512, 384)  # the first that the text can fill
+DEFAULT_VOCAB_SIZES = (4096, 2048, 1024, 512, 384)  # the first that the text is long enough for and can fill
+BYTES_PER_PIECE = 240  # of text, for a default above 1,024 pieces: 1 MB was enough to gain by 4,096 (LOG.md)
 HUB_REPOSITORY = "willdepueoai/parameter-golf"
 Progress = Callable[[str, int], None]
 """Called with (what is being done, documents so far)."""
@@ -206,7 +207,7 @@ def prepare(
     `hf:OWNER/NAME[:CONFIG][:SPLIT]`, or, alone, `fineweb:sp1024[:SHARDS]`. text_field: the column or JSON key of the text,
     `a.b` for b inside a. Without `val`, a `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a single
     document, its end. tokenizer: one, its file, or a folder that holds it (a run, an exported model); without it, one of
-    `vocab_size` pieces is trained on `sources` (default 1,024, or fewer where the text is too short for that).
+    `vocab_size` pieces is trained on `sources` (default 4,096, or fewer where the text is too short for that).
 
     Returns train and val, each {documents, tokens, bytes, piece_bytes, not_round_trip, lost_bytes}, vocab_size,
     bytes_per_token, and files {read, skipped: {why: how many}, empty_documents}. bytes are those of the text's UTF-8;
@@ -311,7 +312,8 @@ class _Reading:
 
 def _choose_tokenizer(reading: _Reading, vocab_size: int | None) -> Tokenizer:
     """Train one on a sample of the text: of `vocab_size` pieces, or of the first default that the text can fill."""
-    for pieces in (vocab_size,) if vocab_size else DEFAULT_VOCAB_SIZES:
+    fitting = [pieces for pieces in DEFAULT_VOCAB_SIZES if pieces <= max(1024, reading.size // BYTES_PER_PIECE)]
+    for pieces in (vocab_size,) if vocab_size else fitting:
         texts = reading.documents("sampling for the tokenizer")
         try:
             return train_tokenizer(_sample(texts, TOKENIZER_SAMPLE_BYTES, reading.size), pieces)

@@ -120,7 +120,7 @@ class Optimizers:
     def schedule(self, progress: float) -> float:
         """Set learning rates and momentum for a run that is `progress` (0..1) done; returns the rates' scale."""
         c = self.config
-        scale = learning_rate_scale(progress, c.warmup, c.warmdown)
+        scale = learning_rate_scale(progress, c.warmup, c.warmdown, c.lr_floor)
         warm = min(1.0, progress / c.momentum_warmup) if c.momentum_warmup else 1.0
         for group in self.muon.param_groups:
             group["lr"] = c.matrix_lr * scale
@@ -156,13 +156,13 @@ class Optimizers:
             optimizer.state[parameter][state] = value.to(device).clone()
 
 
-def learning_rate_scale(progress: float, warmup: float, warmdown: float) -> float:
-    """Trapezoid: linear rise over the first `warmup` share of the run, linear fall over the last `warmdown` share.
+def learning_rate_scale(progress: float, warmup: float, warmdown: float, floor: float = 0.0) -> float:
+    """Trapezoid: linear rise over the first `warmup` share of the run, linear fall to `floor` over the last `warmdown`.
 
     Never 0 before the end, so that the first step of a run counted by steps is not lost.
     """
     rise = min(1.0, (progress + 1e-3) / warmup) if warmup else 1.0
-    fall = min(1.0, (1.0 - progress) / warmdown) if warmdown else 1.0
+    fall = min(1.0, floor + (1.0 - floor) * (1.0 - progress) / warmdown) if warmdown else 1.0
     return max(0.0, min(rise, fall))
 
 
