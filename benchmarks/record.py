@@ -120,12 +120,22 @@ Strings of {found["length"]} bytes that stand in the training text: in texts dra
 """
 
 
+_UNSEEN = """
+## Other sources
+
+The held-out text above may be other passages of the sources that the model was trained on. On text of sources that are
+not in the training text at all:
+
+"""
+
+
 def _readme(
     name: str,
     looked: dict[str, Any],
     estimates: Sequence[Estimate],
     described: dict[str, Any],
     found: dict[str, Any] | None,
+    unseen: Sequence[Estimate] = (),
 ) -> str:
     most = max(e.tokens for e in estimates)
     bounds = [e.bpb for e in estimates if e.method == "nelbo" and e.tokens == most]
@@ -142,7 +152,7 @@ NELBO {statistics.fmean(bounds):.4f} bits per byte{spread}. All figures are of t
 {_table(estimates)}
 
 Only the NELBO draws masks, so only it has seeds. Standard errors include the choice of windows.
-{_repeated(found) if found else ""}
+{_UNSEEN + _table(unseen) + chr(10) if unseen else ""}{_repeated(found) if found else ""}
 `data.md` says what it was trained on, `commands.sh` how to make it again, `config.json` every setting, `metrics.jsonl` and
 `train.log` what happened, `figures.json` these figures with their intervals, `samples.md` what it writes.
 """
@@ -162,19 +172,23 @@ def make_record(
     length: int | None = None,
     memorization: int = 0,
     string_bytes: int = 50,
+    unseen: Path | None = None,
     say: Any = lambda line: None,
 ) -> dict[str, Any]:
     """Write the record folder `out`, whole or not at all; returns what figures.json holds.
 
     memorization: texts to draw for the share of strings of `string_bytes` found in the training text (0: none).
+    unseen: prepared text of other sources, whose validation split is scored as well, under the first seed's masks.
     """
     if out.exists():
         raise ArtifactError(f"{out} is already there; records are not overwritten")
     described, model, dataset = read_run(run), open_artifact(artifact), Dataset.open(data)
     if model.config != described["model"]:
         raise ArtifactError(f"{artifact} was not packed from {run}: their model settings differ")
-    if dataset.tokenizer.sha256 != model.tokenizer.sha256:
-        raise DataError(f"{data} was prepared with another tokenizer than the model's")
+    others = None if unseen is None else Dataset.open(unseen)
+    for folder, opened in ((data, dataset), (unseen, others)):
+        if opened is not None and opened.tokenizer.sha256 != model.tokenizer.sha256:
+            raise DataError(f"{folder} was prepared with another tokenizer than the model's")
     if not statement.is_file():
         raise DataError(f"{statement} does not exist: a record states what its model was trained on")
     for name in ("metrics.jsonl", "train.log"):
@@ -183,6 +197,11 @@ def make_record(
     say("scoring")
     windows = dataset.split("val").windows(model.config.sequence_length)
     estimates = measure(model, windows, tokens, chain_tokens, seeds)
+    elsewhere: list[Estimate] = []
+    if others is not None:
+        say("scoring text of other sources")
+        there = others.split("val").windows(model.config.sequence_length)
+        elsewhere = measure(model, there, tokens, chain_tokens, seeds[:1])
     say("sampling")
     written = write_samples(model, samples, length, 0)
     found = None
@@ -195,6 +214,7 @@ def make_record(
         "parameters": looked["parameters"],
         "bits_per_parameter": looked["bits_per_parameter"],
         "results": [e.to_dict() for e in estimates],
+        "unseen": [e.to_dict() for e in elsewhere],
         "memorization": found,
     }
     # Longest first, as one folder may lie in another.
@@ -215,6 +235,10 @@ def make_record(
         [*scoring, "chain", *few],
         *([[*scoring, "causal", *some]] if any(e.method == "causal" for e in estimates) else []),
     ]
+    if elsewhere:
+        lines += [
+            ["UNSEEN" if word == "DATA" else word for word in line] for line in lines[2:3] + lines[2 + len(seeds) :]
+        ]
     with atomic_folder(out) as folder:
         for name in ("config.json", "metrics.jsonl", "train.log"):
             (folder / name).write_text(without_places((run / name).read_text("utf-8")), "utf-8")
@@ -222,7 +246,7 @@ def make_record(
         (folder / "data.md").write_text(statement.read_text("utf-8"), "utf-8")
         (folder / "figures.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", "utf-8")
         (folder / "samples.md").write_text(written, "utf-8")
-        (folder / "README.md").write_text(_readme(out.name, looked, estimates, described, found), "utf-8")
+        (folder / "README.md").write_text(_readme(out.name, looked, estimates, described, found, elsewhere), "utf-8")
     return figures
 
 
@@ -242,12 +266,13 @@ def main() -> int:
     parser.add_argument("--chain-tokens", type=_tokens, default=8_192, help="for chain, or all [8192]")
     parser.add_argument("--samples", type=int, default=4, help="texts from nothing [4]")
     parser.add_argument("--memorization", type=int, default=256, help="texts for the memorization check, or 0 [256]")
+    parser.add_argument("--unseen", type=Path, metavar="DATA", help="prepared text of other sources, scored as well")
     options = parser.parse_args()
     try:
         figures = make_record(
             options.run, options.model, options.data, options.out, options.statement, tokens=options.tokens,
             chain_tokens=options.chain_tokens, samples=options.samples,
-            memorization=options.memorization, say=lambda line: print(line, file=sys.stderr),
+            memorization=options.memorization, unseen=options.unseen, say=lambda line: print(line, file=sys.stderr),
         )  # fmt: skip
     except MezzotintError as error:
         print(f"record: {error}", file=sys.stderr)

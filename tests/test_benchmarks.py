@@ -47,7 +47,7 @@ def kept(trained, tmp_path_factory):
     (folder / "data.md").write_text("Thirteen words, drawn by a generator. Public domain.\n")
     figures = script("record").make_record(
         trained.run, trained.artifact, trained.data, folder / "2026-01-01_tiny", folder / "data.md", tokens=256,
-        chain_tokens=64, samples=2, length=8, memorization=3, string_bytes=10,
+        chain_tokens=64, samples=2, length=8, memorization=3, string_bytes=10, unseen=trained.data,
     )  # fmt: skip
     return folder / "2026-01-01_tiny", figures
 
@@ -64,6 +64,11 @@ def test_record_holds_the_run_and_its_figures(kept, trained):
     model = mezzotint.open_artifact(trained.artifact)
     windows = mezzotint.Dataset.open(trained.data).split("val").windows(32)
     assert bounds[1]["bpb"] == likelihood.nelbo(model, windows, tokens=256, seed=1).bpb
+    again = [r for r in figures["unseen"] if r["tokens"] > 64]  # here the same text once more, under one seed
+    assert [r["bpb"] for r in again] == [bounds[0]["bpb"]] and "not in the training text" in (
+        out / "README.md"
+    ).read_text()
+    assert (out / "commands.sh").read_text().count("UNSEEN") == 2
     few = [r for r in figures["results"] if r["tokens"] <= 64]
     assert [r["method"] for r in few] == ["chain", "nelbo"] and len({r["bytes"] for r in few}) == 1
     readme = (out / "README.md").read_text()
