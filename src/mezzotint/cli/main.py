@@ -152,7 +152,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer", metavar="FILE|MODEL", help="a SentencePiece .model, a tokenizer.json, or a model's own"
     )
     sub.add_argument("--text-field", default="text", metavar="A.B", help="column or JSON key of the text [text]")
-    sub.add_argument("--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer to train [4096, fewer for short texts]")
+    sub.add_argument(
+        "--vocab-size", type=_positive, metavar="N", help="pieces to train a tokenizer of [4096, or what fits]"
+    )
     sub.add_argument("--val-fraction", type=float, metavar="F", help="share of documents held out [0.02]")
     sub.add_argument("--val", nargs="+", metavar="SOURCE", help="validation sources, instead of a share")
     sub.add_argument("--seed", type=int, default=0, help="seed of the held-out choice [0]")
