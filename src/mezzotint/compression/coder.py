@@ -17,7 +17,7 @@ DAMAGED = "the compressed file is damaged"
 LOWEST = 1 << 32  # the coder's state lies between this and 2^64
 MOST_STREAMS = 256
 KEPT_BYTES = 1 << 28  # keys and values of all streams together
-STREAM_TOKENS = 4096  # a stream's start has little context: it costs some three bytes
+STREAM_TOKENS = 2048  # a stream's start has little context: it costs some three bytes
 POSITIONS = 256  # positions that go through the network together where windows are short: they stay in a core's cache
 Tick = Callable[[float], None]
 """Told the share of a job that is done."""
@@ -117,7 +117,7 @@ def most_streams(network: ExactNetwork) -> int:
 
 def choose_streams(network: ExactNetwork, count: int) -> Streams:
     """Enough streams to decode at speed, few enough to cost next to nothing."""
-    wished = max(min(4, count // (STREAM_TOKENS // 4)), count // STREAM_TOKENS)
+    wished = max(min(4, count // 1024), count // STREAM_TOKENS)
     return Streams(count, max(1, min(most_streams(network), wished)))
 
 

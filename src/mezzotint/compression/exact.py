@@ -41,6 +41,7 @@ ROWS = 64  # queries that go through attention together
 EPSILON = np.float32(2.0**-23)
 TINY = np.float32(2.0**-80)
 F32 = np.float32
+BIAS_FLOATS = 1 << 23  # the most that is kept of the values' biases, all made before
 LARGEST = 1 << 14  # in size, of a weight
 FUTURE = np.triu(np.full((ROWS, ROWS), F32(-np.inf)), 1)
 """What hides later places from a score."""
@@ -48,16 +49,13 @@ FUTURE = np.triu(np.full((ROWS, ROWS), F32(-np.inf)), 1)
 
 def fold(x: np.ndarray) -> np.ndarray:
     """Sum over the last axis in a stated order: the later half is added to the earlier one until one is left."""
-    while (n := x.shape[-1]) > 1:
+    y = np.array(x.reshape(-1, x.shape[-1]).T, order="C")  # a copy, and whole rows to add
+    n = len(y)
+    while n > 1:
         half = (n + 1) // 2
-        first = x[..., :half]
-        if n % 2:
-            first = first.copy()
-            first[..., : n - half] += x[..., half:]
-            x = first
-        else:
-            x = first + x[..., half:]
-    return x
+        y[: n - half] += y[half:n]
+        n = half
+    return y[0].reshape(*x.shape[:-1], 1)
 
 
 @lru_cache(64)
@@ -219,12 +217,21 @@ class ExactNetwork:
                 "up": _Matrix(state[f"{at}mlp.up.weight"]), "down": _Matrix(state[f"{at}mlp.down.weight"]),
             })  # fmt: skip
         channels = c.rotary_dims or c.head_width
-        self.cos, self.sin = (t[:, None] for t in rotary_tables(self.length, channels, c.rotary_base))
+        cos, sin = rotary_tables(self.length, channels, c.rotary_base)
+        still = np.zeros((self.length, c.head_width - channels), F32)
+        # Whole heads in a row: [length, 1, D].
+        self.cos = np.concatenate((cos, cos, still + 1), axis=1)[:, None]
+        self.sin = np.concatenate((sin, -sin, still), axis=1)[:, None]
+        self.turning = channels
         self.score_exp = torch.from_numpy(exp_table(SCORE_STEP, 4096).astype(F32))
         self.logit_exp = exp_table(LOGIT_STEP, TOTAL).astype(np.float64)
         half = cap_table(c.softcap)
         self.cap = np.concatenate((-half[:0:-1], half)).astype(np.int32)
+        self.biases: list[np.ndarray] = []
         self.value_grid = [self._grid(state, i) for i in range(c.layers)]
+        if c.layers * (c.vocab_size + 1) * c.kv_heads * c.head_width <= BIAS_FLOATS and self.values is not None:
+            everything = np.arange(c.vocab_size + 1)
+            self.biases = [self._value_bias(everything, late) for late in range(c.value_embedding_layers)]
 
     def _grid(self, state: dict[str, np.ndarray], layer: int) -> np.float32:
         """Steps per 1 of a layer's values: a power of two that leaves room for 16 times their root mean square."""
@@ -239,6 +246,8 @@ class ExactNetwork:
 
     def _value_bias(self, ids: np.ndarray, late: int) -> np.ndarray:
         assert self.values is not None
+        if late < len(self.biases):
+            return self.biases[late][ids.ravel()]
         table, project = self.values
         x, worth = to_integers(table[ids.ravel()])
         x = project(x) * project.scale * (worth * self.state["value_embedding.scale"])
@@ -267,14 +276,15 @@ class ExactNetwork:
 
     def _rotate(self, x: np.ndarray, at: int, n: int) -> np.ndarray:
         """x [B * n, heads, D] at places at .. at + n - 1, turned and normalised, in integers of 1 / 128."""
-        half = self.cos.shape[-1]
+        half = self.turning // 2
         y = x.reshape(-1, n, *x.shape[1:])
-        cos, sin = self.cos[at : at + n], self.sin[at : at + n]
-        out = np.empty_like(y)
-        a, b = y[..., :half], y[..., half : 2 * half]
-        np.add(a * cos, b * sin, out=out[..., :half])
-        np.subtract(b * cos, a * sin, out=out[..., half : 2 * half])
-        out[..., 2 * half :] = y[..., 2 * half :]
+        turned = np.empty_like(y)
+        turned[..., :half] = y[..., half : 2 * half]
+        turned[..., half : 2 * half] = y[..., :half]
+        turned[..., 2 * half :] = 0
+        turned *= self.sin[at : at + n]
+        out = y * self.cos[at : at + n]
+        out += turned
         out *= inverse_rms(out, TINY) * UNIT
         return np.rint(out, out=out)
 
