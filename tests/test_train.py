@@ -25,6 +25,7 @@ from mezzotint.data.loader import Loader
 from mezzotint.data.prepare import prepare
 from mezzotint.errors import CheckpointError, ConfigError, Interrupted, MezzotintError
 from mezzotint.model import Denoiser
+from mezzotint.system import try_lock
 from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock
 from mezzotint.training.optim import MovingAverage, Optimizers
 from mezzotint.training.run import train
@@ -401,6 +402,34 @@ def test_one_training_at_a_time_in_a_folder(data, model, tmp_path):
     (run / "train.lock").write_text("17 another-machine")
     with pytest.raises(CheckpointError, match="another-machine"):
         train(data, run, model=model, config=QUICK, resume=True)
+
+
+def test_a_lock_is_held_by_who_holds_it_not_by_what_its_file_says(tmp_path):
+    path = tmp_path / "train.lock"
+    with path.open("w") as file:  # a training that has the lock and has not yet written who it is
+        assert try_lock(file.fileno())
+        with pytest.raises(CheckpointError, match="just starting"), run_lock(tmp_path):
+            pass
+    for left in ("", "?", f"{os.getppid()} {socket.gethostname()}"):  # the number of a killed one is another's now
+        path.write_text(left)
+        with run_lock(tmp_path):
+            assert path.read_text() == f"{os.getpid()} {socket.gethostname()}"
+            with pytest.raises(CheckpointError, match=f"process {os.getpid()}"), run_lock(tmp_path):
+                pass
+        assert not path.exists()
+
+
+def test_a_killed_training_leaves_no_lock(tmp_path):
+    script = "import pathlib, sys; from mezzotint.training.checkpoint import run_lock\n"
+    script += "with run_lock(pathlib.Path(sys.argv[1])): print('holds', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], **pipes) as holder:
+        assert holder.stdout.readline().strip() == b"holds"
+        with pytest.raises(CheckpointError, match=f"process {holder.pid} on"), run_lock(tmp_path):
+            pass
+        holder.kill()
+    with run_lock(tmp_path):
+        pass
 
 
 def test_files_follow_the_umask(data, model, tmp_path):

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 
 def commit_id() -> str | None:
@@ -32,19 +34,20 @@ def commit_id() -> str | None:
         return None
 
 
-def process_alive(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
-    if sys.platform == "win32":  # there os.kill(pid, 0) would send it Ctrl-C
-        handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)
-        if handle:
-            ctypes.windll.kernel32.CloseHandle(handle)
-        return bool(handle)
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file for this process without waiting; False if another holds it. Gone when the process is."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # behind the text: others cannot read what is locked
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise
         return False
-    except PermissionError:  # somebody else's
-        return True
     return True
 
 

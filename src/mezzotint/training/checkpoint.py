@@ -25,7 +25,7 @@ from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError
 from mezzotint.files import atomic_folder
 from mezzotint.model import Denoiser, Model
-from mezzotint.system import process_alive
+from mezzotint.system import try_lock
 from mezzotint.training.step import Trainer
 
 WEIGHTS, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
@@ -156,43 +156,51 @@ def changed_settings(run: Path, config: TrainConfig, allowed: Sequence[str]) -> 
 def run_lock(run: Path) -> Iterator[None]:
     """Hold the run folder for this process. Raises CheckpointError naming the process that holds it.
 
-    The lock is a file with the holder's process number and machine. One left by a process that is gone is taken over;
-    of a process on another machine nothing can be known, so its lock stays until somebody deletes it.
+    The system's lock on a file with the holder's process number and machine: it ends with the process, however that
+    ends, and two that find a stale one cannot both take it over. Not every network drive shares locks between machines,
+    so a file that names another machine counts as held until somebody deletes it.
     """
     created = not run.exists()
     path = run / "train.lock"
     if run.exists() and not run.is_dir():
         raise CheckpointError(f"{run} is a file; name a folder for the run")
     run.mkdir(parents=True, exist_ok=True)
-    for _ in range(2):
-        try:
-            with path.open("x") as file:
-                file.write(f"{os.getpid()} {socket.gethostname()}")
-            break
-        except FileExistsError as error:
-            pid, _, host = _lock_holder(path)
-            gone = host == socket.gethostname() and not process_alive(pid)
-            if not gone:
-                raise CheckpointError(
-                    f"{run} is being trained by process {pid} on {host}; wait for it, or delete {path} if it is gone"
-                ) from error
-            path.unlink(missing_ok=True)
+    descriptor = _open_lock(run, path)
     try:
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, f"{os.getpid()} {socket.gethostname()}".encode())
         yield
     finally:
-        path.unlink(missing_ok=True)
+        os.ftruncate(descriptor, 0)
+        with contextlib.suppress(OSError):
+            path.unlink()  # Windows keeps an open file: an empty one is left there, held by nobody
+        os.close(descriptor)
         if created:
             with contextlib.suppress(OSError):
                 run.rmdir()  # nothing came of it
 
 
-def _lock_holder(path: Path) -> tuple[int, str, str]:
-    """(process number, a space, machine) of a lock file; a damaged one counts as a process that is gone."""
-    try:
-        pid, space, host = path.read_text().partition(" ")
-        return int(pid), space, host
-    except (OSError, ValueError):
-        return 2**30, " ", socket.gethostname()
+def _open_lock(run: Path, path: Path) -> int:
+    """The descriptor of the lock file, locked. Raises CheckpointError if another training holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            free = try_lock(descriptor)
+            pid, _, host = path.read_text(errors="replace").partition(" ")
+            if not free or host not in ("", socket.gethostname()):
+                holder = f"process {pid} on {host}" if host else "a process that is just starting"
+                raise CheckpointError(
+                    f"{run} is being trained by {holder}; wait for it, or delete {path} if it is gone"
+                )
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its holder ended between our opening and our locking it
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def load_run(run: Path) -> Model:
