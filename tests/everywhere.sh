@@ -13,7 +13,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-NUMERICS="model sample infill speculate evaluate objective compress artifact entropy quantize optim train distributed survival"
+NUMERICS="model sample infill speculate evaluate objective compress exact artifact entropy quantize optim train distributed survival"
 TESTS=${TESTS:-$(printf 'tests/test_%s.py ' $NUMERICS)}
 COLUMNS_ALL="default avx2 onednn-sse41 onednn-avx2 mkl-compatible threads-1 threads-2 threads-4 torch-2.9 python-3.10 python-3.13"
 LOGS=${LOGS:-$(mktemp -d)}
