@@ -1,5 +1,5 @@
 mezzotint prepare train.parquet --val val.parquet --vocab-size 4096 --out DATA
-mezzotint train DATA --out RUN --preset small --vocab-size 4096 --layers 6 --width 256 --heads 4 --kv-heads 4 --value-embedding-layers 6 --minutes 122
+mezzotint train DATA --out RUN --preset small --warmdown 0.5 --lr-floor 0.0 --vocab-size 4096 --layers 6 --width 256 --heads 4 --kv-heads 4 --value-embedding-layers 6 --minutes 122
 mezzotint pack RUN --out MODEL.mzt --data DATA
 mezzotint prepare unseen.parquet --val unseen.parquet --tokenizer DATA/tokenizer.model --out UNSEEN
 mezzotint score MODEL.mzt DATA --method causal --tokens 65536

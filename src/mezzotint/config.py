@@ -217,7 +217,15 @@ PRESETS: dict[str, Preset] = {
             value_embedding_width=64,
             value_embedding_layers=5,
         ),
-        TrainConfig(weighting="reference", causal_share=0.5, short_share=0.5, narrow_share=0.8, neuron_decay=0.95),
+        TrainConfig(
+            weighting="reference",
+            causal_share=0.5,
+            short_share=0.5,
+            narrow_share=0.8,
+            neuron_decay=0.95,
+            warmdown=0.7,
+            lr_floor=0.1,
+        ),
     ),
     # The recipe of `small` at the challenge's scale, 8 GPUs for 20 minutes. Its size follows from the budget: (16,000,000
     # bytes - 183,000 of code) / 0.44 bytes a parameter, as rounding a model at its true cost takes, are 35.9 million
@@ -243,6 +251,8 @@ PRESETS: dict[str, Preset] = {
             short_share=0.5,
             narrow_share=0.8,
             neuron_decay=0.95,
+            warmdown=0.7,
+            lr_floor=0.1,
         ),
     ),
     # The seed's exact shape and optimizer: "Masked Text Diffusion (SP1024)", Parameter Golf pull request 1596.
