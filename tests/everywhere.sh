@@ -41,8 +41,10 @@ column() {
     echo "FAIL $name: no interpreter"
     return 1
   fi
+  # torch.compile keeps what it made for one kind of processor, and its cache does not know of ATEN_CPU_CAPABILITY: code for
+  # wider vectors than the column has would be run, and write beyond its arrays. So each column has a cache of its own.
   # shellcheck disable=SC2086 # TESTS is a list
-  env OMP_NUM_THREADS=1 PYTHONPATH="src:tests:${PYTHONPATH:-}" "$@" \
+  env TORCHINDUCTOR_CACHE_DIR="$LOGS/compiled-$name" OMP_NUM_THREADS=1 PYTHONPATH="src:tests:${PYTHONPATH:-}" "$@" \
     "$python" -m pytest -o addopts= -q -p no:cacheprovider $TESTS > "$log" 2>&1 && verdict=PASS
   echo "$verdict $name: $(tail -n 1 "$log" | sed -E 's/=+//g; s/ in [0-9.]+s.*//; s/^ +| +$//g'), $((SECONDS - begin)) s"
   [ $verdict = PASS ] || grep -E '^(FAILED|ERROR)' "$log"
