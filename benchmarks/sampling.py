@@ -34,7 +34,7 @@ from torch import Tensor
 
 from mezzotint import seeding
 from mezzotint.data.dataset import Dataset
-from mezzotint.model import Model
+from mezzotint.model import Model, shift_right
 from mezzotint.pretrained import load
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.infill import infill
@@ -60,7 +60,7 @@ def judged_nats(judge: Model, ids: Tensor) -> Tensor:
     """-log p of each id given those before it, float64 [B, T]; shifted input as `evaluate.causal` has it."""
     nats = []
     for part in ids.split(16):
-        shifted = torch.nn.functional.pad(part[:, :-1], (1, 0), value=judge.config.mask_id)
+        shifted = shift_right(part, judge.config.mask_id)
         logits = judge.logits(shifted, block_size=1).double()
         nats.append(-logits.log_softmax(-1).gather(-1, part[..., None])[..., 0])
     return torch.cat(nats)
@@ -73,7 +73,7 @@ def continue_left_to_right(model: Model, left: Tensor, count: int, temperature: 
     generators = [seeding.generator(seed, b) for b in range(len(left))]
     ids = left
     for _ in range(count):
-        shifted = torch.nn.functional.pad(ids, (1, 0), value=model.config.mask_id)
+        shifted = shift_right(ids, model.config.mask_id, keep_last=True)
         logits = model.logits(shifted, block_size=1)[:, -1].double().masked_fill(~allowed, -math.inf)
         uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
         ids = torch.cat((ids, sample_tokens(logits, uniform, temperature, 1.0)[:, None]), 1)

@@ -19,8 +19,8 @@ from mezzotint.model import (
     attend,
     block_mask,
     count_parameters,
-    mix_neighbours,
     rotate,
+    short_conv,
 )
 
 PLAIN = ModelConfig(vocab_size=11, sequence_length=12, layers=3, width=16, heads=4, kv_heads=2, mlp_ratio=2.0)
@@ -291,7 +291,7 @@ def test_what_a_model_was_trained_on():
 
 def test_neighbours_of_one_position_window():
     x, taps = torch.arange(4.0).view(1, 1, 4), torch.arange(12.0).view(3, 4)
-    assert torch.equal(mix_neighbours(x, taps), x * taps[1])
+    assert torch.equal(short_conv(x, taps), x * taps[1])
 
 
 @pytest.mark.parametrize("word", ["", "block(0)", "block(x)", "left", "block(-1)", "block(²)", f"block({'9' * 30})"])

@@ -28,27 +28,39 @@ def block_mask(queries: Tensor, keys: Tensor, size: int) -> Tensor:
 
 
 def additive_mask(mask: Tensor) -> Tensor:
-    """What is seen, as a term of the scores: bool -> float32, 0 where seen and -inf elsewhere."""
+    """An attention mask as a term of the scores: bool, True where attended to -> float32, 0 there and -inf elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
-def _by_products(q: Tensor, length: int) -> bool:
+def shift_right(ids: Tensor, first: int, keep_last: bool = False) -> Tensor:
+    """`first` and then all ids but the last, as next tokens are read: [B, T] -> [B, T]; with `keep_last` [B, T + 1]."""
+    return F.pad(ids if keep_last else ids[:, :-1], (1, 0), value=first)
+
+
+def split_blocks(x: Tensor, size: int, dim: int) -> Tensor:
+    """Cut `dim` into blocks of `size`, the last one filled up with zeros: [..., n, ...] -> [..., blocks, size, ...]."""
+    blocks = -(-x.shape[dim] // size)
+    pads = (0, 0) * (x.dim() - dim - 1) + (0, blocks * size - x.shape[dim])
+    return F.pad(x, pads).unflatten(dim, (blocks, size))
+
+
+def use_matmul_attention(q: Tensor, length: int) -> bool:
     """Whether attention is better written out: the CPU's fused kernel has a slow backward pass, compiled matrix
     products take under half its time."""
     return q.device.type == "cpu" and torch.compiler.is_compiling() and length <= 1024
 
 
-class _Products(torch.autograd.Function):
+class MatmulAttention(torch.autograd.Function):
     """Attention as matrix products, q, k, v: [B, H, T or S, D]. Its backward pass keeps the weights in v's type and makes
     the gradient of k as [S, D]; autograd's own has it transposed, which the compiled code behind it reads slowly."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        if mask is not None:
-            scores = scores + mask
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B, H, T, S)
+        if attn_mask is not None:
+            scores = scores + attn_mask
         weights = scores.softmax(-1).to(v.dtype)
-        out = weights @ v
+        out = weights @ v  # (B, H, T, D)
         ctx.save_for_backward(q, k, v, weights, out)
         return out
 
@@ -58,78 +70,76 @@ class _Products(torch.autograd.Function):
         (g,) = grads
         # Of softmax: d scores = weights * (d weights - sum(weights * d weights)), whose sum is that of out * g.
         mean = (g.float() * out.float()).sum(-1, keepdim=True)
-        steep = weights.float() * ((g @ v.transpose(-1, -2)).float() - mean) * q.shape[-1] ** -0.5
-        steep = steep.to(q.dtype)
-        return steep @ k, steep.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g, None
+        grad_scores = weights.float() * ((g @ v.transpose(-1, -2)).float() - mean) * q.shape[-1] ** -0.5
+        grad_scores = grad_scores.to(q.dtype)  # (B, H, T, S)
+        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Softmax attention with grouped heads. q: [B, H, T, D]; k, v: [B, H_kv, S, D]; mask: [T, S] of `additive_mask`.
+def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Softmax attention with grouped heads. q: [B, H, T, D]; k, v: [B, H_kv, S, D]; attn_mask: [T, S] of `additive_mask`.
 
     `causal` says that the mask is that of blocks of one position, T = S.
     """
-    if _by_products(q, k.shape[2]):
+    if use_matmul_attention(q, k.shape[2]):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        return _Products.apply(q, k, v, mask)
+        return MatmulAttention.apply(q, k, v, attn_mask)
     grouped = q.shape[1] != k.shape[1]
-    mask = None if mask is None or causal else mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    attn_mask = None if attn_mask is None or causal else attn_mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
 
 
-def attend_doubled(q: Tensor, k: Tensor, v: Tensor, size: int, clean: Tensor, noisy: Tensor) -> Tensor:
+def attend_doubled(
+    q: Tensor, k: Tensor, v: Tensor, size: int, clean_attn_mask: Tensor, noisy_attn_mask: Tensor
+) -> Tensor:
     """Attention over a doubled window [noisy | clean]. q: [B, H, N + T, D], or the noisy part of it; k, v: [B, H_kv,
     N + T, D]; returns as q.
 
-    clean: [T, T], the clean part's mask. noisy: [N, N + T], the noisy part's: its own group of `size` noisy inputs, and
-    the clean ones before. Written out, a noisy query meets the T clean keys and the `size` noisy ones of its own group
-    only.
+    clean_attn_mask: [T, T], the clean part's. noisy_attn_mask: [N, N + T], the noisy part's: its own block of `size`
+    noisy inputs, and the clean ones before. Written out, a noisy query meets the T clean keys and the `size` noisy ones
+    of its own block only.
     """
-    length = noisy.shape[0]
+    length = noisy_attn_mask.shape[0]  # N
     if q.shape[2] > length:
-        tidy = attend(q[:, :, length:], k[:, :, length:], v[:, :, length:], clean)
-        return torch.cat((attend_doubled(q[:, :, :length], k, v, size, clean, noisy), tidy), dim=2)
-    if not _by_products(q, length):
-        return attend(q, k, v, noisy)
+        clean_out = attend(q[:, :, length:], k[:, :, length:], v[:, :, length:], clean_attn_mask)  # (B, H, T, D)
+        noisy_out = attend_doubled(q[:, :, :length], k, v, size, clean_attn_mask, noisy_attn_mask)  # (B, H, N, D)
+        return torch.cat((noisy_out, clean_out), dim=2)
+    if not use_matmul_attention(q, length):
+        return attend(q, k, v, noisy_attn_mask)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     q = q * q.shape[-1] ** -0.5
-    groups = -(-length // size)
-
-    def cut(x: Tensor) -> Tensor:
-        """[B, H, N, ...] -> [B, H, groups, size, ...], the last group filled up with zeros."""
-        return F.pad(x, (0, 0, 0, groups * size - length)).unflatten(2, (groups, size))
-
-    far = (q @ k[:, :, length:].transpose(-1, -2)).float() + noisy[:, length:]
-    near = (cut(q) @ cut(k[:, :, :length]).transpose(-1, -2)).float()
-    if length % size:  # keys that fill up the last group are nobody's
-        there = torch.arange(groups * size, device=q.device).view(groups, 1, size) < length
-        near = near.masked_fill(~there, -torch.inf)
-    weights = torch.cat((far, near.flatten(2, 3)[:, :, :length]), dim=-1).softmax(-1).to(v.dtype)
-    far, near = weights.split((far.shape[-1], size), dim=-1)
-    own = (cut(near) @ cut(v[:, :, :length])).flatten(2, 3)[:, :, :length]
-    return far @ v[:, :, length:] + own
+    blocked = partial(split_blocks, size=size, dim=2)  # (B, H, N, D) -> (B, H, blocks, size, D)
+    scores_clean = (q @ k[:, :, length:].transpose(-1, -2)).float() + noisy_attn_mask[:, length:]  # (B, H, N, T)
+    scores_noisy = (blocked(q) @ blocked(k[:, :, :length]).transpose(-1, -2)).float()  # (B, H, blocks, size, size)
+    if length % size:  # keys that fill up the last block are nobody's
+        number = torch.arange(scores_noisy.shape[2] * size, device=q.device)
+        scores_noisy = scores_noisy.masked_fill(number.view(-1, 1, size) >= length, -torch.inf)
+    scores = torch.cat((scores_clean, scores_noisy.flatten(2, 3)[:, :, :length]), dim=-1)  # (B, H, N, T + size)
+    weights_clean, weights_noisy = scores.softmax(-1).to(v.dtype).split((scores_clean.shape[-1], size), dim=-1)
+    noisy_out = (blocked(weights_noisy) @ blocked(v[:, :, :length])).flatten(2, 3)[:, :, :length]
+    return weights_clean @ v[:, :, length:] + noisy_out  # (B, H, N, D)
 
 
-def mix_neighbours(x: Tensor, taps: Tensor, causal: bool = False, before: Tensor | None = None) -> Tensor:
-    """Depthwise convolution over positions. x: [..., T, W]; taps: [2r + 1, W]; before: [..., r, W], left of x (or 0).
+def short_conv(x: Tensor, kernel: Tensor, causal: bool = False, before: Tensor | None = None) -> Tensor:
+    """Depthwise convolution over positions. x: [..., T, W]; kernel: [2r + 1, W]; before: [..., r, W], left of x (or 0).
 
-    Tap r + d reads the neighbour d to the right, of which there is none right of x, or with `causal` at all.
+    Row r + d weights the neighbour d to the right, of which there is none right of x, or with `causal` at all.
     """
-    length, reach = x.shape[-2], taps.shape[0] // 2
-    padded = F.pad(x, (0, 0, reach, reach))
+    length, reach = x.shape[-2], kernel.shape[0] // 2
+    padded = F.pad(x, (0, 0, reach, reach))  # (..., r + T + r, W)
     if before is not None:
         padded = torch.cat((before, padded[..., reach:, :]), dim=-2)
     mixed = torch.zeros_like(x)
     for offset in range(-reach, 1 if causal else reach + 1):
         start = reach + offset
-        mixed = mixed + padded[..., start : start + length, :] * taps[start].to(x.dtype)
+        mixed = mixed + padded[..., start : start + length, :] * kernel[start].to(x.dtype)
     return mixed
 
 
 def previous_ids(ids: Tensor) -> Tensor:
     """The id before each, -1 before the first. [B, T] -> [B, T]."""
-    return F.pad(ids[:, :-1], (1, 0), value=-1)
+    return shift_right(ids, -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -145,18 +155,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Tables(NamedTuple):
     """What depends on the length and the block size of a window alone (`Denoiser.tables`).
 
-    cos, sin: [inputs, 1, rotated channels / 2]. mask: None, or [T, T] of `additive_mask`. noisy: for a doubled window of N + T
-    inputs only, [N, N + T].
+    cos, sin: [inputs, 1, rotated channels / 2]. attn_mask: None, or [T, T] of `additive_mask`. noisy_attn_mask: for
+    a doubled window of N + T inputs only, [N, N + T].
     A compiled graph that makes these itself works them out anew for every element that reads them: a tenth of a step.
     """
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None
-    noisy: Tensor | None = None
+    attn_mask: Tensor | None
+    noisy_attn_mask: Tensor | None = None
 
 
-See = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Who attends to whom: (q [B, H, T, D], k [B, H_kv, T, D], v like k) -> [B, H, T, D]."""
 
 
@@ -173,27 +183,36 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=False)
         self.query_gain = nn.Parameter(torch.full((config.heads,), config.query_gain))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, see: See, value_bias: Tensor | None, asking: int) -> Tensor:
-        """x: [B, T, W]; the first `asking` positions ask, all answer. Returns [B, asking, W]."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention_fn: AttentionFn,
+        value_bias: Tensor | None,
+        num_queries: int,
+    ) -> Tensor:
+        """x: [B, T, W]; the first `num_queries` (Q) positions are queries, all are keys. Returns [B, Q, W]."""
         c = self.config
         b, t, _ = x.shape
-        q = self.query(x[:, :asking]).view(b, asking, c.heads, c.head_width)
-        k = self.key(x).view(b, t, c.kv_heads, c.head_width)
-        v = self.value(x)
+        q = self.query(x[:, :num_queries]).view(b, num_queries, c.heads, c.head_width)  # (B, Q, H, D)
+        k = self.key(x).view(b, t, c.kv_heads, c.head_width)  # (B, T, H_kv, D)
+        v = self.value(x)  # (B, T, H_kv * D)
         if value_bias is not None:
             v = v + value_bias
-        v = v.view(b, t, c.kv_heads, c.head_width)
+        v = v.view(b, t, c.kv_heads, c.head_width)  # (B, T, H_kv, D)
         q = F.rms_norm(q, (c.head_width,))
         k = F.rms_norm(k, (c.head_width,))
-        q = rotate(q, cos[:asking], sin[:asking]) * self.query_gain.to(q.dtype)[:, None]
+        q = rotate(q, cos[:num_queries], sin[:num_queries]) * self.query_gain.to(q.dtype)[:, None]
         k = rotate(k, cos, sin)
-        y = see(q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        y = attention_fn(q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2))
+        y = y.transpose(1, 2)  # (B, Q, H, D)
         if c.exclusive_attention:
             # A head's output minus its component along its own position's value: what others say, not oneself.
-            grouped = y.reshape(b, asking, c.kv_heads, c.heads // c.kv_heads, c.head_width)
-            own = F.normalize(v[:, :asking], dim=-1).unsqueeze(3).to(y.dtype)
+            grouped = y.reshape(b, num_queries, c.kv_heads, c.heads // c.kv_heads, c.head_width)
+            own = F.normalize(v[:, :num_queries], dim=-1).unsqueeze(3).to(y.dtype)  # (B, Q, H_kv, 1, D)
             y = grouped - (grouped * own).sum(-1, keepdim=True) * own
-        return self.output(y.reshape(b, asking, c.width))
+        return self.output(y.reshape(b, num_queries, c.width))
 
 
 class MLP(nn.Module):
@@ -229,13 +248,13 @@ class Block(nn.Module):
         normed = F.rms_norm(x, (x.shape[-1],))
         return normed * self.norm_scale if self.norm_scale != 1.0 else normed
 
-    def forward(self, x: Tensor, embedded: Tensor, *attention: Any, asking: int) -> Tensor:
-        """x, embedded: [B, T, W]. Returns the first `asking` positions, [B, asking, W]."""
+    def forward(self, x: Tensor, embedded: Tensor, *attention: Any, num_queries: int) -> Tensor:
+        """x, embedded: [B, T, W]. Returns the first `num_queries` (Q) positions, [B, Q, W]."""
         if self.embedding_mix is not None:
             mix = self.embedding_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * embedded
-        a = self.attention(self.norm(x), *attention, asking)
-        x = x[:, :asking] + (a * self.attention_scale.to(a.dtype) if self.attention_scale is not None else a)
+        a = self.attention(self.norm(x), *attention, num_queries)
+        x = x[:, :num_queries] + (a * self.attention_scale.to(a.dtype) if self.attention_scale is not None else a)
         m = self.mlp(self.norm(x))
         return x + (m * self.mlp_scale.to(m.dtype) if self.mlp_scale is not None else m)
 
@@ -279,8 +298,8 @@ class Denoiser(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size + 1, config.width)
         self.bigram = BigramEmbedding(config) if config.bigram_buckets else None
         self.value_embedding = ValueEmbedding(config) if config.value_embedding_width else None
-        taps = 2 * config.neighbour_reach + 1
-        self.neighbour_taps = nn.Parameter(torch.zeros(taps, config.width)) if config.neighbour_reach else None
+        kernel = torch.zeros(2 * config.neighbour_reach + 1, config.width)
+        self.neighbour_taps = nn.Parameter(kernel) if config.neighbour_reach else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
         skips = config.layers // 2
         self.skip_scales = nn.Parameter(torch.ones(skips, config.width)) if config.unet_skips else None
@@ -317,7 +336,7 @@ class Denoiser(nn.Module):
             hidden = hidden[positions]
         return self.logits(hidden)
 
-    def lead(self, size: int) -> int:
+    def prefix_inputs(self, size: int) -> int:
         """Inputs that a block of `size` positions reads before its own: 1 with `shifted_output`, see `hidden_blocks`."""
         return int(self.config.shifted_output and size > 1)
 
@@ -328,7 +347,7 @@ class Denoiser(nn.Module):
         if 1 < size < length:
             return self._block_tables(length, size)
         if size > 1:
-            return Tables(*self.rotary(length + self.lead(size), weight.device, weight.dtype), None)
+            return Tables(*self.rotary(length + self.prefix_inputs(size), weight.device, weight.dtype), None)
         place = torch.arange(length, device=weight.device)
         mask = additive_mask(block_mask(place, place, 1)) if length > 1 else None
         return Tables(*self.rotary(length, weight.device, weight.dtype), mask)
@@ -348,10 +367,10 @@ class Denoiser(nn.Module):
 
         N is `length`, and with `shifted_output` one more for each block. Places are those of a causal window's inputs.
         """
-        lead, blocks = self.lead(size), -(-length // size)
-        number = torch.arange(length + blocks * lead, device=self.embedding.weight.device)
-        block = number // (size + lead)
-        return block, number - block * lead
+        prefix, blocks = self.prefix_inputs(size), -(-length // size)
+        number = torch.arange(length + blocks * prefix, device=self.embedding.weight.device)
+        block = number // (size + prefix)
+        return block, number - block * prefix
 
     def hidden(self, ids: Tensor, block_size: int = 0, tables: Tables | None = None) -> Tensor:
         """The normalised last hidden state, [B, T, W]. tables: `tables(T, block_size)`, made here where not given.
@@ -369,10 +388,11 @@ class Denoiser(nn.Module):
         if 1 < size < length:
             return self.hidden_blocks(ids, ids, size, tables)
         tables = tables or self.tables(length, block_size)
-        if self.lead(size):
-            ids = F.pad(ids, (1, 0), value=self.config.mask_id)
-        see = partial(attend, mask=tables.mask, causal=tables.mask is not None)
-        return self._layers(self.embed(ids, size == 1), ids, tables.cos, tables.sin, lambda layer: see, length)
+        if self.prefix_inputs(size):
+            ids = shift_right(ids, self.config.mask_id, keep_last=True)  # (B, 1 + T)
+        attention_fn = partial(attend, attn_mask=tables.attn_mask, causal=tables.attn_mask is not None)
+        x = self.embed(ids, size == 1)  # (B, T or 1 + T, W)
+        return self._layers(x, ids, tables.cos, tables.sin, lambda layer: attention_fn, length)
 
     def hidden_blocks(
         self, noisy: Tensor, clean: Tensor, size: int, tables: Tables | None = None, next_tokens: bool = False
@@ -389,20 +409,22 @@ class Denoiser(nn.Module):
         a MASK. next_tokens: return that window's states too, [2B, T, W]: first the blocks, then the next tokens.
         """
         length = noisy.shape[1]
-        lead = self.lead(size)
-        assert lead or not next_tokens
+        prefix = self.prefix_inputs(size)
+        assert prefix or not next_tokens
         if size >= length:
             return self.hidden(noisy, 0, tables)
         tables = tables or self._block_tables(length, size)
-        assert tables.mask is not None and tables.noisy is not None
-        see = partial(attend_doubled, size=size + lead, clean=tables.mask, noisy=tables.noisy)
-        read = F.pad(clean[:, :-1], (1, 0), value=self.config.mask_id) if lead else clean
+        assert tables.attn_mask is not None and tables.noisy_attn_mask is not None
+        masks = {"clean_attn_mask": tables.attn_mask, "noisy_attn_mask": tables.noisy_attn_mask}
+        attention_fn = partial(attend_doubled, size=size + prefix, **masks)
+        read = shift_right(clean, self.config.mask_id) if prefix else clean  # (B, T)
         ids, *embedded = self.embed_blocks(noisy, read, size)
-        wanted = ids.shape[1]
-        x, ids = torch.cat(embedded, dim=1), torch.cat((ids, read), dim=1)
-        hidden = self._layers(x, ids, tables.cos, tables.sin, lambda layer: see, None if next_tokens else wanted)
-        denoised = self.ungroup(hidden[:, :wanted], size, length)
-        return torch.cat((denoised, hidden[:, wanted:])) if next_tokens else denoised
+        num_noisy = ids.shape[1]
+        x, ids = torch.cat(embedded, dim=1), torch.cat((ids, read), dim=1)  # (B, N + T, W), (B, N + T)
+        num_queries = None if next_tokens else num_noisy
+        hidden = self._layers(x, ids, tables.cos, tables.sin, lambda layer: attention_fn, num_queries)
+        denoised = self.block_outputs(hidden[:, :num_noisy], size, length)  # (B, T, W)
+        return torch.cat((denoised, hidden[:, num_noisy:])) if next_tokens else denoised
 
     def embed(self, ids: Tensor, causal: bool) -> Tensor:
         """What enters the first layer, [B, T, W]."""
@@ -413,9 +435,9 @@ class Denoiser(nn.Module):
         return x if self.bigram is None else x + self.bigram(ids, previous)
 
     def _mixed(self, x: Tensor, causal: bool = False, before: Tensor | None = None) -> Tensor:
-        """Embeddings [..., T, W] with their neighbours mixed in, normalised. causal, before: see `mix_neighbours`."""
+        """Embeddings [..., T, W] with their neighbours mixed in, normalised. causal, before: see `short_conv`."""
         if self.neighbour_taps is not None:
-            x = x + mix_neighbours(x, self.neighbour_taps, causal, before)
+            x = x + short_conv(x, self.neighbour_taps, causal, before)
         return F.rms_norm(x, (self.config.width,))
 
     def embed_blocks(self, noisy: Tensor, read: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -426,45 +448,47 @@ class Denoiser(nn.Module):
         """
         length = noisy.shape[1]
         context, blocks = read.shape[1] - length, -(-length // size)
-        lead = self.lead(size)
-        total = length + blocks * lead
+        prefix = self.prefix_inputs(size)
+        total = length + blocks * prefix  # N
 
-        def first(x: Tensor) -> Tensor:
-            """Of [B, >= c + T, ...] those at the first position of each block."""
+        def at_block_starts(x: Tensor) -> Tensor:
+            """Of [B, >= c + T, ...] those at the first position of each block: [B, blocks, ...]."""
             return x[:, context : context + (blocks - 1) * size + 1 : size]
 
-        def cut(x: Tensor, size: int) -> Tensor:
-            """[B, n, ...] -> [B, blocks, size, ...], the last block filled up with zeros."""
-            pads = (0, 0) * (x.dim() - 2) + (0, blocks * size - x.shape[1])
-            return F.pad(x, pads).unflatten(1, (blocks, size))
-
-        ids = cut(noisy, size)
-        if lead:
-            ids = torch.cat((first(read)[:, :, None], ids), dim=2)
+        ids = split_blocks(noisy, size, 1)  # (B, blocks, size)
+        if prefix:
+            ids = torch.cat((at_block_starts(read)[:, :, None], ids), dim=2)  # (B, blocks, 1 + size)
         before_read = previous_ids(read)
-        previous = torch.cat((first(before_read)[:, :, None], ids[:, :, :-1]), dim=2)
-        ids, previous = ids.flatten(1)[:, :total], previous.flatten(1)[:, :total]
+        previous = torch.cat((at_block_starts(before_read)[:, :, None], ids[:, :, :-1]), dim=2)
+        ids, previous = ids.flatten(1)[:, :total], previous.flatten(1)[:, :total]  # (B, N)
         x, clean = self._embedded(ids, previous), self._embedded(read, before_read)
         before = None
         if self.neighbour_taps is not None:
             reach = self.config.neighbour_reach
             earlier = F.pad(clean, (0, 0, reach, 0))
-            before = torch.stack([first(earlier[:, i:]) for i in range(reach)], dim=2)
-        x = self._mixed(cut(x, size + lead), before=before).flatten(1, 2)[:, :total]
+            before = torch.stack([at_block_starts(earlier[:, i:]) for i in range(reach)], dim=2)  # (B, blocks, r, W)
+        x = self._mixed(split_blocks(x, size + prefix, 1), before=before).flatten(1, 2)[:, :total]  # (B, N, W)
         return ids, x, self._mixed(clean, causal=True)
 
-    def ungroup(self, hidden: Tensor, size: int, length: int) -> Tensor:
+    def block_outputs(self, hidden: Tensor, size: int, length: int) -> Tensor:
         """States of the inputs of `embed_blocks` -> those that predict its T tokens. [B, N, W] -> [B, T, W]."""
-        if not self.lead(size):
+        if not self.prefix_inputs(size):
             return hidden
-        blocks = -(-length // size)
-        filled = F.pad(hidden, (0, 0, 0, blocks * (size + 1) - hidden.shape[1]))
-        return filled.unflatten(1, (blocks, size + 1))[:, :, :size].flatten(1, 2)[:, :length]
+        return split_blocks(hidden, size + 1, 1)[:, :, :size].flatten(1, 2)[:, :length]
 
     def _layers(
-        self, x: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, see: Callable[[int], See], wanted: int | None = None
+        self,
+        x: Tensor,
+        ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer_attention: Callable[[int], AttentionFn],
+        num_queries: int | None = None,
     ) -> Tensor:
-        """All layers and the last norm; see(i) is layer i's attention. Returns the first `wanted` positions (all)."""
+        """All layers and the last norm, of the first `num_queries` positions (None: of all).
+
+        layer_attention: the number of a layer -> its attention. Only the last layer has fewer queries than keys.
+        """
         c = self.config
         embedded = x
         values = self.value_embedding(ids) if self.value_embedding is not None else None
@@ -476,8 +500,8 @@ class Denoiser(nn.Module):
             late = i - (c.layers - c.value_embedding_layers)
             if self.value_embedding is not None and values is not None and late >= 0:
                 bias = values * self.value_embedding.layer_scales[late].to(values.dtype)
-            asking = wanted if wanted is not None and i == c.layers - 1 else ids.shape[1]
-            x = block(x, embedded, cos, sin, see(i), bias, asking=asking)
+            queries = num_queries if num_queries is not None and i == c.layers - 1 else ids.shape[1]
+            x = block(x, embedded, cos, sin, layer_attention(i), bias, num_queries=queries)
             if self.skip_scales is not None and i < c.layers // 2:
                 skips.append(x)
         return F.rms_norm(x, (c.width,))
@@ -535,16 +559,16 @@ class Cache:
         stop = at + clean
         # What the embedding of these positions looks back on.
         context = min(at, net.config.neighbour_reach + 1)
-        lead = net.lead(size)
-        first = at - context - lead  # -1 is the MASK before the window
-        read = self.ids[which, max(first, 0) : at + n - lead]
+        prefix = net.prefix_inputs(size)
+        first = at - context - prefix  # -1 is the MASK before the window
+        read = self.ids[which, max(first, 0) : at + n - prefix]
         read = F.pad(read, (max(-first, 0), 0), value=net.config.mask_id)
         known = slice(context, context + clean)
         inputs = read[:, known]
         place = torch.arange(stop, device=ids.device)
         places = place[at:]
-        mask = block_mask(places, place, 1)
-        noisy = 0
+        visible = block_mask(places, place, 1)  # (queries, stop)
+        num_noisy = 0
         if size == 1:
             x = net.embed(read, causal=True)[:, known]
         else:
@@ -552,24 +576,25 @@ class Cache:
             block, noisy_places = net.block_inputs(n, size)
             x, inputs = torch.cat((embedded, x[:, known]), dim=1), torch.cat((grouped, inputs), dim=1)
             places = torch.cat((at + noisy_places, places))
-            noisy = len(block)
+            num_noisy = len(block)
             own = torch.cat((place < at + block[:, None] * size, block[:, None] == block), dim=1)
-            mask = torch.cat((own, F.pad(mask, (0, noisy))))
-        seen = None if bool(mask.all()) else additive_mask(mask)
+            visible = torch.cat((own, F.pad(visible, (0, num_noisy))))
+        attn_mask = None if bool(visible.all()) else additive_mask(visible)
 
-        def see(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[layer, which, :, at:stop] = k[:, :, noisy:]
-            self.values[layer, which, :, at:stop] = v[:, :, noisy:]
+        def attention_fn(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys[layer, which, :, at:stop] = k[:, :, num_noisy:]
+            self.values[layer, which, :, at:stop] = v[:, :, num_noisy:]
             keys, values = self.keys[layer, which, :, :stop], self.values[layer, which, :, :stop]
-            if noisy:
-                keys, values = torch.cat((keys, k[:, :, :noisy]), dim=2), torch.cat((values, v[:, :, :noisy]), dim=2)
-            return attend(q, keys, values, None if seen is None else seen[: q.shape[2]])
+            if num_noisy:
+                keys = torch.cat((keys, k[:, :, :num_noisy]), dim=2)  # (R, H_kv, stop + N, D)
+                values = torch.cat((values, v[:, :, :num_noisy]), dim=2)
+            return attend(q, keys, values, None if attn_mask is None else attn_mask[: q.shape[2]])
 
         cos, sin = self.cos[places], self.sin[places]
-        hidden = net._layers(x, inputs, cos, sin, lambda layer: partial(see, layer), noisy or None)
+        hidden = net._layers(x, inputs, cos, sin, lambda layer: partial(attention_fn, layer), num_noisy or None)
         for r in numbers:
             self.kept[r] += keep
-        return net.ungroup(hidden, size, n)
+        return net.block_outputs(hidden, size, n)
 
 
 @dataclass

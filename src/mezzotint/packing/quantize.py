@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mezzotint.distributed import rank_and_size
-from mezzotint.model import Denoiser, Model
+from mezzotint.model import Denoiser, Model, shift_right
 from mezzotint.objective import block_counts, block_lengths, mask_by_count
 from mezzotint.packing.grid import INT6_LIMIT, Grid, snap
 
@@ -70,7 +70,7 @@ def calibration(model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> l
     for window, next_tokens in zip(windows, causal, strict=True):
         ids = torch.as_tensor(window, dtype=torch.int64)[None]
         if next_tokens:
-            read = nn.functional.pad(ids[:, :-1], (1, 0), value=model.config.mask_id)
+            read = shift_right(ids, model.config.mask_id)
             everywhere = torch.ones_like(ids, dtype=torch.bool)
             made.append(Calibration(read, ids, everywhere, torch.ones(ids.shape[1]), None, True))
             continue

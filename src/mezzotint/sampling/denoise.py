@@ -17,7 +17,7 @@ from torch import Tensor
 from mezzotint import seeding
 from mezzotint.config import SamplingConfig, parse_attention
 from mezzotint.errors import MezzotintError
-from mezzotint.model import TOKENS_PER_FORWARD, Cache, Model
+from mezzotint.model import TOKENS_PER_FORWARD, Cache, Model, shift_right
 from mezzotint.sampling.samplers import SAMPLERS, Canvas
 
 OnStep = Callable[[int, Tensor, Tensor], None]
@@ -58,7 +58,7 @@ class _Network:
         rows = positions.any(1).nonzero()[:, 0]
         canvas = ids[rows]
         if self.causal:  # next tokens are learnt, and scored, with the input shifted right behind one MASK
-            canvas = torch.nn.functional.pad(canvas[:, :-1], (1, 0), value=self.model.config.mask_id)
+            canvas = shift_right(canvas, self.model.config.mask_id)
         with torch.inference_mode():
             if self.cache is None:
                 device = self.model.device

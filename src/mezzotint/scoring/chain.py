@@ -13,7 +13,7 @@ import torch
 
 from mezzotint.config import parse_attention
 from mezzotint.errors import DataError
-from mezzotint.model import TOKENS_PER_FORWARD, Model
+from mezzotint.model import TOKENS_PER_FORWARD, Model, shift_right
 from mezzotint.objective import masked_nll
 from mezzotint.scoring.orders import canvas_length, merge_blocks, reveal_order
 from mezzotint.scoring.plan import MaskedWindow, Scoring, masked_window_nll
@@ -99,7 +99,7 @@ def causal_matrix(model: Model, plan: Scoring) -> np.ndarray:
         ids = torch.stack([plan.ids(n) for n in group]).to(model.device)
         context = torch.tensor([plan.context(n) for n in group], device=ids.device)
         charged = torch.arange(ids.shape[1], device=ids.device) >= context[:, None]
-        shifted = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=model.config.mask_id)
+        shifted = shift_right(ids, model.config.mask_id)
         with torch.inference_mode():
             logits = model.logits(shifted, block_size=1, positions=charged)
             nats[0, group] = masked_nll(logits, ids, charged).double().sum(dim=1).cpu().numpy()

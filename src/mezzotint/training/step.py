@@ -21,7 +21,7 @@ from mezzotint.config import TrainConfig
 from mezzotint.data.loader import Loader, Prefetch
 from mezzotint.distributed import rank_and_size
 from mezzotint.errors import ConfigError, MezzotintError
-from mezzotint.model import Denoiser, Tables
+from mezzotint.model import Denoiser, Tables, shift_right
 from mezzotint.objective import (
     block_counts,
     block_lengths,
@@ -118,7 +118,7 @@ def draw_step(
         counts[~causal] = block_counts(rows - n, length, size or length, generator, rates)
     corrupted, masked = mask_by_count(ids, counts, mask_id, generator, size)
     if n:
-        corrupted[causal] = nn.functional.pad(ids[causal, :-1], (1, 0), value=mask_id)
+        corrupted[causal] = shift_right(ids[causal], mask_id)
     return Draw(causal, counts if size else counts[:, 0], corrupted, masked, size)
 
 
