@@ -309,3 +309,21 @@ def test_rivals_are_searched_and_all_columns_stand_on_the_same_text(trained, tmp
     quality.main(words)  # nothing is made again
     assert (tmp_path / "out" / "rows.jsonl").read_text().count("\n") == 2
     assert capsys.readouterr().out.count("\n| ") == 4  # title, rule, two rows
+
+
+# --- a GPU's check, on a CPU --------------------------------------------------------------------------------------------
+
+
+def test_gpu_check_reports_a_step_by_its_parts_and_keeps_what_fails(tmp_path):
+    """All of the script but CUDA's own figures; a part that fails leaves its traceback and the other parts alone."""
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--small", "--quick"]
+    command += ["--out", str(tmp_path), "--parts", "reference+block(0x),best16mb+block(16)"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert "Traceback" in found["reference+block(0x)"]["failed"]
+    step = found["best16mb+block(16)"]
+    assert not [key for key in step if key.endswith("failed")], step
+    assert step["gradients_ms"] > 0 and step["step_ms"] > 0 and step["estimate_8_gpus_ms"] > 0
+    page = (tmp_path / "gpu_check.md").read_text()
+    assert page in done.stdout and "103.5 ms" in page and "| optimizer, ms |" in page

@@ -1,0 +1,398 @@
+"""What a GPU does here: the CUDA tests, and a training step of the large presets by its parts.
+
+    python benchmarks/gpu_check.py [--out gpu_check] [--quick] [--seconds 600] [--parts tests,reference,best16mb]
+
+Writes OUT/gpu_check.md, which can be pasted as it stands, and OUT/gpu_check.json with everything. From a checkout that is
+not installed: `PYTHONPATH=src python benchmarks/gpu_check.py`.
+
+Each part is a process of its own with a limit of time; one that fails leaves its traceback in the report and the others
+alone. A step is that of one GPU of eight: an eighth of the preset's batch, all of its windows whole and over all mask
+rates. Model FLOPs are `throughput.model_flops`. The estimate for 8 GPUs is the measured step with what 8 GPUs do besides:
+gradients summed over NVLink at 450 GB/s each way, half of it behind the backward pass (`h100_estimate`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from h100_estimate import FLOPS, estimate
+from throughput import RandomWindows, model_flops
+
+from mezzotint.config import PRESETS, TrainConfig, preset
+from mezzotint.model import Denoiser, count_parameters
+from mezzotint.system import peak_memory_bytes
+from mezzotint.training.step import Trainer, draw_step
+
+ROOT = Path(__file__).resolve().parent.parent
+GPUS = 8
+ENTRY_MS = 103.5
+"""A step of the challenge entry, 786,432 tokens on 8 H100s with FlashAttention 3."""
+LATE = 0.9
+"""The part of a run whose steps are timed: all windows whole, all mask rates."""
+
+
+class Report:
+    """A part's figures, on the disk after every one of them, so that a part that is stopped keeps what it had."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Any] = {}
+
+    def add(self, **values: Any) -> None:
+        self.values.update(values)
+        self.path.write_text(json.dumps(self.values, indent=1))
+
+    @contextlib.contextmanager
+    def guarded(self, name: str) -> Iterator[None]:
+        """Let what goes wrong inside be said in the report, and the part go on."""
+        try:
+            yield
+        except Exception:
+            self.add(**{f"{name}_failed": traceback.format_exc()})
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(device: torch.device, work: Callable[[], Any], times: int) -> float:
+    """The median time of `work`, all of which is done when its clock stops."""
+    found = []
+    for _ in range(times):
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        found.append(1000 * (time.perf_counter() - started))
+    return statistics.median(found)
+
+
+def machine(report: Report, device: torch.device) -> None:
+    """What there is, and the two rates that bound everything else."""
+    report.add(
+        torch=torch.__version__, python=platform.python_version(), cores=os.cpu_count(), device=str(device),
+        commit=subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+    )  # fmt: skip
+    size, elements = (8192, 1 << 30) if device.type == "cuda" else (512, 1 << 20)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        report.add(
+            name=properties.name, memory_gib=properties.total_memory / 2**30, cuda=torch.version.cuda,
+            multiprocessors=properties.multi_processor_count,
+        )  # fmt: skip
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    milliseconds(device, lambda: a @ b, 3)
+    report.add(product_flops=2 * size**3 / milliseconds(device, lambda: a @ b, 10) * 1000)
+    x, y = (torch.empty(elements, dtype=torch.bfloat16, device=device) for _ in range(2))
+    x.normal_()
+    milliseconds(device, lambda: y.copy_(x), 3)
+    report.add(bytes_per_second=2 * 2 * elements / milliseconds(device, lambda: y.copy_(x), 10) * 1000)
+
+
+def settings_of(name: str, small: bool) -> tuple[Any, TrainConfig]:
+    """Model and training settings of a GPU's share of a step. name: a preset, perhaps with `+block(K)` behind it."""
+    base, _, blocks = name.partition("+")
+    chosen = preset(base)
+    model, share = chosen.model, max(1, chosen.train.batch // GPUS)
+    if small:
+        model = dataclasses.replace(
+            model, sequence_length=64, vocab_size=300, layers=2, width=64, heads=4, kv_heads=2,
+            value_embedding_layers=min(2, model.value_embedding_layers),
+        )  # fmt: skip
+        share = 2
+    config = dataclasses.replace(
+        chosen.train, compile=not small, steps=1000, batch=share, short_share=0.0, narrow_share=0.0,
+        block_size=int(blocks[6:-1]) if blocks else chosen.train.block_size,
+    )  # fmt: skip
+    return model, config
+
+
+def trainer_that_fits(
+    report: Report, model: Any, config: TrainConfig, device: torch.device, seconds: float
+) -> tuple[Trainer, TrainConfig]:
+    """A trainer, warmed up, with the largest micro-batch that fits the memory."""
+    micro, until = config.batch, time.perf_counter() + seconds
+    while True:
+        trying = dataclasses.replace(config, micro_batch=micro)
+        torch.manual_seed(0)
+        network = Denoiser(model).to(device)
+        trainer = Trainer(network, trying, RandomWindows(model, trying.batch), device)  # type: ignore[arg-type]
+        try:
+            started = time.perf_counter()
+            reason = trainer.warm_up()
+            for _ in range(3):
+                trainer.run_step(LATE)
+            synchronize(device)
+        except torch.OutOfMemoryError:
+            if micro == 1 or time.perf_counter() > until:
+                raise
+        else:
+            report.add(
+                micro_batch=micro, compiled=trainer.compiled, not_compiled_because=reason,
+                setup_seconds=time.perf_counter() - started,
+            )  # fmt: skip
+            return trainer, trying
+        del trainer, network
+        torch.cuda.empty_cache()
+        micro = -(-micro // 2)
+
+
+def step_of(report: Report, name: str, device: torch.device, quick: bool, small: bool, seconds: float) -> None:
+    """A training step of a preset: whole, by its parts, by its kernels, and where it waits for the device."""
+    started = time.perf_counter()
+    model, config = settings_of(name, small)
+    report.add(batch=config.batch, length=model.sequence_length, tokens=config.batch * model.sequence_length)
+    trainer, config = trainer_that_fits(report, model, config, device, seconds / 2)
+    network, times = trainer.network, 3 if small else 5 if quick else 20
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    whole = milliseconds(device, lambda: trainer.run_step(LATE), times)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
+    flops = model_flops(model, config, network)
+    report.add(
+        parameters=count_parameters(network), step_ms=whole, tokens_per_second=report.values["tokens"] / whole * 1000,
+        model_flops_per_second=flops / whole * 1000, of_989_tflops=flops / whole * 1000 / FLOPS,
+        peak_memory_bytes=memory,
+    )  # fmt: skip
+
+    def behind() -> None:
+        """Steps one behind another, as a run makes them: what the host does runs beside the device."""
+        for _ in range(times):
+            trainer.run_step(LATE)
+
+    report.add(step_in_a_row_ms=milliseconds(device, behind, 1) / times)
+    with report.guarded("parts"):
+        parts_of_step(report, trainer, config, device, times)
+    if device.type == "cuda":
+        with report.guarded("waits"):
+            report.add(**waits(trainer))
+        with report.guarded("kernels"):
+            report.add(**kernels(trainer, 2 if quick else 3))
+    base = name.partition("+")[0]
+    with report.guarded("estimate"):
+        parts = estimate(base, GPUS, 0.4)
+        best = min(whole, report.values["step_in_a_row_ms"])
+        report.add(
+            estimate_8_gpus_ms=best + 1000 * parts["gradients"],
+            paper_estimate_ms={part: 1000 * s for part, s in parts.items()},
+        )
+    report.add(seconds=time.perf_counter() - started)
+
+
+def parts_of_step(report: Report, trainer: Trainer, config: TrainConfig, device: torch.device, times: int) -> None:
+    windows = trainer.batches.batch(trainer.step)
+    rows = torch.from_numpy(windows)
+    whole_batch = rows.repeat(GPUS, 1)
+    mask_id = trainer.network.config.mask_id
+    report.add(
+        windows_ms=milliseconds(device, lambda: trainer.batches.batch(trainer.step), times),
+        masks_ms=milliseconds(device, lambda: draw_step(config, 0, rows, mask_id), times),
+        masks_of_8_gpus_ms=milliseconds(device, lambda: draw_step(config, 0, whole_batch, mask_id), times),
+    )
+    found: dict[str, list[float]] = {"gradients": [], "clipping": [], "optimizer": [], "average": []}
+    parameters = list(trainer.network.parameters())
+    for n in range(times):
+        work: dict[str, Callable[[], Any]] = {
+            "gradients": lambda n=n: trainer.gradients(windows, n, LATE),
+            "clipping": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0),
+            "optimizer": trainer.optimizers.step,
+            "average": lambda n=n: trainer.average.update(n + 1),
+        }
+        for part, action in work.items():
+            found[part].append(milliseconds(device, action, 1))
+    report.add(**{f"{part}_ms": statistics.median(values) for part, values in found.items()})
+
+
+def waits(trainer: Trainer) -> dict[str, Any]:
+    """Where one step's Python code waits for the device: `file:line` and how often."""
+    places: dict[str, int] = {}
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.run_step(LATE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for warning in caught:
+        if "synchroniz" in str(warning.message):
+            place = f"{Path(warning.filename).name}:{warning.lineno}"
+            places[place] = places.get(place, 0) + 1
+    return {"waits": sum(places.values()), "waits_at": places}
+
+
+def kernels(trainer: Trainer, steps: int) -> dict[str, Any]:
+    """Milliseconds of a step by kernel, the longest first, and how long the device was busy."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        for _ in range(steps):
+            trainer.run_step(LATE)
+        torch.cuda.synchronize()
+    rows, launches = [], 0
+    for event in seen.key_averages():
+        if str(event.device_type).endswith("CUDA"):
+            rows.append((event.self_device_time_total / 1000 / steps, event.count / steps, event.key[:110]))
+        elif event.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")):
+            launches += event.count
+    rows.sort(reverse=True)
+    return {
+        "busy_ms": sum(row[0] for row in rows), "launches": launches / steps,
+        "kernels": [{"ms": ms, "times": n, "kernel": name} for ms, n, name in rows[:25]],
+    }  # fmt: skip
+
+
+def tests(report: Report, out: Path, seconds: float) -> None:
+    """The CUDA tests, by pytest."""
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider",
+               "--durations=8", str(ROOT / "tests" / "test_cuda.py")]  # fmt: skip
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    with (out / "tests.txt").open("w") as file:
+        status: int | str
+        try:
+            environment = {**os.environ, "PYTHONPATH": path}
+            status = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=seconds
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = "ran past its time"
+    text = (out / "tests.txt").read_text()
+    report.add(status=status, passed=status == 0, last=text.strip().splitlines()[-1:], output=text[-20_000:])
+
+
+def run_part(options: argparse.Namespace) -> None:
+    """What a part's own process does."""
+    report = Report(options.out / f"{options.part}.json")
+    device = torch.device(options.device)
+    try:
+        if options.part == "machine":
+            machine(report, device)
+        elif options.part == "tests":
+            tests(report, options.out, options.seconds)
+        else:
+            step_of(report, options.part, device, options.quick, options.small, options.seconds)
+    except Exception:
+        report.add(failed=traceback.format_exc())
+
+
+def started(options: argparse.Namespace, part: str, seconds: float) -> dict[str, Any]:
+    """A part in a process of its own: its report, whatever became of it."""
+    command = [sys.executable, __file__, "--part", part, "--out", str(options.out), "--device", options.device,
+               "--seconds", str(seconds)]  # fmt: skip
+    command += ["--quick"] * options.quick + ["--small"] * options.small
+    path, begun = options.out / f"{part}.json", time.perf_counter()
+    path.unlink(missing_ok=True)
+    with (options.out / f"{part}.log").open("w") as log:
+        try:
+            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds + 5).returncode
+            end = "" if status == 0 else f"ended with status {status}"
+        except subprocess.TimeoutExpired:
+            end = f"stopped after {seconds:.0f} s"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if end:
+        found["failed"] = f"{end}\n{(options.out / f'{part}.log').read_text()[-3000:]}\n{found.get('failed', '')}"
+    return {**found, "wall_seconds": time.perf_counter() - begun}
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """The report as a page of tables."""
+    there = results.get("machine", {})
+    lines = [
+        "# A GPU's training step", "",
+        f"{there.get('name', there.get('device'))}, {there.get('memory_gib', 0):.0f} GiB; PyTorch {there.get('torch')}, CUDA "
+        f"{there.get('cuda')}, Python {there.get('python')}, {there.get('cores')} cores; commit {there.get('commit')}. Measured: "
+        f"{there.get('product_flops', 0) / 1e12:.0f} TFLOP/s of bfloat16 products, {there.get('bytes_per_second', 0) / 1e12:.2f} TB/s.",
+        "",
+    ]  # fmt: skip
+    if "tests" in results:
+        lines += [f"CUDA tests: {' '.join(results['tests'].get('last', ['not run']))}", ""]
+    steps = {name: r for name, r in results.items() if "step_ms" in r}
+    if steps:
+        lines += ["| | " + " | ".join(steps) + " |", "| --- |" + " --- |" * len(steps)]
+        rows: list[tuple[str, str, float, str]] = [
+            ("windows a step on this GPU", "batch", 1, ",.0f"), ("of them at once", "micro_batch", 1, ",.0f"),
+            ("tokens", "tokens", 1, ",.0f"), ("parameters", "parameters", 1, ",.0f"),
+            ("step, ms", "step_ms", 1, ".1f"), ("steps in a row, ms each", "step_in_a_row_ms", 1, ".1f"),
+            ("tokens/s", "tokens_per_second", 1, ",.0f"), ("model TFLOP/s", "model_flops_per_second", 1e-12, ".0f"),
+            ("of 989 TFLOP/s, %", "of_989_tflops", 100, ".1f"), ("peak memory, GiB", "peak_memory_bytes", 2**-30, ".1f"),
+            ("windows read, ms", "windows_ms", 1, ".2f"), ("masks drawn, ms", "masks_ms", 1, ".2f"),
+            ("masks of 8 GPUs' windows, ms", "masks_of_8_gpus_ms", 1, ".2f"),
+            ("masks, forward and backward, ms", "gradients_ms", 1, ".1f"), ("clipping, ms", "clipping_ms", 1, ".2f"),
+            ("optimizer, ms", "optimizer_ms", 1, ".2f"), ("average, ms", "average_ms", 1, ".2f"),
+            ("device busy, ms a step", "busy_ms", 1, ".1f"), ("kernels launched", "launches", 1, ",.0f"),
+            ("waits for the device in a step", "waits", 1, ".0f"), ("setting up, s", "setup_seconds", 1, ".0f"),
+            ("8 GPUs, estimated from this, ms", "estimate_8_gpus_ms", 1, ".1f"),
+        ]  # fmt: skip
+        for label, key, scale, form in rows:
+            cells = [format(r[key] * scale, form) if r.get(key) is not None else "" for r in steps.values()]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines += [
+            "",
+            f"The challenge entry took {ENTRY_MS} ms a step of 786,432 tokens on 8 GPUs (`reference` here).",
+            "",
+        ]
+    for name, found in steps.items():
+        lines += [f"Waits in a step of {name}: {found.get('waits_at')}", ""]
+        lines += [f"| {name}: kernel | ms | times |", "| --- | --- | --- |"]
+        lines += [f"| `{k['kernel']}` | {k['ms']:.2f} | {k['times']:.0f} |" for k in found.get("kernels", [])[:15]]
+        lines.append("")
+    for name, found in results.items():
+        for key, text in found.items():
+            if key.endswith("failed"):
+                lines += [f"**{name}: {key}**", "", "```", str(text)[-4000:], "```", ""]
+        if name == "tests" and not found.get("passed"):
+            lines += ["```", str(found.get("output", ""))[-8000:], "```", ""]
+    lines.append("Seconds: " + ", ".join(f"{name} {r.get('wall_seconds', 0):.0f}" for name, r in results.items()))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for the report [gpu_check]")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, and no row in blocks")
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="for everything; what comes too late is left out [600]"
+    )
+    parser.add_argument("--parts", help="machine, tests, presets or PRESET+block(K), by commas [all]")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="small networks, to try the script itself")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.part:
+        run_part(options)
+        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this PyTorch sees no CUDA device")
+    until = time.perf_counter() + options.seconds
+    parts = ["machine", "reference", "best16mb", "tests"] + ["best16mb+block(16)"] * (not options.quick)
+    parts = options.parts.split(",") if options.parts else parts
+    known = {"machine", "tests", *PRESETS}
+    if unknown := [p for p in parts if p.partition("+")[0] not in known]:
+        parser.error(f"unknown part {unknown[0]}: one of {', '.join(sorted(known))}")
+    results: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        left = until - time.perf_counter()
+        results[part] = started(options, part, left - 6) if left > 10 else {"failed": "left out: no time left"}
+        (options.out / "gpu_check.json").write_text(json.dumps(results, indent=1))
+        (options.out / "gpu_check.md").write_text(markdown(results))
+    print((options.out / "gpu_check.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
