@@ -20,10 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import toy
 
 import mezzotint
-from mezzotint import pretrained
+from mezzotint import config, pretrained
 from mezzotint.cli import main
+from mezzotint.sampling import samplers
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -95,8 +98,8 @@ def house(tmp_path_factory) -> Path:
         (folder / "my_texts" / f"{i}.txt").write_text("The " + " ".join(rng.choice(words, 60)) + ".\n")
     mezzotint.prepare([folder / "my_texts"], folder / "data", val_fraction=0.1)
     model = mezzotint.ModelConfig(sequence_length=32, layers=1, width=32, heads=2, kv_heads=2)
-    config = mezzotint.TrainConfig(steps=2, batch=2, compile=False, device="cpu", causal_share=0.5)
-    mezzotint.train(folder / "data", folder / "run", model=model, config=config)
+    settings = mezzotint.TrainConfig(steps=2, batch=2, compile=False, device="cpu", causal_share=0.5)
+    mezzotint.train(folder / "data", folder / "run", model=model, config=settings)
     stream = mezzotint.Dataset.open(folder / "data").split("train")
     mezzotint.pack(mezzotint.load_run(folder / "run"), stream, folder / "model.mzt")
     return folder
@@ -113,8 +116,8 @@ def test_page(page, house, tmp_path, monkeypatch, capfd):
         for name in ("data", "run"):
             shutil.copytree(house / name, tmp_path / name)
         shutil.copy(house / "model.mzt", tmp_path)
-        config = (tmp_path / "run" / "config.json").read_text().replace(str(house / "data"), str(tmp_path / "data"))
-        (tmp_path / "run" / "config.json").write_text(config)
+        settings = (tmp_path / "run" / "config.json").read_text().replace(str(house / "data"), str(tmp_path / "data"))
+        (tmp_path / "run" / "config.json").write_text(settings)
     (tmp_path / "package" / "models").mkdir(parents=True)
     shutil.copy(house / "model.mzt", tmp_path / "package" / "models" / "prose.mzt")
     for name in ("report.html", "serve.html"):
@@ -153,12 +156,22 @@ def test_this_test_can_fail(tmp_path):
     assert shortened(["train", "d", "--minutes", "5", "--out", "r"])[:4] == ["train", "d", "--out", "r"]
 
 
+def test_the_sampler_that_contributing_adds_works(monkeypatch):
+    """A row and a function are all it takes, besides the name."""
+    (block,) = [b for b in blocks(ROOT / "CONTRIBUTING.md") if b.language == "python"]
+    monkeypatch.setitem(samplers.SAMPLERS, "pairs", samplers.SAMPLERS["confidence"])  # taken out again at the end
+    exec(block.text, {})
+    monkeypatch.setattr(config, "SAMPLERS", (*config.SAMPLERS, "pairs"))
+    canvas, allowed = torch.full((2, 6), 3), torch.ones(3, dtype=torch.bool)
+    done = mezzotint.denoise(toy.TableModel(3, 6), canvas, allowed=allowed, sampler="pairs")
+    assert done.forward_passes == 3 and (done.ids < 3).all()
+
+
 def test_links_between_pages_and_files_hold():
-    """Relative links lead to files of the repository. docs/scaling.md is checked as soon as it is there."""
-    for page in PAGES:
+    """Relative links lead to files of the repository."""
+    for page in [*PAGES, *ROOT.glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text("utf-8")):
-            there = (page.parent / target).exists() or target in ("scaling.md", "docs/scaling.md")
-            assert there, f"{page.name}: {target}"
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_picture_is_the_scripts(tmp_path):
