@@ -560,7 +560,7 @@ def test_a_prompt_comes_back_as_it_was_given():
     assert sample(model, 1, 8, prompt=odd, temperature=0.2).texts[0].startswith(odd + "capital")
 
 
-def test_broken_bytes_are_found_and_never_left():
+def test_invalid_utf8_is_found_and_never_left():
     table = own_tokenizer()
     byte = {table.raw[i]: i for i in range(len(table.raw)) if table.is_byte[i]}
     e_acute = [byte[b"\xc3"], byte[b"\xa9"]]

@@ -29,7 +29,7 @@ from mezzotint.system import try_lock
 from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock
 from mezzotint.training.optim import MovingAverage, Optimizers
 from mezzotint.training.run import train
-from mezzotint.training.step import Trainer, draw_step
+from mezzotint.training.step import Trainer, corrupt_batch
 
 QUICK = TrainConfig(steps=12, batch=4, compile=False, dtype="float32", log_every=0.0, checkpoint_minutes=60)
 
@@ -90,7 +90,7 @@ def test_a_run_may_start_with_some_mask_rates_and_says_so(data, model, tmp_path)
     assert [row["tokens"] for row in rows] == [64 * n for n in range(1, 13)]
     assert result["train_nelbo_bpb"] == rows[-1]["train_nelbo_bpb"]
     ids = torch.zeros(64, 200, dtype=torch.int64)
-    counts = draw_step(config, 0, ids, 280, (0.1, 0.6)).counts
+    counts = corrupt_batch(config, 0, ids, 280, (0.1, 0.6)).counts
     assert counts.min() in (21, 22) and counts.max() == 120
 
 
@@ -106,7 +106,7 @@ def test_a_run_may_start_with_next_tokens_and_says_so(data, model, tmp_path):
     other = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
     assert [row["train_causal_bpb"] for row in rows[:6]] == [row["train_nelbo_bpb"] for row in other[:6]]
     ids = torch.arange(6 * 8).reshape(6, 8)
-    assert draw_step(config, 0, ids, 99, causal_share=1.0).causal.all()
+    assert corrupt_batch(config, 0, ids, 99, causal_share=1.0).causal.all()
 
 
 def test_halves_of_windows_are_windows(data, model):
@@ -150,39 +150,39 @@ def test_draw_of_a_step():
         config = dataclasses.replace(QUICK, batch=6, causal_share=share)
         seen, total = set(), 0
         for step in range(200):
-            draw = draw_step(config, step, ids, 99)
-            seen.add(int(draw.causal.sum()))
-            total += int(draw.causal.sum())
+            batch = corrupt_batch(config, step, ids, 99)
+            seen.add(int(batch.causal.sum()))
+            total += int(batch.causal.sum())
             for row in range(6):
-                if draw.causal[row]:
-                    assert draw.masked[row].all() and draw.corrupted[row].tolist() == [99, *ids[row, :-1].tolist()]
+                if batch.causal[row]:
+                    assert batch.masked[row].all() and batch.corrupted[row].tolist() == [99, *ids[row, :-1].tolist()]
                 else:
-                    assert int(draw.masked[row].sum()) == int(draw.counts[row])
-                    assert torch.equal(draw.corrupted[row], ids[row].masked_fill(draw.masked[row], 99))
+                    assert int(batch.masked[row].sum()) == int(batch.counts[row])
+                    assert torch.equal(batch.corrupted[row], ids[row].masked_fill(batch.masked[row], 99))
         assert seen == causal_rows and total / 1200 == pytest.approx(share, abs=0.03)
-        again = draw_step(config, 7, ids, 99)
-        assert torch.equal(again.corrupted, draw_step(config, 7, ids, 99).corrupted)
+        again = corrupt_batch(config, 7, ids, 99)
+        assert torch.equal(again.corrupted, corrupt_batch(config, 7, ids, 99).corrupted)
 
 
 def test_draw_of_a_step_in_blocks():
     ids = torch.arange(6 * 8).reshape(6, 8)
     config = dataclasses.replace(QUICK, batch=6, causal_share=0.5, block_size=3)
-    draw = draw_step(config, 2, ids, 99)
-    assert draw.size == 3 and draw.counts.shape == (6, 3) and int(draw.causal.sum()) == 3
+    batch = corrupt_batch(config, 2, ids, 99)
+    assert batch.size == 3 and batch.counts.shape == (6, 3) and int(batch.causal.sum()) == 3
     for row in range(6):
-        if draw.causal[row]:
-            assert draw.masked[row].all() and draw.corrupted[row].tolist() == [99, *ids[row, :-1].tolist()]
-            assert draw.counts[row].tolist() == [3, 3, 2]
+        if batch.causal[row]:
+            assert batch.masked[row].all() and batch.corrupted[row].tolist() == [99, *ids[row, :-1].tolist()]
+            assert batch.counts[row].tolist() == [3, 3, 2]
         else:
-            assert [int(part.sum()) for part in draw.masked[row].split(3)] == draw.counts[row].tolist()
-            assert torch.equal(draw.corrupted[row], ids[row].masked_fill(draw.masked[row], 99))
-    assert torch.equal(draw.corrupted, draw_step(config, 2, ids, 99).corrupted)
-    alone = draw_step(dataclasses.replace(config, block_size=1), 2, ids, 99)
+            assert [int(part.sum()) for part in batch.masked[row].split(3)] == batch.counts[row].tolist()
+            assert torch.equal(batch.corrupted[row], ids[row].masked_fill(batch.masked[row], 99))
+    assert torch.equal(batch.corrupted, corrupt_batch(config, 2, ids, 99).corrupted)
+    alone = corrupt_batch(dataclasses.replace(config, block_size=1), 2, ids, 99)
     assert alone.causal.all() and alone.size is None  # blocks of one token are next tokens
-    whole = draw_step(dataclasses.replace(config, block_size=0), 2, ids, 99)
+    whole = corrupt_batch(dataclasses.replace(config, block_size=0), 2, ids, 99)
     for size in (8, 100):
         assert torch.equal(
-            whole.corrupted, draw_step(dataclasses.replace(config, block_size=size), 2, ids, 99).corrupted
+            whole.corrupted, corrupt_batch(dataclasses.replace(config, block_size=size), 2, ids, 99).corrupted
         )
     with pytest.raises(ConfigError, match="block_size"):
         dataclasses.replace(config, block_size=-1)
@@ -207,21 +207,21 @@ def test_gradient_of_blocks_is_that_of_the_stated_loss(data, model, share, shift
     got = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     net.zero_grad()
     ids = torch.from_numpy(loader.batch(3))
-    draw = draw_step(config, 3, ids, model.mask_id, causal_share=0.0 if shifted else None)
-    masked_tokens = int(draw.masked[~draw.causal].sum())
+    batch = corrupt_batch(config, 3, ids, model.mask_id, causal_share=0.0 if shifted else None)
+    masked_tokens = int(batch.masked[~batch.causal].sum())
     expected, bounds = torch.zeros(()), []
     for row in range(4):
-        if draw.causal[row] or (shifted and share):
+        if batch.causal[row] or (shifted and share):
             read = torch.nn.functional.pad(ids[row : row + 1, :-1], (1, 0), value=model.mask_id)
             logp = net(read, block_size=1)[0].log_softmax(-1)
             expected = expected - (share if shifted else 1) * logp[range(16), ids[row]].sum() / 64
-        if draw.causal[row]:
+        if batch.causal[row]:
             continue
         bounds.append(0.0)
         for start in range(0, 16, 6):
-            canvas = torch.cat((ids[row, :start], draw.corrupted[row, start : start + 6]))
+            canvas = torch.cat((ids[row, :start], batch.corrupted[row, start : start + 6]))
             logp = net(canvas[None], block_size=6)[0].log_softmax(-1)
-            hidden = [i for i in range(start, len(canvas)) if draw.masked[row, i]]
+            hidden = [i for i in range(start, len(canvas)) if batch.masked[row, i]]
             nll = -sum(logp[i, ids[row, i]] for i in hidden)
             bounds[-1] += float(nll.detach()) * (len(canvas) - start) / len(hidden)
             if weighting == "nelbo":  # a mean over all windows, whichever way they are learnt
@@ -247,15 +247,15 @@ def test_gradient_is_that_of_the_stated_loss(data, model, share):
     got = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     net.zero_grad()
     ids = torch.from_numpy(loader.batch(3))
-    draw = draw_step(config, 3, ids, model.mask_id)
+    batch = corrupt_batch(config, 3, ids, model.mask_id)
     expected, bound, masked_rows = torch.zeros(()), 0.0, 0
     for row in range(4):
-        size = int(draw.causal[row])
-        logp = net(draw.corrupted[row : row + 1], block_size=size)[0].log_softmax(-1)
-        nll = -sum(logp[i, ids[row, i]] for i in range(16) if draw.masked[row, i])
-        term = nll / int(draw.counts[row])
+        size = int(batch.causal[row])
+        logp = net(batch.corrupted[row : row + 1], block_size=size)[0].log_softmax(-1)
+        nll = -sum(logp[i, ids[row, i]] for i in range(16) if batch.masked[row, i])
+        term = nll / int(batch.counts[row])
         expected = expected + term / 4
-        if not draw.causal[row] or share == 1:
+        if not batch.causal[row] or share == 1:
             bound, masked_rows = bound + float(term.detach()), masked_rows + 1
     expected.backward()
     torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in net.parameters()]), atol=1e-6, rtol=1e-4)

@@ -141,7 +141,7 @@ class TrainConfig:
     momentum_start: float = _option(0.85, "Muon momentum at the first step")
     momentum_warmup: float = _option(0.1, "share of the run over which the momentum rises")
     neuron_decay: float = _option(
-        0.0, "decay of the second moments by which Muon levels the neurons of a matrix, as NorMuon does (0: plain Muon)"
+        0.0, "decay of the second moments by which Muon normalises per neuron, as NorMuon does (0: plain Muon)"
     )
     beta1: float = _option(0.9, "AdamW first-moment decay")
     beta2: float = _option(0.95, "AdamW second-moment decay")

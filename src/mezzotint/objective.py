@@ -57,9 +57,9 @@ def block_counts(
     lengths = block_lengths(length, size)
     counts = torch.zeros(rows, len(lengths), dtype=torch.int64)
     for tokens in sorted(set(lengths.tolist()), reverse=True):
-        here = lengths == tokens
-        n = rows * int(here.sum())
-        counts[:, here] = stratified_counts(n, tokens, generator, rates).view(rows, -1)
+        of_length = lengths == tokens
+        n = rows * int(of_length.sum())
+        counts[:, of_length] = stratified_counts(n, tokens, generator, rates).view(rows, -1)
     return counts
 
 
@@ -108,7 +108,7 @@ def masked_nll(logits: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
     logits: [n, V] at the n True positions of `masked` in row-major order; ids, masked: [B, T].
     Returns [B, T], zero where nothing is masked, in the logits' type.
     """
-    return in_place(token_nll(logits, ids[masked]), masked)
+    return scatter_to(masked, token_nll(logits, ids[masked]))
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -116,9 +116,9 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
-def in_place(nll: Tensor, masked: Tensor) -> Tensor:
-    """Figures of the n True positions of `masked`, row-major, at their places; zero elsewhere. [n] -> [B, T]."""
-    return torch.zeros(masked.shape, dtype=nll.dtype, device=nll.device).masked_scatter(masked, nll)
+def scatter_to(positions: Tensor, values: Tensor, rest: float = 0) -> Tensor:
+    """[n] values at the n True `positions` (bool [B, T]), row-major, and `rest` elsewhere: [B, T]."""
+    return torch.full(positions.shape, rest, dtype=values.dtype, device=values.device).masked_scatter(positions, values)
 
 
 def nelbo_per_window(nll: Tensor, counts: Tensor, size: int | None = None) -> Tensor:

@@ -106,7 +106,7 @@ def text_likelihood(
         generator = seeding.generator(seed, number)
         counts = stratified_counts(masks, len(part), generator)
         rows = part.expand(masks, -1)
-        hidden, masked = mask_by_count(rows, counts, model.config.mask_id, generator)
+        corrupted, masked = mask_by_count(rows, counts, model.config.mask_id, generator)
         # What is before a window's text is BOS at its start, and else the id before it.
         before = torch.full((masks, 1), model.tokenizer.bos_id if start == 0 else ids[start - 1])
         nats: list[torch.Tensor] = []
@@ -116,7 +116,7 @@ def text_likelihood(
             some = slice(chunk, chunk + 8)
             where = torch.cat((torch.zeros_like(before[some], dtype=torch.bool), masked[some]), 1)
             with torch.inference_mode():
-                logits = model.logits(torch.cat((before[some], hidden[some]), 1), positions=where.to(model.device))
+                logits = model.logits(torch.cat((before[some], corrupted[some]), 1), positions=where.to(model.device))
             nll = masked_nll(logits.cpu(), rows[some], masked[some])
             nats.append(nelbo_per_window(nll.double(), counts[some]))
         each = torch.cat(nats).numpy()

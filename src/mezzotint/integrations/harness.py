@@ -191,12 +191,12 @@ class Harness(TemplateLM):
             step = min(STEP, most - (len(ids) - len(prompt)), max(1, self.length // 2))
             seen = ids[-(self.length - step) :]
             canvas = torch.tensor([seen + [mask] * (self.length - len(seen))])
-            wanted = torch.zeros(canvas.shape, dtype=torch.bool)
-            wanted[0, len(seen) : len(seen) + step] = True
+            target = torch.zeros(canvas.shape, dtype=torch.bool)
+            target[0, len(seen) : len(seen) + step] = True
             drawn = denoise(
                 self.model,
                 canvas,
-                wanted=wanted,
+                target=target,
                 seed=self.seed + len(ids),
                 stop_id=tokenizer.bos_id,
                 sampler="blocks",

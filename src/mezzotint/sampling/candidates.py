@@ -148,7 +148,7 @@ def drawn(search: Search, lengths: Sequence[int], seed: int, settings: Mapping[s
             search.show(before + step, ids[middle, where].tolist(), confidence[middle, where].tolist())
 
     result = denoise(
-        search.model, canvas, seed=seed, wanted=target, only=limits, attention=search.attention,
+        search.model, canvas, seed=seed, target=target, only=limits, attention=search.attention,
         on_step=on_step if search.show else None, **settings,
     )  # fmt: skip
     result = resample_invalid_utf8(

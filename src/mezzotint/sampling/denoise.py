@@ -29,7 +29,7 @@ class Denoised:
     """A canvas with its masks revealed.
 
     ids: int64 [B, T]. confidence: float32 [B, T], the model's probability of each revealed token in the pass that
-    revealed it; 1 where the canvas was given, 0 where a mask is left (not wanted, or behind an end of text).
+    revealed it; 1 where the canvas was given, 0 where a mask is left (no target, or behind an end of text).
     nats: float64 [B], -log of the product of those probabilities. forward_passes: how often the network ran (the
     rows of one batch run together).
     """
@@ -95,7 +95,7 @@ def denoise(
     canvas: Tensor,
     *,
     seed: int = 0,
-    wanted: Tensor | None = None,
+    target: Tensor | None = None,
     allowed: Tensor | None = None,
     only: Mapping[tuple[int, int], Tensor] | None = None,
     stop_id: int | None = None,
@@ -107,7 +107,7 @@ def denoise(
     """Reveal the masks of a canvas.
 
     canvas: int64 [B, T], MASK (`model.config.mask_id`) where text is wanted; every other id comes back as it was.
-    wanted: bool [B, T], the masks to reveal (default: all); the others stay, as text that may be anything.
+    target: bool [B, T], the masks to reveal (default: all); the others stay, as text that may be anything.
     allowed: bool [V], tokens that may be drawn (default: those that stand for text, `tokenizer.is_text`).
     only: further limits, (row, position) -> bool [V].
     stop_id: a drawn token that ends the text; masks behind the first one stay masked.
@@ -128,9 +128,9 @@ def denoise(
     else:
         block_size = parse_attention(attention)
     size = block_size or length
-    target = ids == mask_id
-    if wanted is not None:
-        target &= wanted.to("cpu")
+    masked = ids == mask_id
+    if target is not None:
+        masked &= target.to("cpu")
     permitted: Tensor = model.tokenizer.is_text if allowed is None else allowed
     only = only or {}
     for (_, position), tokens in only.items():
@@ -145,7 +145,7 @@ def denoise(
         rows = slice(start, min(start + at_once, len(ids)))
         limits = {(r - start, p): t for (r, p), t in only.items() if start <= r < rows.stop}
         generators = [seeding.generator(seed, first_row + r) for r in range(start, rows.stop)]
-        part = Canvas(ids[rows], target[rows], mask_id, config, generators, permitted, limits, stop_id, size)
+        part = Canvas(ids[rows], masked[rows], mask_id, config, generators, permitted, limits, stop_id, size)
         parts.append(part)
         running.append(_passes(model, part, block_size, keep))
     if on_step is None:
@@ -168,6 +168,6 @@ def _passes(model: Model, canvas: Canvas, block_size: int, keep: bool) -> Iterat
     while canvas.masked.any():
         rows, length = canvas.ids.shape
         network = network or _Network(model, rows, length, block_size, keep)
-        positions = sampler.select(canvas)
+        positions = sampler.select_positions(canvas)
         canvas.commit(positions, network.logits(canvas.ids, positions))
         yield

@@ -37,22 +37,22 @@ def resample_invalid_utf8(
     tokenizer = model.tokenizer
     if not tokenizer.is_byte.any():
         return result
-    wanted = torch.zeros_like(drawn)
+    broken = torch.zeros_like(drawn)
     for b, row in enumerate(result.ids.tolist()):
-        wanted[b, tokenizer.invalid_utf8(row)] = True
-    wanted &= drawn
-    if not wanted.any():
+        broken[b, tokenizer.invalid_utf8(row)] = True
+    broken &= drawn
+    if not broken.any():
         return result
     again = denoise(
         model,
-        result.ids.masked_fill(wanted, model.config.mask_id),
+        result.ids.masked_fill(broken, model.config.mask_id),
         seed=seed + 1,
-        wanted=wanted,
+        target=broken,
         allowed=allowed & ~tokenizer.is_byte,
         first_row=first_row,
         **settings,
     )
-    confidence = torch.where(wanted, again.confidence, result.confidence)
+    confidence = torch.where(broken, again.confidence, result.confidence)
     return Denoised(again.ids, confidence, result.nats, result.forward_passes + again.forward_passes)
 
 
@@ -146,18 +146,18 @@ def sample(
         start = 0 if canvas.shape[1] <= window else max(0, min(done - window // 2, canvas.shape[1] - window))
         stop = min(canvas.shape[1], start + window)
         view = canvas[:, start:stop].clone()
-        wanted = (view == mask_id) & ~ended[:, None]
+        target = (view == mask_id) & ~ended[:, None]
         watch = None
         if on_step is not None:
             watch = _in_window(on_step, canvas, confidence, start, passes)
         round_seed = seed + 0x9E3779B97F4A7C15 * round_
         result = denoise(
-            model, view, seed=round_seed, wanted=wanted, allowed=allowed, stop_id=bos, attention=attention,
+            model, view, seed=round_seed, target=target, allowed=allowed, stop_id=bos, attention=attention,
             on_step=watch, **settings,
         )  # fmt: skip
         passes += result.forward_passes
         result = resample_invalid_utf8(
-            model, result, wanted, round_seed, allowed & tokenizer.is_text, 0, attention=attention, **settings
+            model, result, target, round_seed, allowed & tokenizer.is_text, 0, attention=attention, **settings
         )
         canvas[:, start:stop] = result.ids
         confidence[:, start:stop] = result.confidence

@@ -2,11 +2,11 @@
 
 A sampler is three small answers about a canvas that is being revealed, for all its rows at once:
 
-    select(canvas)          where the network is asked in this pass
-    surest(canvas, drawn)   in which order the tokens drawn there deserve to stay
-    count(canvas, drawn)    how many of them stay
+    select_positions(canvas)   where the network is asked in this pass
+    surest(canvas, drawn)      in which order the tokens drawn there deserve to stay
+    count(canvas, drawn)       how many of them stay
 
-and `remask`, whether it hides tokens again. To add one, write what is new of these and a row of the table, and put its
+and `remask`, whether it masks tokens again. To add one, write what is new of these and a row of the table, and put its
 name into `config.SAMPLERS`. Knows ids and logits; neither text nor network.
 
 Randomness: every row draws from a generator of its own, in float64, and never looks at another row. So a text does not
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.config import BLOCK, SamplingConfig
+from mezzotint.objective import scatter_to
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -109,7 +110,7 @@ class Canvas:
         self.total = target.sum(1)
         self.num_steps = torch.full_like(self.total, config.steps) if config.steps else self.total
         if not SAMPLERS[config.sampler].remask:
-            # steps is a promise of "at most": more passes than masks only pays where tokens are hidden again.
+            # steps is a promise of "at most": more passes than masks only pays where tokens are masked again.
             self.num_steps = torch.minimum(self.num_steps, self.total)
         self.block, self.deadline = self._plan_blocks(block_size) if config.sampler == "blocks" else (None, None)
         tables = [permitted, *(permitted & able for able in limits.values())]
@@ -185,7 +186,7 @@ class Canvas:
         before = self.drawn.clone()
         self._reveal(drawn, kept, rank)
         if sampler.remask:
-            self._hide_again(before & positions.any(1, keepdim=True))
+            self._mask_again(before & positions.any(1, keepdim=True))
         self.step += positions.any(1)
 
     def _reveal(self, drawn: Drawn, kept: Tensor, rank: Tensor) -> None:
@@ -212,12 +213,12 @@ class Canvas:
             self.masked &= (self.drawn & (self.ids == self.stop_id)).cumsum(1) == 0
 
     def num_remasked(self) -> Tensor:
-        """How many drawn tokens are hidden again after this pass, int64 [B]: none in the last."""
-        hidden = (self.config.remask * self.drawn.sum(1).double()).long()
-        return hidden.masked_fill(self.step + 1 >= self.num_steps, 0)
+        """How many drawn tokens are masked again after this pass, int64 [B]: none in the last."""
+        count = (self.config.remask * self.drawn.sum(1).double()).long()
+        return count.masked_fill(self.step + 1 >= self.num_steps, 0)
 
-    def _hide_again(self, drawn: Tensor) -> None:
-        """Hide the least confident of `drawn`, the tokens drawn before this pass, with Gumbel noise on the choice."""
+    def _mask_again(self, drawn: Tensor) -> None:
+        """Mask the least confident of `drawn`, the tokens drawn before this pass, with Gumbel noise on the choice."""
         candidates = drawn & (self.step + 1 < self.num_steps)[:, None]
         doubt = scatter_to(candidates, self.nats[candidates] + self.gumbel(candidates), -math.inf)
         order = doubt.argsort(dim=1, descending=True, stable=True)
@@ -251,13 +252,6 @@ class Canvas:
                 else:
                     ids[position] = token
         return kept
-
-
-def scatter_to(positions: Tensor, values: Tensor, rest: float) -> Tensor:
-    """[n] values at `positions` (bool [B, T], n of them), row-major, and `rest` elsewhere: [B, T]."""
-    out = torch.full(positions.shape, rest, dtype=values.dtype)
-    out[positions] = values
-    return out
 
 
 def repeats(ids: list[int], position: int, n: int, mask_id: int) -> list[int]:
@@ -315,8 +309,8 @@ def first_block(canvas: Canvas) -> Tensor:
 # --- which deserve to stay: float64 [n], the larger the surer
 
 
-def in_place(canvas: Canvas, drawn: Drawn) -> Tensor:
-    """From left to right."""
+def left_to_right(canvas: Canvas, drawn: Drawn) -> Tensor:
+    """The first position first."""
     return torch.zeros(len(drawn.tokens), dtype=torch.float64)
 
 
@@ -385,7 +379,7 @@ def even_share_of_block(canvas: Canvas, drawn: Drawn) -> Tensor:
 
 
 def even_share_and_remasked(canvas: Canvas, drawn: Drawn) -> Tensor:
-    """As `even_share`, and as many more as are hidden again."""
+    """As `even_share`, and as many more as are masked again."""
     count = drawn.positions.sum(1)
     return torch.minimum(count, canvas.quota(count) + canvas.num_remasked())
 
@@ -405,14 +399,14 @@ def within_entropy_budget(canvas: Canvas, drawn: Drawn) -> Tensor:
 class Sampler:
     """What a sampler answers; see the module's head."""
 
-    select: Callable[[Canvas], Tensor]
+    select_positions: Callable[[Canvas], Tensor]
     surest: Callable[[Canvas, Drawn], Tensor]
     count: Callable[[Canvas, Drawn], Tensor]
     remask: bool = False
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ancestral": Sampler(each_with_equal_chance, in_place, all_asked),
+    "ancestral": Sampler(each_with_equal_chance, left_to_right, all_asked),
     "confidence": Sampler(all_masked, probability, even_share),
     "margin": Sampler(all_masked, margin, even_share),
     "entropy": Sampler(all_masked, certainty, within_entropy_budget),

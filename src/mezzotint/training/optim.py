@@ -33,8 +33,9 @@ class BatchedMuon(torch.optim.Muon):
 
     The same update up to bfloat16 rounding; on small matrices it takes about two thirds of the time.
 
-    neuron_decay: above 0, each output neuron's part of an update is divided by the root of its mean square, averaged
-    over steps with this decay, and the whole brought back to its norm (NorMuon, Li et al. 2025, arXiv 2510.05491).
+    neuron_decay: above 0, updates are normalised per neuron: the part of each output neuron is divided by the root of
+    its mean square, averaged over steps with this decay, and the whole brought back to its norm (NorMuon, Li et al.
+    2025, arXiv 2510.05491).
     """
 
     def __init__(self, *args: Any, neuron_decay: float = 0.0, **settings: Any) -> None:
@@ -75,12 +76,12 @@ class BatchedMuon(torch.optim.Muon):
             rate = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
             p.mul_(1 - group["lr"] * group["weight_decay"])
             if self.neuron_decay:
-                p.addcmul_(update, self._levels(p, update), value=-rate)
+                p.addcmul_(update, self._neuron_scales(p, update), value=-rate)
             else:
                 p.add_(update, alpha=-rate)
 
-    def _levels(self, parameter: nn.Parameter, update: Tensor) -> Tensor:
-        """The factor of each neuron, a row of `update`. Returns [rows, 1]."""
+    def _neuron_scales(self, parameter: nn.Parameter, update: Tensor) -> Tensor:
+        """The factor of each neuron, a row of `update`: [rows, 1]."""
         state = self.state[parameter]
         power = torch.linalg.vector_norm(update, dim=1, keepdim=True).square() / update.shape[1]
         if "neuron_power" not in state:

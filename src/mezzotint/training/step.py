@@ -25,9 +25,9 @@ from mezzotint.model import Denoiser, Tables, shift_right
 from mezzotint.objective import (
     block_counts,
     block_lengths,
-    in_place,
     mask_by_count,
     nelbo_per_window,
+    scatter_to,
     token_nll,
     training_loss,
 )
@@ -68,12 +68,12 @@ class MaskedLoss(nn.Module):
             hidden = self.blocks(corrupted, ids, block_size, self.tables[shape], next_tokens)
         if next_tokens:
             ids, masked = torch.cat((ids, ids)), torch.cat((masked, torch.ones_like(masked)))
-        return in_place(self.nll(hidden[masked], ids[masked]), masked)
+        return scatter_to(masked, self.nll(hidden[masked], ids[masked]))
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What a step does to each window of the global batch, the same in every process and after any resume.
+class CorruptedBatch:
+    """The global batch of a step, corrupted: the same in every process and after any resume.
 
     causal: bool [batch], the windows that are learnt left to right. counts: int64 [batch], masks of each of the
     others (T for the causal ones, all of whose tokens are predicted). corrupted, masked: [batch, T]. size: None, or
@@ -87,15 +87,15 @@ class Draw:
     size: int | None
 
 
-def draw_step(
+def corrupt_batch(
     config: TrainConfig,
     step: int,
     ids: Tensor,
     mask_id: int,
     rates: tuple[float, float] = (0.0, 1.0),
     causal_share: float | None = None,
-) -> Draw:
-    """The draw of `step`: a function of seed, step, range of mask rates and causal share alone. ids: int64 [batch, T].
+) -> CorruptedBatch:
+    """The batch `ids` (int64 [batch, T]) corrupted for `step`, drawn from seed, step, mask rates and causal share alone.
 
     causal_share: of the windows (None: the config's).
 
@@ -106,10 +106,9 @@ def draw_step(
     rows, length = ids.shape
     generator = seeding.named_generator(f"masks {config.seed} {step}")
     share = config.causal_share if causal_share is None else causal_share
-    wanted = rows * share
     dither = float(torch.rand((), generator=generator, dtype=torch.float64))
     # Blocks of one token are next tokens: nothing is gained by doubling windows for them.
-    n = min(rows, int(wanted + dither)) if share < 1 and config.block_size != 1 else rows
+    n = min(rows, int(rows * share + dither)) if share < 1 and config.block_size != 1 else rows
     causal = torch.zeros(rows, dtype=torch.bool)
     causal[[int((j + 0.5) * rows / n) for j in range(n)]] = True  # evenly spread, so that processes share them
     size = config.block_size if 1 < config.block_size < length else None
@@ -119,7 +118,7 @@ def draw_step(
     corrupted, masked = mask_by_count(ids, counts, mask_id, generator, size)
     if n:
         corrupted[causal] = shift_right(ids[causal], mask_id)
-    return Draw(causal, counts if size else counts[:, 0], corrupted, masked, size)
+    return CorruptedBatch(causal, counts if size else counts[:, 0], corrupted, masked, size)
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
@@ -227,47 +226,47 @@ class Trainer:
         if progress < config.short_share:
             windows = windows.reshape(2 * len(windows), -1)
         mine = slice(self.rank * len(windows), (self.rank + 1) * len(windows))
-        batch, length = self.world * len(windows), windows.shape[1]
-        all_ids = torch.zeros(batch, length, dtype=torch.int64)
+        num_windows, length = self.world * len(windows), windows.shape[1]
+        all_ids = torch.zeros(num_windows, length, dtype=torch.int64)
         all_ids[mine] = torch.from_numpy(windows)
         share = self.causal_share(progress)
         # The clean part of a window in blocks is a causal window as it stands: it teaches its share at no pass of its own.
         both = 1 < config.block_size < length and 0 < share < 1 and self.network.config.shifted_output
         rates, mask_id = self.mask_rates(progress), self.network.config.mask_id
-        draw = draw_step(config, step, all_ids, mask_id, rates, 0.0 if both else share)
+        batch = corrupt_batch(config, step, all_ids, mask_id, rates, 0.0 if both else share)
         if not both:
-            share = float(draw.causal.double().mean())
-        masked_windows = int((~draw.causal).sum())
-        masked_tokens = int(draw.counts[~draw.causal].sum())
+            share = float(batch.causal.double().mean())
+        masked_windows = int((~batch.causal).sum())
+        masked_tokens = int(batch.counts[~batch.causal].sum())
         micro = config.micro_batch or len(windows)
         parts = []
         for causal in (False, True):
-            rows = (draw.causal[mine] == causal).nonzero()[:, 0] + mine.start
+            rows = (batch.causal[mine] == causal).nonzero()[:, 0] + mine.start
             parts += [(causal, part) for part in rows.split(micro) if len(part)]
         figures = torch.zeros(2, dtype=torch.float64)
         for n, (causal, rows) in enumerate(parts):
             last = n == len(parts) - 1
             quiet = contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync()  # type: ignore[operator]
-            inputs = (t[rows] for t in (draw.corrupted, all_ids, draw.masked, draw.counts))
+            inputs = (t[rows] for t in (batch.corrupted, all_ids, batch.masked, batch.counts))
             if self.device.type == "cuda":  # copies from pinned memory run beside the computation
                 inputs = (t.pin_memory() for t in inputs)
             corrupted, ids, masked, k = (t.to(self.device, non_blocking=True) for t in inputs)
             with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                nll = self.loss(corrupted, ids, masked, 1 if causal else draw.size or 0, both).float()
+                nll = self.loss(corrupted, ids, masked, 1 if causal else batch.size or 0, both).float()
                 nll, next_tokens = nll[: len(ids)], nll[len(ids) :]
                 if causal:
-                    loss = nll.sum() / (batch * length)
+                    loss = nll.sum() / (num_windows * length)
                 else:
-                    totals = (masked_windows, masked_tokens, draw.size)
+                    totals = (masked_windows, masked_tokens, batch.size)
                     loss = (1 - share) * training_loss(nll, k, config.weighting, *totals)
                 if both:
-                    loss = loss + share * next_tokens.sum() / (batch * length)
+                    loss = loss + share * next_tokens.sum() / (num_windows * length)
                 # DistributedDataParallel averages gradients over processes; shares are meant to be summed.
                 (loss * self.world).backward()
             figures[0] += loss.detach().double().cpu()
             if not causal or share == 1:
-                per_window = nelbo_per_window(nll.detach().double(), k, draw.size).sum().cpu()
-                figures[1] += per_window / (length * (masked_windows or batch))
+                per_window = nelbo_per_window(nll.detach().double(), k, batch.size).sum().cpu()
+                figures[1] += per_window / (length * (masked_windows or num_windows))
         if self.world > 1:
             shared = figures.to(self.device) if self.device.type == "cuda" else figures
             dist.all_reduce(shared)
