@@ -257,6 +257,123 @@ def kernels(trainer: Trainer, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def both_ways(device: torch.device, work: Callable[[], torch.Tensor], leaves: list[torch.Tensor], times: int) -> float:
+    """Milliseconds of a forward and backward pass."""
+
+    def once() -> None:
+        work().float().square().mean().backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    milliseconds(device, once, 3)
+    return milliseconds(device, once, times)
+
+
+def attention_kernels(report: Report, device: torch.device, small: bool) -> None:
+    """Attention forward and backward by every kernel that PyTorch has, at the shapes of `reference` and `best16mb`."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    times = 3 if small else 10
+    shapes = {"reference": (24, 8, 4, 2048), "best16mb": (32, 10, 10, 1025)}
+    for name, (batch, heads, kv_heads, length) in shapes.items():
+        if small:
+            batch, length = 1, 64
+        q, k, v = (
+            torch.randn(batch, h, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for h in (heads, kv_heads, kv_heads)
+        )
+        kernels: dict[str, Any] = {
+            "own choice": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+        }  # fmt: skip
+        for causal in (False, True):
+            for kernel, backend in kernels.items():
+
+                def work(causal: bool = causal, q: Any = q, k: Any = k, v: Any = v) -> torch.Tensor:
+                    return torch.nn.functional.scaled_dot_product_attention(
+                        q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+                    )
+
+                label = f"{name}, {'causal' if causal else 'full'}, {kernel}"
+                with report.guarded(label), sdpa_kernel(backend) if backend else contextlib.nullcontext():
+                    report.add(**{label: both_ways(device, work, [q, k, v], times)})
+
+
+def flexible_attention(report: Report, device: torch.device, small: bool) -> None:
+    """Attention over doubled windows in blocks of 16: a dense mask, and FlexAttention compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    batch, heads, length, size = (1, 2, 64, 17) if small else (16, 10, 1024, 17)
+    noisy = length + -(-length // 16)
+    total = noisy + length
+    q, k, v = (
+        torch.randn(batch, heads, total, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"
+    )
+
+    def sees(b: Any, h: Any, i: Any, j: Any) -> Any:
+        own = (i < noisy) & (j < noisy) & (i // size == j // size)
+        earlier = (i < noisy) & (j >= noisy) & (j - noisy < i // size * 16)
+        return own | earlier | ((i >= noisy) & (j >= noisy) & (i >= j))
+
+    place = torch.arange(total, device=device)
+    mask = torch.zeros(total, total, device=device, dtype=torch.bfloat16)
+    mask.masked_fill_(~sees(0, 0, place[:, None], place), -torch.inf)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with report.guarded("dense mask"):
+        report.add(dense_mask_ms=both_ways(device, lambda: attention(q, k, v, attn_mask=mask), [q, k, v], 5))
+    with report.guarded("flexible"):
+        blocks = create_block_mask(sees, None, None, total, total, device=device)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        out = compiled(q, k, v, block_mask=blocks)
+        report.add(
+            flexible_error=float((out - attention(q, k, v, attn_mask=mask)).abs().max()),
+            flexible_ms=both_ways(device, lambda: compiled(q, k, v, block_mask=blocks), [q, k, v], 5),
+        )
+
+
+class _Products32(torch.autograd.Function):
+    """a @ b.T of bfloat16 matrices, summed and given in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        return torch.mm(a, b.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = ctx.saved_tensors
+        g = grads[0].bfloat16()
+        return g @ b, g.T @ a
+
+
+def output_layers(report: Report, device: torch.device, small: bool) -> None:
+    """Output layer and cross-entropy by products given in bfloat16 and in float32, compiled."""
+    for name, (n, width, vocab) in {"reference": (49152, 512, 1024), "best16mb": (49152, 640, 8192)}.items():
+        n = 64 if small else n
+        hidden = torch.randn(n, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+        table = torch.randn(vocab, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+        targets = torch.randint(0, vocab, (n,), device=device)
+        products: dict[str, Callable[..., torch.Tensor]] = {
+            "bfloat16": lambda a, b: (a @ b.T).float(), "float32": _Products32.apply,
+        }  # fmt: skip
+        for kind, product in products.items():
+
+            def layer(a: Any, b: Any, t: Any, product: Any = product) -> torch.Tensor:
+                return torch.nn.functional.cross_entropy(15 * torch.tanh(product(a, b) / 15), t, reduction="none")
+
+            for way, function in (("eager", layer), ("compiled", layer if small else torch.compile(layer))):
+                label = f"output layer of {name}, {kind}, {way}"
+                with report.guarded(label):
+                    work = lambda f=function, a=hidden, b=table, t=targets: f(a, b, t)  # noqa: E731
+                    report.add(**{label: both_ways(device, work, [hidden, table], 5)})
+
+
+def choices(report: Report, device: torch.device, small: bool) -> None:
+    """Ways to make the same thing, in milliseconds forward and backward, for whoever changes the step."""
+    for work in (attention_kernels, output_layers) + (() if small else (flexible_attention,)):
+        with report.guarded(work.__name__):
+            work(report, device, small)
+
+
 def tests(report: Report, out: Path, seconds: float) -> None:
     """The CUDA tests, by pytest."""
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider",
@@ -284,6 +401,8 @@ def run_part(options: argparse.Namespace) -> None:
             machine(report, device)
         elif options.part == "tests":
             tests(report, options.out, options.seconds)
+        elif options.part == "choices":
+            choices(report, device, options.small)
         else:
             step_of(report, options.part, device, options.quick, options.small, options.seconds)
     except Exception:
@@ -351,10 +470,14 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         lines += [f"| {name}: kernel | ms | times |", "| --- | --- | --- |"]
         lines += [f"| `{k['kernel']}` | {k['ms']:.2f} | {k['times']:.0f} |" for k in found.get("kernels", [])[:15]]
         lines.append("")
+    if "choices" in results:
+        lines += ["| one thing made in several ways | ms |", "| --- | --- |"]
+        lines += [f"| {k} | {v:.3f} |" for k, v in results["choices"].items() if isinstance(v, float)] + [""]
     for name, found in results.items():
         for key, text in found.items():
             if key.endswith("failed"):
-                lines += [f"**{name}: {key}**", "", "```", str(text)[-4000:], "```", ""]
+                shown = str(text) if len(str(text)) < 3000 else f"{str(text)[:1800]}\n...\n{str(text)[-1200:]}"
+                lines += [f"**{name}: {key}**", "", "```", shown, "```", ""]
         if name == "tests" and not found.get("passed"):
             lines += ["```", str(found.get("output", ""))[-8000:], "```", ""]
     lines.append("Seconds: " + ", ".join(f"{name} {r.get('wall_seconds', 0):.0f}" for name, r in results.items()))
@@ -368,7 +491,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=600.0, help="for everything; what comes too late is left out [600]"
     )
-    parser.add_argument("--parts", help="machine, tests, presets or PRESET+block(K), by commas [all]")
+    parser.add_argument("--parts", help="machine, tests, choices, presets or PRESET+block(K), by commas [all]")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small networks, to try the script itself")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -380,9 +503,9 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
     until = time.perf_counter() + options.seconds
-    parts = ["machine", "reference", "best16mb", "tests"] + ["best16mb+block(16)"] * (not options.quick)
+    parts = ["machine", "reference", "best16mb", "tests", "choices"] + ["best16mb+block(16)"] * (not options.quick)
     parts = options.parts.split(",") if options.parts else parts
-    known = {"machine", "tests", *PRESETS}
+    known = {"machine", "tests", "choices", *PRESETS}
     if unknown := [p for p in parts if p.partition("+")[0] not in known]:
         parser.error(f"unknown part {unknown[0]}: one of {', '.join(sorted(known))}")
     results: dict[str, dict[str, Any]] = {}

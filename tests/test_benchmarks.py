@@ -317,7 +317,7 @@ def test_rivals_are_searched_and_all_columns_stand_on_the_same_text(trained, tmp
 def test_gpu_check_reports_a_step_by_its_parts_and_keeps_what_fails(tmp_path):
     """All of the script but CUDA's own figures; a part that fails leaves its traceback and the other parts alone."""
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--small", "--quick"]
-    command += ["--out", str(tmp_path), "--parts", "reference+block(0x),best16mb+block(16)"]
+    command += ["--out", str(tmp_path), "--parts", "reference+block(0x),best16mb+block(16),choices"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu_check.json").read_text())
