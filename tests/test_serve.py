@@ -19,7 +19,8 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from test_sample import TEXT, Recall, own_tokenizer, random_model
 
-from mezzotint.apps.serve import MAX_BODY, MAX_CHARACTERS, make_server, serve, text_likelihood
+from mezzotint.apps.desk import MAX_BODY, MAX_CHARACTERS
+from mezzotint.apps.serve import make_server, serve, text_likelihood
 from mezzotint.errors import MezzotintError
 
 

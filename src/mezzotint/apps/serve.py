@@ -11,13 +11,10 @@ takes only JSON, which no other site's page can send.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.resources
 import json
-import logging
 import math
 import socket
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,40 +23,51 @@ import numpy as np
 import torch
 
 from mezzotint import seeding
+from mezzotint.apps.desk import (
+    MAX_CHARACTERS,
+    SERVING,
+    WAITING,
+    Desk,
+    Emit,
+    Form,
+    Refused,
+    number,
+    read_json,
+    shared,
+)
 from mezzotint.config import SAMPLERS
 from mezzotint.errors import MezzotintError
 from mezzotint.model import Model, count_parameters
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
 from mezzotint.sampling.draft import parse_gaps
 from mezzotint.sampling.generate import Span
-from mezzotint.sampling.infill import infill
+from mezzotint.sampling.infill import Gap, infill
 
 try:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import ClientDisconnect, Request
+    from starlette.requests import Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
-    from starlette.types import Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise MezzotintError("the page needs the extra: pip install 'mezzotint[serve]'") from error
 
 
-MAX_BODY = 64_000
-MAX_CHARACTERS = 8_000
+MAX_GAPS = 64  # of a text
+CONNECTIONS = 160
+IDLE_SECONDS = 10  # for a client to ask something, and for one who takes nothing any more
 LIKELIHOOD_MASKS = 32
+SEARCH = "search"
+DRAWING = {"steps", "temperature", "top_p", "no_repeat"}
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 # The page is one file with its own style and script; it may speak to this server and to nobody else.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-class Cancelled(Exception):
-    """Nobody is waiting for the answer any more."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +109,9 @@ def text_likelihood(
         return TextLikelihood(None, None, size, len(ids), 0)
     window = model.config.sequence_length - 1
     mean = variance = 0.0
-    for number, start in enumerate(range(0, len(ids), window)):
+    for k, start in enumerate(range(0, len(ids), window)):
         part = torch.tensor(ids[start : start + window])
-        generator = seeding.generator(seed, number)
+        generator = seeding.generator(seed, k)
         counts = stratified_counts(masks, len(part), generator)
         rows = part.expand(masks, -1)
         corrupted, masked = mask_by_count(rows, counts, model.config.mask_id, generator)
@@ -126,155 +134,88 @@ def text_likelihood(
     return TextLikelihood(mean * scale, float(np.sqrt(variance)) * scale, size, len(ids), masks)
 
 
-def _number(body: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
-    """A number of a request, of the default's kind. Raises MezzotintError naming it."""
-    value = body.get(name, default)
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (isinstance(default, int) and value != int(value)):
-        raise MezzotintError(f"{name} must be a number from {low:g} to {high:g}")
-    return type(default)(value)
-
-
 def _settings(body: dict[str, Any], window: int) -> dict[str, Any]:
-    """The sampling settings of a request. Raises MezzotintError naming what is wrong."""
-    sampler = body.get("sampler", "confidence")
+    """Options of `infill` from a request. Raises Refused naming what is wrong.
+
+    sampler: a name of `SAMPLERS`, or `search`: texts are sought by a beam and the likeliest is taken, which nothing else
+    steers. n: alternatives that are wanted for each gap.
+    """
+    sampler, n = body.get("sampler", "confidence"), int(number(body, "n", 1, 64, 1))
+    if sampler == SEARCH:
+        if wrong := DRAWING & body.keys():
+            raise Refused(f"{SEARCH} draws nothing: leave out {', '.join(sorted(wrong))}")
+        return {"n": n}
     if sampler not in SAMPLERS:
-        raise MezzotintError(f"sampler must be one of {', '.join(SAMPLERS)}")
+        raise Refused(f"sampler must be one of {', '.join((SEARCH, *SAMPLERS))}", param="sampler")
     return {
+        "n": n,
         "sampler": sampler,
-        "steps": None if body.get("steps") is None else _number(body, "steps", 1, window, 1),
-        "temperature": _number(body, "temperature", 0, 5, 0.7),
-        "top_p": _number(body, "top_p", 0.01, 1, 1.0),
-        "no_repeat": _number(body, "no_repeat", 0, 16, 0),
+        "steps": None if body.get("steps") is None else number(body, "steps", 1, window, 1),
+        "temperature": number(body, "temperature", 0, 5, 0.7),
+        "top_p": number(body, "top_p", 0.01, 1, 1.0),
+        "no_repeat": number(body, "no_repeat", 0, 16, 0),
     }
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object of a request, never more than MAX_BODY bytes of it in memory."""
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise MezzotintError("send a JSON object (content type application/json)")
-    data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY:
-            raise MezzotintError(f"the request is longer than {MAX_BODY:,} bytes: send less text")
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise MezzotintError("the request is not JSON") from error
-    if not isinstance(body, dict) or not isinstance(body.get("text"), str):
-        raise MezzotintError('the request must be a JSON object with a string "text"')
+    """A request about a text. Raises Refused."""
+    body = await read_json(request)
+    if not isinstance(body.get("text"), str):
+        raise Refused('the request must be a JSON object with a string "text"')
     if len(body["text"]) > MAX_CHARACTERS:
-        raise MezzotintError(f"the text is longer than {MAX_CHARACTERS:,} characters: send less")
+        raise Refused(f"the text is longer than {MAX_CHARACTERS:,} characters: send less")
+    _, counts = parse_gaps(body["text"])
+    if len(counts) > MAX_GAPS:
+        raise Refused(f"the text has {len(counts):,} gaps: at most {MAX_GAPS} are filled at once")
     return body
+
+
+def _gap(gap: Gap) -> dict[str, Any]:
+    """A filled gap for the page. bits of the gap: of its tokens where they were drawn; of an alternative: of the text."""
+    return {
+        "text": gap.text,
+        "tokens": gap.tokens,
+        "bits": gap.nats / math.log(2),
+        "alternatives": [{"text": a.text, "bits": a.bits, "probability": a.probability} for a in gap.alternatives],
+    }
 
 
 def _span(span: Span) -> list[Any]:
     return [span.text, None if span.confidence is None else round(span.confidence, 4)]
 
 
-Emit = Callable[[str, Any], None]
-"""Called with (event, JSON data) by work in a thread; raises Cancelled when nobody listens any more."""
+def _event(kind: str, data: Any) -> bytes:
+    """A server-sent event of the page."""
+    if kind == "error":
+        data = {"message": data["error"]}
+    return f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-class Desk:
-    """How many are being served, each by a thread of its own, and how many may wait for it."""
-
-    def __init__(self, serving: int, waiting: int) -> None:
-        self.serving = asyncio.Semaphore(serving)
-        self.free = serving + waiting
-
-    def answer(self, work: Callable[[Emit], None]) -> Response:
-        """A stream of what `work` emits, or status 503 when as many wait as may."""
-        if self.free <= 0:
-            return JSONResponse({"error": "too many are waiting: try again in a moment"}, 503, {"Retry-After": "5"})
-        self.free -= 1
-        return EventStream(self, work)
-
-
-class EventStream(Response):
-    """Runs work in a thread when its turn comes, and sends what it emits as server-sent events."""
-
-    def __init__(self, desk: Desk, work: Callable[[Emit], None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        del self.headers["content-length"]
-        self.desk, self.work = desk, work
-        self.gone = threading.Event()
-        self.started = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tasks = [asyncio.create_task(self._listen(receive)), asyncio.create_task(self._talk(send))]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.gone.set()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if not self.started:
-                self.desk.free += 1
-
-    async def _listen(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    async def _talk(self, send: Send) -> None:
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[tuple[str, Any] | None] = asyncio.Queue()
-
-        def put(item: tuple[str, Any] | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the server has stopped meanwhile
-                loop.call_soon_threadsafe(queue.put_nowait, item)
-
-        def emit(kind: str, data: Any) -> None:
-            if self.gone.is_set():
-                raise Cancelled
-            put((kind, data))
-
-        def run() -> None:
-            try:
-                self.work(emit)
-            except Cancelled:
-                pass
-            except MezzotintError as error:
-                put(("error", {"message": str(error)}))
-            except Exception:
-                logging.getLogger(__name__).exception("a request failed")
-                put(("error", {"message": "something went wrong in the model: see the server's terminal"}))
-            put(None)
-
-        def leave(_: Any) -> None:
-            # Only now is the place free: hurried clients, who go and come again, must not pile up threads.
-            self.desk.serving.release()
-            self.desk.free += 1
-
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await self.desk.serving.acquire()
-        self.started = True
-        loop.run_in_executor(None, run).add_done_callback(leave)
-        while (item := await queue.get()) is not None:
-            data = f"event: {item[0]}\ndata: {json.dumps(item[1])}\n\n".encode()
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+PAGE = Form(streamed=True, event=_event, error=lambda refused: {"error": str(refused)})
 
 
 def create_app(
     model: Model,
     *,
     name: str = "model",
-    serving: int = 1,
-    waiting: int = 8,
+    serving: int = SERVING,
+    waiting: int = WAITING,
     hosts: tuple[str, ...] = LOCAL_NAMES,
 ) -> Starlette:
     """The page and its API as an ASGI application.
 
-    name: shown on the page. serving: clients at work at once; waiting: those who queue, more are told to come back.
+    name: shown on the page. serving: clients who share the model; waiting: those who queue, more are told to come back.
     hosts: names the server answers to ("*": all). API: GET /api/model; POST /api/fill {"text", "seed", "sampler",
-    "steps", "temperature", "top_p", "no_repeat"} and POST /api/likelihood {"text", "seed"}, both answered by events
-    `step`, `done` and `error`.
+    "steps", "temperature", "top_p", "no_repeat", "n"} and POST /api/likelihood {"text", "seed"}, both answered by events
+    `waiting`, `step`, `done` and `error`; and what `api` answers under /v1.
     """
     page = importlib.resources.files("mezzotint.apps").joinpath("serve.html").read_text("utf-8")
-    desk: list[Desk] = []  # made in the running loop
+    desks: list[Desk] = []  # made in the running loop
+
+    def desk() -> Desk:
+        if not desks:
+            desks.append(Desk(serving, waiting))
+        return desks[0]
 
     async def home(_: Request) -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
@@ -288,57 +229,43 @@ def create_app(
                 "vocabulary": model.config.vocab_size,
                 "samplers": list(SAMPLERS),
                 "max_characters": MAX_CHARACTERS,
+                "max_gaps": MAX_GAPS,
             }
         )
 
-    def stream(work: Callable[[Emit], None]) -> Response:
-        if not desk:
-            desk.append(Desk(serving, waiting))
-        return desk[0].answer(work)
-
+    @PAGE.answers
     async def fill(request: Request) -> Response:
-        try:
-            body = await _body(request)
-            settings = _settings(body, model.config.sequence_length)
-            seed = int(_number(body, "seed", 0, 2**53, 0))
-            parse_gaps(body["text"])
-        except MezzotintError as error:
-            return JSONResponse({"error": str(error)}, 400)
-        except ClientDisconnect:
-            return Response(status_code=400)
+        body = await _body(request)
+        settings = _settings(body, model.config.sequence_length)
+        seed = int(number(body, "seed", 0, 2**53, 0))
 
-        def work(emit: Emit) -> None:
+        def work(emit: Emit, give_way: Callable[[], None]) -> None:
             def on_step(step: int, spans: list[Span]) -> None:
                 emit("step", {"step": step, "spans": [_span(s) for s in spans]})
 
-            filled = infill(model, body["text"], seed, on_step=on_step, **settings)
+            filled = infill(shared(model, give_way), body["text"], seed, on_step=on_step, **settings)
             emit(
                 "done",
                 {
                     "text": filled.text,
-                    "gaps": [{"text": g.text, "tokens": g.tokens, "bits": g.nats / math.log(2)} for g in filled.gaps],
+                    "gaps": [_gap(g) for g in filled.gaps],
                     "forward_passes": filled.forward_passes,
                     "seconds": filled.seconds,
                 },
             )
 
-        return stream(work)
+        return desk().answer(work, PAGE)
 
+    @PAGE.answers
     async def likelihood(request: Request) -> Response:
-        try:
-            body = await _body(request)
-            seed = int(_number(body, "seed", 0, 2**53, 0))
-            parse_gaps(body["text"])
-        except MezzotintError as error:
-            return JSONResponse({"error": str(error)}, 400)
-        except ClientDisconnect:
-            return Response(status_code=400)
+        body = await _body(request)
+        seed = int(number(body, "seed", 0, 2**53, 0))
 
-        def work(emit: Emit) -> None:
-            found = text_likelihood(model, body["text"], seed=seed, check=lambda: emit("step", {}))
+        def work(emit: Emit, give_way: Callable[[], None]) -> None:
+            found = text_likelihood(shared(model, give_way), body["text"], seed=seed, check=lambda: emit("step", {}))
             emit("done", found.to_dict())
 
-        return stream(work)
+        return desk().answer(work, PAGE)
 
     middleware = [] if "*" in hosts else [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))]
     return Starlette(
@@ -352,8 +279,31 @@ def create_app(
     )
 
 
+class _Connection(H11Protocol):
+    """A connection that is closed when nothing is asked on it, or nothing is taken that was sent."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch(object())
+
+    def _watch(self, before: object) -> None:
+        closing = self.transport.is_closing()
+        idle = closing or self.cycle is None or self.cycle.response_complete
+        now = (closing, self.cycle) if idle else object()
+        if now == before:
+            self.transport.abort()
+        elif self in self.connections:
+            self.loop.call_later(IDLE_SECONDS, self._watch, now)
+
+
 def make_server(
-    model: Model, *, host: str = "127.0.0.1", port: int = 8000, name: str = "model", serving: int = 1, waiting: int = 8
+    model: Model,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str = "model",
+    serving: int = SERVING,
+    waiting: int = WAITING,
 ) -> uvicorn.Server:
     """A server ready to `run()`; tests run it in a thread. A host other than this machine answers to that name too."""
     everywhere = host in ("0.0.0.0", "::")
@@ -361,7 +311,13 @@ def make_server(
     app = create_app(model, name=name, serving=serving, waiting=waiting, hosts=hosts)
     return uvicorn.Server(
         uvicorn.Config(
-            app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3, limit_concurrency=64
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            timeout_graceful_shutdown=3,
+            limit_concurrency=CONNECTIONS,
+            http=_Connection,
         )
     )
 
