@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from mezzotint import seeding
+from mezzotint.apps import api
 from mezzotint.apps.desk import (
     MAX_CHARACTERS,
     SERVING,
@@ -274,6 +275,7 @@ def create_app(
             Route("/api/model", about),
             Route("/api/fill", fill, methods=["POST"]),
             Route("/api/likelihood", likelihood, methods=["POST"]),
+            *api.routes(model, name, desk),
         ],
         middleware=middleware,
     )

@@ -24,6 +24,10 @@ PADDING = 8  # masks behind a canvas that is shorter than the window: text unkno
 SHORTEST_CANVAS = 32
 
 
+Parts = tuple[list[str], list[int | None]]
+"""n + 1 fixed strings around n gaps, and each gap's mask count, None where its length is unknown."""
+
+
 def parse_gaps(text: str) -> tuple[list[str], list[int | None]]:
     r"""Split text at its gaps: n + 1 fixed strings and n mask counts, None where the length is unknown.
 
@@ -138,10 +142,10 @@ class Draft:
     Raises MezzotintError when a gap needs more tokens than the window holds.
     """
 
-    def __init__(self, model: Model, text: str) -> None:
+    def __init__(self, model: Model, text: str | Parts) -> None:
         self.tokenizer = model.tokenizer
         self.mask_id, self.window = model.config.mask_id, model.config.sequence_length
-        self.texts, counts = parse_gaps(text)
+        self.texts, counts = parse_gaps(text) if isinstance(text, str) else text
         for count in counts:
             if (count or 1) > self.window - 1:
                 raise MezzotintError(

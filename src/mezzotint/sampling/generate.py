@@ -165,7 +165,7 @@ def sample(
         done, round_ = stop, round_ + 1
     tokens = [row[len(prompt_ids) :] for row in canvas.tolist()]
     tokens = [body[: body.index(bos)] if bos in body else body for body in tokens]
-    texts = [_text(model.tokenizer, prompt, body) for body in tokens]
+    texts = [continued(model.tokenizer, prompt, body) for body in tokens]
     return Samples(texts, tokens, ended.tolist(), passes, time.perf_counter() - started, seed)
 
 
@@ -199,11 +199,11 @@ def sample_by_speculation(
         passes += found.drafts + found.checks
         ended.append(tokenizer.bos_id in found.tokens)
         tokens.append([t for t in found.tokens if t != tokenizer.bos_id])
-    texts = [_text(tokenizer, prompt, body) for body in tokens]
+    texts = [continued(tokenizer, prompt, body) for body in tokens]
     return Samples(texts, tokens, ended, passes, time.perf_counter() - started, seed)
 
 
-def _text(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> str:
+def continued(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> str:
     """The prompt as it was given, not as the tokenizer normalises it, and the drawn ids behind it."""
     if not prompt:
         return tokenizer.decode([tokenizer.bos_id, *ids])

@@ -18,7 +18,7 @@ from mezzotint.model import Model
 from mezzotint.sampling.candidates import BEAM_LENGTHS, Candidate, Search, beam
 from mezzotint.sampling.candidates import drawn as draw_candidates
 from mezzotint.sampling.constraints import Constraint
-from mezzotint.sampling.draft import Draft, edge_limits
+from mezzotint.sampling.draft import Draft, Parts, edge_limits
 from mezzotint.sampling.generate import Span
 from mezzotint.sampling.healing import heal
 from mezzotint.sampling.ranking import CONTEXT, HORIZON, code_lengths, with_candidate
@@ -236,7 +236,7 @@ def _shown(filling: _Filling, i: int) -> Callable[[int, Sequence[int], Sequence[
 
 def infill(
     model: Model,
-    text: str,
+    text: str | Parts,
     seed: int = 0,
     *,
     n: int = 1,
@@ -251,7 +251,8 @@ def infill(
     progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Filled:
-    """Fill the gaps of a text (see `parse_gaps`); all the rest of it comes back byte for byte.
+    """Fill the gaps of a text (see `parse_gaps`, whose answer may be given instead of a text); all the rest of it comes
+    back byte for byte.
 
     n: alternatives to return for each gap. candidates: about how many texts are proposed for each gap; the one with
     which the text has the least code length is taken (see `ranking`). Default: CANDIDATES by a beam. Where an option of
