@@ -70,8 +70,8 @@ class Turn:
 class Turns:
     """Lets one piece of work go on at a time, at each pass the one that has had least of the time."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.lock, self.clock = threading.Lock(), clock
         self.holder: Turn | None = None
         self.waiting: list[Turn] = []
 
@@ -117,7 +117,7 @@ class Turns:
 
     def _account(self) -> None:
         if self.holder is not None:
-            now = time.monotonic()
+            now = self.clock()
             self.holder.served += now - self.holder.since
             self.holder.since = now
 
@@ -125,7 +125,7 @@ class Turns:
         self.holder = min(self.waiting, key=lambda t: t.served, default=None)
         if self.holder is not None:
             self.waiting.remove(self.holder)
-            self.holder.since = time.monotonic()
+            self.holder.since = self.clock()
             self.holder.mine.set()
 
 
@@ -375,12 +375,12 @@ class _Answer(Response):
             except Exception:
                 logging.getLogger(__name__).exception("a request failed")
                 put(("error", Refused("something went wrong in the model: see the server's terminal", 500)))
-            put(None)
 
         def leave(_: Any) -> None:
             # Only now is the place free: hurried clients, who go and come again, must not pile up threads.
             desk.leave()
             desk.free += 1
+            items.put_nowait(None)
 
         loop.run_in_executor(desk.pool, run).add_done_callback(leave)
         return items
