@@ -14,6 +14,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -174,8 +175,31 @@ def writes(data: Path, home: Path, damaged: bool) -> dict[str, Any]:
         calls += 3 if damaged else 1
 
 
+def compiled(data: Path, run: Path, when: str) -> dict[str, Any]:
+    """A compiled run on two threads, gone on with where it was left; kills itself at `when`: a step, or `compiling`."""
+    torch.set_num_threads(2)
+    config = dataclasses.replace(CONFIG, steps=6, causal_share=0.0, compile=True, checkpoint_minutes=0.0)
+
+    def kill(row: dict[str, Any]) -> None:
+        if str(row["step"]) == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def warn(line: str) -> None:
+        if when == "compiling":
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    made = train(data, run, model=model_config(data), config=config, resume=True, progress=kill, warn=warn)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [(row["step"], row["loss"]) for row in rows]
+    return {"compiled": made["compiled"], "threads": torch.get_num_threads(), "losses": losses,
+            "contents": contents(newest_checkpoint(run)[0])}  # fmt: skip
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     part, data, home = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    result = steps(data, home) if part == "steps" else writes(data, home, part == "damaged")
+    if part == "compiled":
+        result = compiled(data, home, sys.argv[4] if len(sys.argv) > 4 else "")
+    else:
+        result = steps(data, home) if part == "steps" else writes(data, home, part == "damaged")
     print(json.dumps(result))

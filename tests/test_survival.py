@@ -53,6 +53,19 @@ def test_killed_at_any_system_call_of_a_save_leaves_a_whole_checkpoint(data, tmp
     assert result["stops"] > 200 and result["old"] > 50 and result["new"] > 5, result
 
 
+def test_a_compiled_run_on_two_threads_killed_and_gone_on_with_is_the_same_run(data, tmp_path):
+    """SIGKILL after a step, or amid the first one's compilation; each part is a process of its own."""
+    whole = killed("compiled", data, tmp_path / "whole")
+    assert whole["compiled"] and whole["threads"] == 2
+    words = [sys.executable, str(Path(__file__).with_name("killed.py")), "compiled", str(data), str(tmp_path / "run")]
+    for when in ("compiling", "3"):
+        done = subprocess.run([*words, when], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+        assert done.returncode == -9, done.stderr[-2000:]
+    resumed = killed("compiled", data, tmp_path / "run")
+    assert "resuming at step" in (tmp_path / "run" / "train.log").read_text()
+    assert resumed == whole
+
+
 SCRIPT = """
 import json, os, signal, sys
 import torch

@@ -26,6 +26,7 @@ from mezzotint.data.prepare import prepare
 from mezzotint.errors import CheckpointError, ConfigError, Interrupted, MezzotintError
 from mezzotint.model import Denoiser
 from mezzotint.system import try_lock
+from mezzotint.training import run as run_module
 from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock
 from mezzotint.training.optim import MovingAverage, Optimizers
 from mezzotint.training.run import train
@@ -359,20 +360,81 @@ def test_an_error_of_the_step_is_no_compilers_failure(data, model, tmp_path, mon
         train(data, tmp_path / "run", model=model, config=dataclasses.replace(QUICK, steps=2, compile=True))
 
 
-def test_two_compiled_runs_on_two_threads_are_equal(data, model, tmp_path):
-    """What is added up at an index (embeddings, masked positions) is added in one order, whatever the threads."""
-    config = dataclasses.replace(QUICK, steps=8, batch=16, compile=True)
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+COMPILED = dataclasses.replace(QUICK, steps=8, batch=16, compile=True)
+
+
+@pytest.fixture(scope="module")
+def compiled_run(data, model, tmp_path_factory) -> Path:
+    """The last checkpoint of a compiled run on two threads, left alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        runs = [train(data, tmp_path / name, model=model, config=config) for name in ("a", "b")]
+        run = train(data, tmp_path_factory.mktemp("compiled") / "run", model=model, config=COMPILED)
     finally:
         torch.set_num_threads(before)
-    assert all(run["compiled"] for run in runs)
-    one, other = (Path(run["final_checkpoint"]) for run in runs)
+    assert run["compiled"]
+    return Path(run["final_checkpoint"])
+
+
+def test_two_compiled_runs_on_two_threads_are_equal(data, model, tmp_path, compiled_run, two_threads):
+    """What is added up at an index (embeddings, masked positions) is added in one order, whatever the threads."""
+    run = train(data, tmp_path / "run", model=model, config=COMPILED)
+    assert run["compiled"]
+    other = Path(run["final_checkpoint"])
     for name in ("weights.safetensors", "average.safetensors", "optimizer.safetensors"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        assert (compiled_run / name).read_bytes() == (other / name).read_bytes(), name
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_compiled_run_that_is_resumed_is_the_same_run(data, model, tmp_path, compiled_run, two_threads):
+    def interrupt(row):
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="step 3"):
+        train(data, tmp_path / "run", model=model, config=COMPILED, progress=interrupt)
+    run = train(data, tmp_path / "run", model=model, config=COMPILED, resume=True)
+    assert run["compiled"]
+    other = Path(run["final_checkpoint"])
+    for name in ("weights.safetensors", "average.safetensors", "optimizer.safetensors"):
+        assert (compiled_run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_signal_stops_a_run_that_is_still_compiling(data, model, tmp_path, monkeypatch):
+    """At once, with signs of life until then; nothing is left that the next try would trip over."""
+
+    def compiling(self):
+        signal.raise_signal(signal.SIGTERM) if said.wait(30) else None
+        raise AssertionError("the signal was not obeyed")
+
+    said, lines = threading.Event(), []
+
+    def warn(line):
+        lines.append(line)
+        if len(lines) == 3:
+            said.set()
+
+    config = dataclasses.replace(QUICK, steps=2, compile=True)
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "SECONDS_BETWEEN_SIGNS", 0.01)
+        patch.setattr(Trainer, "warm_up", compiling)
+        with pytest.raises(Interrupted, match="before a step was made; start it again"):
+            train(data, tmp_path / "run", model=model, config=config, warn=warn)
+    assert "compiling" in lines[0] and all("still compiling" in line for line in lines[1:3])
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "run" / "train.lock").exists()
+    assert "ended at step 0" in (tmp_path / "run" / "train.log").read_text()
+    config = dataclasses.replace(config, compile=False)
+    assert train(data, tmp_path / "run", model=model, config=config)["steps"] == 2
 
 
 def test_a_resumed_run_is_the_same_run_unless_told(data, model, tmp_path):

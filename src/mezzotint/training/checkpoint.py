@@ -45,9 +45,14 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, if it is kept."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
 def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
     """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep`."""
-    folder = run / "checkpoints" / f"step_{trainer.step:08d}"
+    folder = checkpoint_folder(run, trainer.step)
     # A whole one of this step is never replaced: a crash in between would lose both.
     with contextlib.suppress(CheckpointError):
         check_checkpoint(folder)

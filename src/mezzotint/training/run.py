@@ -1,6 +1,7 @@
-"""The training loop, and the only writer of run folders and checkpoints.
+"""A training run from set-up to result: the only writer of run folders.
 
-Knows the order of a step: windows, masks, loss, optimizer, average. Does not know how models are scored or packed.
+Knows the order of a run: set up, compile, step after step, end. What is noted and kept on the way is the listeners'
+(`listeners`). Does not know how models are scored or packed.
 
 A run folder holds config.json, tokenizer.model, metrics.jsonl (a row per logged step), train.log and
 checkpoints/step_XXXXXXXX/ with weights.safetensors, average.safetensors (the EMA, which is what is scored),
@@ -14,12 +15,13 @@ import json
 import math
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -34,67 +36,90 @@ from mezzotint.system import commit_id, peak_memory_bytes
 from mezzotint.training.checkpoint import (
     _checkpoint_folders,
     changed_settings,
+    checkpoint_folder,
     load_checkpoint,
     newest_checkpoint,
     run_lock,
-    save_checkpoint,
+)
+from mezzotint.training.listeners import (
+    Checkpointer,
+    Listener,
+    MetricsLog,
+    Progress,
+    ProgressReport,
+    Step,
+    TensorBoard,
 )
 from mezzotint.training.step import Trainer, deterministic_sums
 
-Progress = Callable[[dict[str, Any]], None]
-"""Called with every metrics row, which also carries `progress` (0..1) and `seconds_left`."""
+SECONDS_BETWEEN_SIGNS = 10.0
+"""How often a run says that it is still compiling."""
 
 
-class _Log:
-    """metrics.jsonl and train.log of a run; silent on all processes but the first."""
-
-    def __init__(self, run: Path, first: bool, step: int) -> None:
-        self.first = first
-        if not first:
-            return
-        metrics = run / "metrics.jsonl"
-        kept = []
-        if step and metrics.exists():  # rows after the checkpoint will be made again
-            for line in metrics.read_text().splitlines():
-                with contextlib.suppress(ValueError, KeyError):
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-        atomic_write(metrics, "".join(kept))
-        self.metrics = metrics.open("a", buffering=1)
-        self.log = (run / "train.log").open("a" if step else "w", buffering=1)
-
-    def row(self, values: dict[str, Any]) -> None:
-        if self.first:
-            self.metrics.write(json.dumps(values) + "\n")
-
-    def line(self, text: str) -> None:
-        if self.first:
-            self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-
-    def close(self) -> None:
-        if self.first:
-            self.metrics.close()
-            self.log.close()
+class _StopNow(BaseException):
+    """A signal that came while nothing can be saved. No Exception, which the compiler would take for its own failure."""
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of them; a second one is obeyed at once."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
+class _Signals:
+    """SIGTERM and SIGINT, collected instead of obeyed; a second one is obeyed at once."""
 
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.prompt = False
 
-    with contextlib.suppress(ValueError):  # not in the main thread: the caller keeps its own handling
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[_Signals]:
+        """Collect signals in here. Outside the main thread the caller keeps its own handling."""
+        previous: dict[int, Any] = {}
+
+        def note(number: int, frame: Any) -> None:
+            self.received.append(number)
+            signal.signal(number, previous[number])
+            if self.prompt:
+                raise _StopNow
+
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for number in (signal.SIGTERM, signal.SIGINT):
+                previous[number] = signal.signal(number, note)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def obeyed(self, message: str) -> Iterator[None]:
+        """End at once on a signal, in here. Raises Interrupted with the message."""
+        self.prompt = True
+        try:
+            if self.received:
+                raise _StopNow
+            yield
+        except _StopNow:
+            raise Interrupted(message) from None
+        finally:
+            self.prompt = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What was asked for, and which of how many processes this is."""
+
+    data: Path
+    out: Path
+    model: ModelConfig
+    config: TrainConfig
+    resume: bool
+    changes: Sequence[str]
+    progress: Progress | None
+    warn: Callable[[str], None]
+    rank: int
+    world: int
+    local_rank: int
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
 
 
 def train(
@@ -118,179 +143,206 @@ def train(
     Returns steps, tokens, seconds, tokens_per_second, parameters, train_nelbo_bpb (mean over the last tenth of the
     steps, an estimate on training text), final_checkpoint, setup_seconds (compilation, not counted in `seconds`),
     compiled, peak_memory_bytes.
-    Raises DataError, ConfigError, CheckpointError; Interrupted after a signal, with a checkpoint written.
+    Raises DataError, ConfigError, CheckpointError; Interrupted after a signal, with a checkpoint written, or at once
+    while the step is compiled, when there is nothing to save. `warn` is also called from a thread, every ten seconds
+    while the step is compiled.
     """
     with (
         process_group(config.device) as (rank, world, local_rank),
         deterministic_sums(choose_device(config.device, local_rank)),
         run_lock(Path(out)) if rank == 0 else contextlib.nullcontext(),
-        _signals() as received,
+        _Signals().collected() as signals,
     ):
-        return _train(
-            Path(data), Path(out), model, config, resume, changes, progress, warn, received, rank, world, local_rank
-        )
+        job = _Job(
+            Path(data), Path(out), model, config, resume, changes, progress, warn, rank, world, local_rank
+        )  # fmt: skip
+        run = _Run(job)
+        try:
+            run.compile(signals)
+            run.loop(signals)
+        finally:
+            run.close()
+        return run.result()
 
 
-def _train(
-    data: Path,
-    out: Path,
-    model: ModelConfig,
-    config: TrainConfig,
-    resume: bool,
-    changes: Sequence[str],
-    progress: Progress | None,
-    warn: Callable[[str], None],
-    received: list[int],
-    rank: int,
-    world: int,
-    local_rank: int,
-) -> dict[str, Any]:
-    first = rank == 0
-    started = time.monotonic()
-    device = choose_device(config.device, local_rank)
-    dataset = Dataset.open(data)
-    tokenizer = dataset.tokenizer
+def _setup(job: _Job) -> tuple[Dataset, dict[str, Any], Trainer, list[str]]:
+    """The data, what config.json will say, the trainer where it goes on, and the first lines of train.log.
+
+    Checks all that can be checked before anything is written. Raises DataError, ConfigError, CheckpointError.
+    """
+    # 1. Do data and model fit?
+    device = choose_device(job.config.device, job.local_rank)
+    dataset = Dataset.open(job.data)
+    tokenizer, model = dataset.tokenizer, job.model
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(f"the data has {tokenizer.vocab_size} tokens, the model {model.vocab_size}: set --vocab-size")
     stream = dataset.split("train")
-    bits_per_nat = 1 / stream.bytes_per_token() / math.log(2)  # nats per token -> bits per byte of the training text
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; name a folder for the run")
+    if job.out.exists() and not job.out.is_dir():
+        raise CheckpointError(f"{job.out} is a file; name a folder for the run")
     described = {
         "model": to_dict(model),
-        "train": to_dict(config),
+        "train": to_dict(job.config),
         "data": {"tokenizer_sha256": tokenizer.sha256, "tokens": len(stream), "bytes": stream.known_bytes},
-        "data_folder": str(data.resolve()),
+        "data_folder": str(job.data.resolve()),
         "commit": commit_id(),
         "torch": torch.__version__,
     }
-    _same_everywhere(described, world)
-    torch.manual_seed(config.seed)
+    _same_everywhere(described, job.world)
+    # 2. Network, optimizers and data order from the seed.
+    torch.manual_seed(job.config.seed)
     network = Denoiser(model).to(device)
-    loader = Loader(stream, model.sequence_length, config.batch, config.seed, rank, world)
-    trainer = Trainer(network, config, loader, device)
+    loader = Loader(stream, model.sequence_length, job.config.batch, job.config.seed, job.rank, job.world)
+    trainer = Trainer(network, job.config, loader, device)
+    # 3. Where the run was.
+    notes = _restore(job, described, trainer)
+    _same_everywhere({"step to go on from, in a folder that all must see": trainer.step}, job.world)
+    notes.append(f"parameters {count_parameters(network)}, processes {job.world}, device {device}")
+    return dataset, described, trainer, notes
+
+
+def _restore(job: _Job, described: dict[str, Any], trainer: Trainer) -> list[str]:
+    """Load the newest checkpoint where the run is to go on; lines for train.log. Raises CheckpointError, ConfigError."""
     resumed, changed = False, []
-    if resume and _checkpoint_folders(out):
-        before = json.loads((out / "config.json").read_text())
+    if job.resume and _checkpoint_folders(job.out):
+        before = json.loads((job.out / "config.json").read_text())
         for key in ("model", "data"):
             if before.get(key) != described[key]:
-                raise CheckpointError(f"{out} was trained with another {key}; resume it with the same, or start anew")
-        changed = changed_settings(out, config, changes)
-        folder, state = newest_checkpoint(out, warn)
+                raise CheckpointError(
+                    f"{job.out} was trained with another {key}; resume it with the same, or start anew"
+                )
+        changed = changed_settings(job.out, job.config, job.changes)
+        folder, state = newest_checkpoint(job.out, job.warn)
         load_checkpoint(folder, state, trainer)
         resumed = True
-    elif not resume and _checkpoint_folders(out):
-        raise CheckpointError(f"{out} already holds a run; add --resume to go on with it, or name another folder")
-    _same_everywhere({"step to go on from, in a folder that all must see": trainer.step}, world)
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        for left in (out / "checkpoints").glob(".step_*"):  # of a process that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
-        atomic_write(out / "config.json", json.dumps(described, indent=1))
-        atomic_write(out / tokenizer.file_name, tokenizer.serialized)
-    log = _Log(out, first, trainer.step)
-    board = _tensorboard(out) if config.tensorboard and first else None
-    length = model.sequence_length
-    log.line(f"{'resuming at' if resumed else 'starting at'} step {trainer.step}; {json.dumps(described)}")
-    for line in changed:
-        log.line(f"from step {trainer.step} on: {line}")
-    log.line(f"parameters {count_parameters(network)}, processes {world}, device {device}")
+    elif not job.resume and _checkpoint_folders(job.out):
+        raise CheckpointError(f"{job.out} already holds a run; add --resume to go on with it, or name another folder")
+    begun = f"{'resuming at' if resumed else 'starting at'} step {trainer.step}; {json.dumps(described)}"
+    return [begun, *(f"from step {trainer.step} on: {line}" for line in changed)]
 
-    if config.compile and first:
-        warn("compiling the training step; this can take a minute")
-    reason = trainer.warm_up()
-    if reason:
-        warn(f"torch.compile does not work here ({reason}); training without it")
-        log.line(f"not compiled: {reason}")
-    setup = time.monotonic() - started
-    log.line(f"set up in {setup:.1f} s, compiled: {trainer.compiled}")
 
-    goal = config.minutes * 60
-    clock = time.monotonic() - trainer.seconds
-    saved_at = logged_at = time.monotonic()
-    first_step, first_seconds = trainer.step, trainer.seconds
-    checkpoint: Path | None = None
-    since: dict[str, list[float]] = {"nelbo": [], "narrow": [], "causal": []}  # of the steps since the last row
-    tail: list[float] = []  # (all) NELBOs of this process, for the mean over the run's last tenth
+def _write_folder(job: _Job, described: dict[str, Any], dataset: Dataset) -> None:
+    """Settings and tokenizer of the run; what a killed process left half-written goes."""
+    job.out.mkdir(parents=True, exist_ok=True)
+    for left in (job.out / "checkpoints").glob(".step_*"):
+        shutil.rmtree(left, ignore_errors=True)
+    atomic_write(job.out / "config.json", json.dumps(described, indent=1))
+    atomic_write(job.out / dataset.tokenizer.file_name, dataset.tokenizer.serialized)
 
-    def done() -> float:
-        return min(1.0, trainer.step / config.steps if config.steps else trainer.seconds / goal)
 
-    def save() -> Path | None:
-        folder = save_checkpoint(out, trainer, config.keep_checkpoints) if first else None
-        log.line(f"checkpoint at step {trainer.step}")
-        return folder
+@contextlib.contextmanager
+def _signs_of_life(say: Callable[[str], None], what: str) -> Iterator[None]:
+    """Say every few seconds for how long this has been going on."""
+    ended = threading.Event()
+    started = time.monotonic()
 
+    def beat() -> None:
+        while not ended.wait(SECONDS_BETWEEN_SIGNS):
+            say(f"{what}, {time.monotonic() - started:.0f} s")
+
+    thread = threading.Thread(target=beat, name="signs of life", daemon=True)
+    thread.start()
     try:
-        while True:
-            trainer.seconds = time.monotonic() - clock
-            part = done()
-            # Clocks and signals differ between processes; the first one decides for all.
-            flags = agree_on([part, float(bool(received)), float(_due(saved_at, config))], world, device)
-            part = flags[0]
-            if part >= 1.0:
-                break
-            if flags[1]:
-                save()
-                raise Interrupted(f"stopped at step {trainer.step}; go on with --resume")
-            if flags[2]:
-                save()
-                saved_at = time.monotonic()
-            figures = trainer.run_step(part)
-            for name, values in since.items():
-                values += [figures[name]] if name in figures else []
-            tail += [figures["nelbo"]] if "nelbo" in figures else []
-            now = time.monotonic()
-            if now - logged_at >= config.log_every or (config.steps and trainer.step == config.steps):
-                seconds = now - clock
-                tokens_per_second = (
-                    (trainer.step - first_step) * config.batch * length / max(seconds - first_seconds, 1e-9)
-                )
-                row = {
-                    "step": trainer.step,
-                    "tokens": trainer.step * config.batch * length,
-                    "seconds": round(seconds, 3),
-                    **{f"train_{k}_bpb": float(np.mean(v)) * bits_per_nat if v else None for k, v in since.items()},
-                    "loss": figures["loss"],
-                    "lr_scale": figures["lr_scale"],
-                    "grad_norm": figures["grad_norm"],
-                    "tokens_per_second": tokens_per_second,
-                }
-                log.row(row)
-                if board is not None:
-                    for key, value in row.items():
-                        if key not in ("step", "tokens", "seconds") and value is not None:
-                            board.add_scalar(key, value, trainer.step)
-                if progress is not None and first:
-                    trainer.seconds = seconds
-                    share = part = max(done(), 1e-9)
-                    progress({**row, "progress": part, "seconds_left": seconds * (1 - share) / share})
-                for values in since.values():
-                    values.clear()
-                logged_at = now
-        checkpoint = save()
+        yield
     finally:
-        log.line(f"ended at step {trainer.step} after {trainer.seconds:.1f} s")
-        log.close()
-        trainer.batches.close()
-        if board is not None:
-            board.close()
-    steps = trainer.step - first_step
-    seconds = trainer.seconds - first_seconds
-    last = tail[-max(1, len(tail) // 10) :]
-    folder = checkpoint or (out / "checkpoints" / f"step_{trainer.step:08d}")
-    return {
-        "steps": trainer.step,
-        "tokens": trainer.step * config.batch * length,
-        "seconds": trainer.seconds,
-        "tokens_per_second": steps * config.batch * length / seconds if steps else 0.0,
-        "parameters": count_parameters(network),
-        "train_nelbo_bpb": float(np.mean(last)) * bits_per_nat if last else None,
-        "final_checkpoint": str(folder),
-        "setup_seconds": setup,
-        "compiled": trainer.compiled,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+        ended.set()
+        thread.join()
+
+
+class _Run:
+    """A run that is set up, and who listens to it. Raises as `train` does."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.started = time.monotonic()
+        dataset, described, self.trainer, notes = _setup(job)
+        # nats per token -> bits per byte of the training text
+        bits_per_nat = 1 / self.trainer.loader.stream.bytes_per_token() / math.log(2)
+        if job.first:
+            _write_folder(job, described, dataset)
+        self.log = MetricsLog(job.out, self.trainer, bits_per_nat)
+        self.checkpoints = Checkpointer(job.out, self.trainer, self.log)
+        self.listeners: list[Listener] = [self.log, self.checkpoints]
+        if job.config.tensorboard and job.first:
+            self.listeners.append(TensorBoard(job.out))
+        if job.progress is not None and job.first:
+            self.listeners.append(ProgressReport(job.progress))
+        for line in notes:
+            self.log.line(line)
+        self.first_step, self.first_seconds = self.trainer.step, self.trainer.seconds
+        self.clock = self.setup_seconds = 0.0
+
+    def compile(self, signals: _Signals) -> None:
+        """Compile the step, where that works, so that it is not timed as training."""
+        job, says = self.job, contextlib.ExitStack()
+        again = "start it again" + (" with --resume" if self.trainer.step else "")
+        with signals.obeyed(f"stopped while setting up, before a step was made; {again}"), says:
+            if job.config.compile and job.first:
+                job.warn("compiling the training step; this can take a minute")
+                says.enter_context(_signs_of_life(job.warn, "still compiling"))
+            reason = self.trainer.warm_up()
+        if reason:
+            job.warn(f"torch.compile does not work here ({reason}); training without it")
+            self.log.line(f"not compiled: {reason}")
+        self.setup_seconds = time.monotonic() - self.started
+        self.log.line(f"set up in {self.setup_seconds:.1f} s, compiled: {self.trainer.compiled}")
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return time.monotonic() - self.clock
+
+    def share_done(self, seconds: float) -> float:
+        """How much of the run is done, 0..1, after so many seconds of training."""
+        config = self.job.config
+        return min(1.0, self.trainer.step / config.steps if config.steps else seconds / (config.minutes * 60))
+
+    def loop(self, signals: _Signals) -> None:
+        """Step after step until the run's end. Raises Interrupted after a signal, with a checkpoint written."""
+        trainer, config = self.trainer, self.job.config
+        self.clock = time.monotonic() - trainer.seconds
+        for listener in self.listeners:
+            listener.on_start()
+        while True:
+            trainer.seconds = self.seconds()
+            # Clocks and signals differ between processes; the first one decides for all.
+            flags = [self.share_done(trainer.seconds), float(bool(signals.received)), float(self.checkpoints.due())]
+            share, stopped, save = agree_on(flags, self.job.world, trainer.device)
+            if share >= 1.0:
+                break
+            if stopped:
+                self.checkpoints.save()
+                raise Interrupted(f"stopped at step {trainer.step}; go on with --resume")
+            figures = trainer.run_step(share)
+            trainer.seconds = self.seconds()
+            last = bool(config.steps) and trainer.step == config.steps
+            step = Step(figures, self.share_done(trainer.seconds), trainer.seconds, last, bool(save))
+            for listener in self.listeners:
+                listener.on_step(step)
+        for listener in self.listeners:
+            listener.on_end(Step({}, 1.0, trainer.seconds, last=True))
+
+    def close(self) -> None:
+        """Let go of files and threads, however the run ended."""
+        self.log.line(f"ended at step {self.trainer.step} after {self.trainer.seconds:.1f} s")
+        for listener in self.listeners:
+            listener.close()
+        self.trainer.batches.close()
+
+    def result(self) -> dict[str, Any]:
+        """See `train`."""
+        trainer = self.trainer
+        made = trainer.step > self.first_step
+        return {
+            "steps": trainer.step,
+            "tokens": trainer.step * self.log.tokens_per_step,
+            "seconds": trainer.seconds,
+            "tokens_per_second": self.log.tokens_per_second(trainer.seconds) if made else 0.0,
+            "parameters": count_parameters(trainer.network),
+            "train_nelbo_bpb": self.log.final_bpb(),
+            "final_checkpoint": str(checkpoint_folder(self.job.out, trainer.step)),
+            "setup_seconds": self.setup_seconds,
+            "compiled": trainer.compiled,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
 
 
 def _same_everywhere(described: dict[str, Any], world: int) -> None:
@@ -310,15 +362,3 @@ def _difference(one: Any, other: Any) -> str:
         key = next(k for k in {**one, **other} if one.get(k) != other.get(k))
         return f"{key} {one.get(key)}, not {other.get(key)}"
     return f"{one}, not {other}"
-
-
-def _due(saved_at: float, config: TrainConfig) -> bool:
-    return time.monotonic() - saved_at >= config.checkpoint_minutes * 60
-
-
-def _tensorboard(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("TensorBoard is not installed: pip install 'mezzotint[tensorboard]'") from error
-    return SummaryWriter(str(out / "tensorboard"))

@@ -1,0 +1,202 @@
+"""What listens to a run: metrics rows, checkpoints, TensorBoard, the caller's progress.
+
+Each is told, in every process, of the start, of every step and of the end, in the order of the list that `run` makes.
+Knows what is noted and kept. Does not know how a step is made, or when a run ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mezzotint.errors import ConfigError
+from mezzotint.files import atomic_write
+from mezzotint.training.checkpoint import save_checkpoint
+from mezzotint.training.step import Trainer
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with every metrics row, which also carries `progress` (0..1) and `seconds_left`."""
+
+
+@dataclass
+class Step:
+    """What listeners are told of a step. Those earlier in the list fill in what later ones read.
+
+    figures: what `Trainer.run_step` gave. progress: share of the run that is done, 0..1. seconds: of training so far.
+    last: whether the run ends here (a run counted by the clock knows that only afterwards, and tells `on_end`).
+    save: whether a checkpoint is due. row: the row of metrics.jsonl, if this step has one.
+    """
+
+    figures: dict[str, float]
+    progress: float
+    seconds: float
+    last: bool = False
+    save: bool = False
+    row: dict[str, Any] | None = None
+
+
+class Listener:
+    """Told of what happens in a run; each method does nothing unless overridden."""
+
+    def on_start(self) -> None:
+        """The first step comes next: all is set up and compiled."""
+
+    def on_step(self, step: Step) -> None:
+        """A step was made."""
+
+    def on_end(self, step: Step) -> None:
+        """The run's last step was made; `step` has no figures of its own."""
+
+    def close(self) -> None:
+        """Nothing more comes, whether the run ended or failed."""
+
+
+class MetricsLog(Listener):
+    """metrics.jsonl and train.log of a run; writes nothing on all processes but the first.
+
+    bits_per_nat: turns nats per token into bits per byte of the training text.
+    """
+
+    def __init__(self, folder: Path, trainer: Trainer, bits_per_nat: float) -> None:
+        self.trainer, self.bits_per_nat = trainer, bits_per_nat
+        self.tokens_per_step = trainer.config.batch * trainer.network.config.sequence_length
+        self.first_step, self.first_seconds = trainer.step, trainer.seconds
+        self.since: dict[str, list[float]] = {
+            "nelbo": [],
+            "narrow": [],
+            "causal": [],
+        }  # of the steps since the last row
+        self.tail: list[float] = []  # (all) NELBOs of this process, for the mean over the run's last tenth
+        self.logged_at = time.monotonic()
+        self.writes = trainer.rank == 0
+        if not self.writes:
+            return
+        metrics = folder / "metrics.jsonl"
+        kept = []
+        if trainer.step and metrics.exists():  # rows after the checkpoint will be made again
+            for line in metrics.read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError):
+                    if json.loads(line)["step"] <= trainer.step:
+                        kept.append(line + "\n")
+        atomic_write(metrics, "".join(kept))
+        self.metrics = metrics.open("a", buffering=1)
+        self.log = (folder / "train.log").open("a" if trainer.step else "w", buffering=1)
+
+    def line(self, text: str) -> None:
+        """A line of train.log."""
+        if self.writes:
+            self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def on_start(self) -> None:
+        self.logged_at = time.monotonic()
+
+    def on_step(self, step: Step) -> None:
+        for name, values in self.since.items():
+            values += [step.figures[name]] if name in step.figures else []
+        self.tail += [step.figures["nelbo"]] if "nelbo" in step.figures else []
+        now = time.monotonic()
+        if now - self.logged_at >= self.trainer.config.log_every or step.last:
+            step.row = self._row(step)
+            self.logged_at = now
+            if self.writes:
+                self.metrics.write(json.dumps(step.row) + "\n")
+
+    def _row(self, step: Step) -> dict[str, Any]:
+        means = {
+            f"train_{name}_bpb": float(np.mean(values)) * self.bits_per_nat if values else None
+            for name, values in self.since.items()
+        }
+        for values in self.since.values():
+            values.clear()
+        return {
+            "step": self.trainer.step,
+            "tokens": self.trainer.step * self.tokens_per_step,
+            "seconds": round(step.seconds, 3),
+            **means,
+            "loss": step.figures["loss"],
+            "lr_scale": step.figures["lr_scale"],
+            "grad_norm": step.figures["grad_norm"],
+            "tokens_per_second": self.tokens_per_second(step.seconds),
+        }
+
+    def tokens_per_second(self, seconds: float) -> float:
+        """Tokens of a second since this process took the run up, at `seconds` of training."""
+        steps = self.trainer.step - self.first_step
+        return steps * self.tokens_per_step / max(seconds - self.first_seconds, 1e-9)
+
+    def final_bpb(self) -> float | None:
+        """Mean training NELBO over the last tenth of the steps, in bits per byte; None where none was estimated."""
+        last = self.tail[-max(1, len(self.tail) // 10) :]
+        return float(np.mean(last)) * self.bits_per_nat if last else None
+
+    def close(self) -> None:
+        if self.writes:
+            self.metrics.close()
+            self.log.close()
+
+
+class Checkpointer(Listener):
+    """Writes a checkpoint when one is due and at the end; the first process does."""
+
+    def __init__(self, folder: Path, trainer: Trainer, log: MetricsLog) -> None:
+        self.folder, self.trainer, self.log = folder, trainer, log
+        self.saved_at = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the last checkpoint is older than the settings allow."""
+        return time.monotonic() - self.saved_at >= self.trainer.config.checkpoint_minutes * 60
+
+    def save(self) -> None:
+        """Write the checkpoint of the trainer's step. Raises CheckpointError."""
+        if self.trainer.rank == 0:
+            save_checkpoint(self.folder, self.trainer, self.trainer.config.keep_checkpoints)
+        self.log.line(f"checkpoint at step {self.trainer.step}")
+        self.saved_at = time.monotonic()
+
+    def on_start(self) -> None:
+        self.saved_at = time.monotonic()
+
+    def on_step(self, step: Step) -> None:
+        if step.save:
+            self.save()
+
+    def on_end(self, step: Step) -> None:
+        self.save()
+
+
+class TensorBoard(Listener):
+    """Every figure of every row, as a TensorBoard scalar. Raises ConfigError where TensorBoard is not installed."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError("TensorBoard is not installed: pip install 'mezzotint[tensorboard]'") from error
+        self.board: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def on_step(self, step: Step) -> None:
+        for key, value in (step.row or {}).items():
+            if key not in ("step", "tokens", "seconds") and value is not None:
+                self.board.add_scalar(key, value, (step.row or {})["step"])
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class ProgressReport(Listener):
+    """Hands every row to the caller, with the share of the run that is done and the time that is left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step(self, step: Step) -> None:
+        if step.row is not None:
+            share = max(step.progress, 1e-9)
+            self.progress({**step.row, "progress": share, "seconds_left": step.seconds * (1 - share) / share})
