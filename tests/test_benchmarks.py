@@ -20,6 +20,7 @@ import pytest
 import mezzotint
 from mezzotint.apps import submission
 from mezzotint.cli import main
+from mezzotint.cli.training import train_configs
 from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.errors import ArtifactError, DataError
 from mezzotint.scoring import likelihood
@@ -93,11 +94,11 @@ def test_commands_give_the_runs_settings(kept, trained):
     parsed = [main.build_parser().parse_args(line[1:]) for line in lines]
     tokenizer = mezzotint.Tokenizer.load(trained.run / "tokenizer.model")
     described = read_run(trained.run)
-    assert main._train_configs(parsed[0], tokenizer) == (described["model"], described["train"])
+    assert train_configs(parsed[0], tokenizer) == (described["model"], described["train"])
     assert [p.command for p in parsed[1:5]] == ["pack", "score", "score", "score"]
     other = ModelConfig(vocab_size=290, unet_skips=True, width=320), TrainConfig(compile=False, matrix_lr=0.03)
     words = script("record").training_command(*other)
-    assert main._train_configs(main.build_parser().parse_args(words[1:]), tokenizer) == other
+    assert train_configs(main.build_parser().parse_args(words[1:]), tokenizer) == other
 
 
 def test_record_refuses_what_does_not_belong(kept, trained, tmp_path):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import mezzotint
-from mezzotint.cli import main
-from mezzotint.config import PRESETS, ModelConfig, TrainConfig
+from mezzotint.cli import arguments, console, main, packing, training
+from mezzotint.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig
 from mezzotint.errors import MezzotintError
 
 COMMANDS = (
@@ -38,7 +38,7 @@ def one_line(capsys, words: list[str | Path], contains: str, status: int = 2) ->
 
 
 def parsed(*words: str) -> argparse.Namespace:
-    return main.build_parser().parse_args(main._with_dashes(words))
+    return main.build_parser().parse_args(arguments.canonical(words))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -58,17 +58,51 @@ def test_every_setting_is_an_option_with_its_help(capsys):
     assert "tiny 128" in text and "reference 2048" in text, "presets' own values are shown"
 
 
+def test_the_table_names_every_command_of_this_test():
+    assert {*COMMANDS, "compare"} == main.COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", ["sample", "fill"])
+def test_sampling_options_are_the_fields_of_its_settings(name, capsys):
+    main.main([name, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    values = {"sampler": "blocks", "steps": 3, "block": 4, "no_repeat": 2}
+    given = {item.name: values.get(item.name, 0.25) for item in dataclasses.fields(SamplingConfig)}
+    words = [f"--{key}={value}" for key, value in given.items()]
+    assert arguments.sampling_settings(parsed(name, "m", *(["t"] * (name == "fill")), *words)) == given
+    for item in dataclasses.fields(SamplingConfig):
+        assert item.metadata["help"][:25] in text
+    assert arguments.sampling_settings(parsed(name, *(["t"] * (name == "fill")), "--attention", "causal")) == {
+        "attention": "causal"
+    }
+
+
+def test_former_names_work_and_say_the_new_one(capsys):
+    for words in (["--visibility", "block(4)"], ["--visibility=block(4)"]):
+        assert parsed("fill", "m", *words, "--", "--visibility").attention == "block(4)"
+        assert capsys.readouterr().err == "mezzotint: --visibility is now called --attention\n"
+    assert parsed("fill", "m", "a --visibility b").text == "a --visibility b" and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["fill", "--help"], ["train", "--help"], ["nonsense"]])
+def test_help_loads_nothing_heavy(words):
+    code = f"import sys; from mezzotint.cli.main import main; main({words}); print('LOADED', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.partition("LOADED")[2].split())
+    assert "mezzotint.cli.main" in loaded and not loaded & {"torch", "numpy", "rich", "matplotlib"}
+
+
 def test_dashes_and_underscores_mean_the_same():
     one, two = (
         parsed("train", "d", "--out", "r", "--matrix_lr=0.5"),
         parsed("train", "d", "--out", "r", "--matrix-lr", "0.5"),
     )
-    assert main._settings(one, TrainConfig) == main._settings(two, TrainConfig) == {"matrix_lr": 0.5}
+    assert arguments.settings(one, TrainConfig) == arguments.settings(two, TrainConfig) == {"matrix_lr": 0.5}
 
 
 @pytest.mark.parametrize("text", ["--- a ____ b", "-- the ____ house", "--x____ y", "____ --a_b"])
 def test_text_is_not_mistaken_for_an_option(text):
-    assert main._with_dashes(["fill", "m", text]) == ["fill", "m", text]
+    assert arguments.canonical(["fill", "m", text]) == ["fill", "m", text]
     assert parsed("fill", "m", text).text == text
 
 
@@ -79,7 +113,7 @@ def test_words_after_two_dashes_stay():
 def test_settings_come_from_the_preset_and_then_the_options(trained):
     tokenizer = mezzotint.Tokenizer.load(trained.run / "tokenizer.model")
     words = parsed("train", "d", "--out", "none", "--preset", "tiny", "--layers", "3", "--no-compile", "--batch", "8")
-    model, train = main._train_configs(words, tokenizer)
+    model, train = training.train_configs(words, tokenizer)
     assert model == dataclasses.replace(PRESETS["tiny"].model, layers=3, vocab_size=290)
     assert train == dataclasses.replace(PRESETS["tiny"].train, compile=False, batch=8)
 
@@ -87,12 +121,12 @@ def test_settings_come_from_the_preset_and_then_the_options(trained):
 def test_resume_takes_the_runs_own_settings(trained):
     tokenizer = mezzotint.Tokenizer.load(trained.run / "tokenizer.model")
     words = parsed("train", str(trained.data), "--out", str(trained.run), "--resume", "--steps", "40")
-    model, train = main._train_configs(words, tokenizer)
+    model, train = training.train_configs(words, tokenizer)
     described = json.loads((trained.run / "config.json").read_text())
     assert dataclasses.asdict(model) == described["model"] and model.width == 32
     assert dataclasses.asdict(train) == {**described["train"], "steps": 40}
     minutes = parsed("train", str(trained.data), "--out", str(trained.run), "--resume", "--minutes", "2")
-    assert main._train_configs(minutes, tokenizer)[1].steps == 0, "minutes given on the command line must count"
+    assert training.train_configs(minutes, tokenizer)[1].steps == 0, "minutes given on the command line must count"
 
 
 @pytest.mark.parametrize(
@@ -141,8 +175,8 @@ def test_errors_become_one_line(error, contains, status, monkeypatch, capsys):
     def fails(arguments, progress):
         raise error
 
-    monkeypatch.setattr(main, "_run_inspect", fails)
-    monkeypatch.setattr(main, "_drop_output", lambda: None)
+    monkeypatch.setattr(packing, "run_inspect", fails)
+    monkeypatch.setattr(main, "drop_output", lambda: None)
     one_line(capsys, ["inspect", "x.mzt"], contains, status)
 
 
@@ -150,7 +184,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def fails(arguments, progress):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(main, "_run_inspect", fails)
+    monkeypatch.setattr(packing, "run_inspect", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         main.main(["inspect", "x.mzt"])
 
@@ -161,7 +195,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
     def fails(arguments, progress):
         raise Interrupted("stopped at step 3; go on with --resume")
 
-    monkeypatch.setattr(main, "_run_train", fails)
+    monkeypatch.setattr(training, "run_train", fails)
     one_line(capsys, ["train", "d", "--out", "r"], "--resume", 130)
 
 
@@ -280,7 +314,7 @@ def test_json_is_all_of_standard_output_and_has_no_nan(trained, capsys):
     assert main.main(words) == 0
     result = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert {r["method"]: r["stderr_bpb"] for r in result["results"]}["chain"] is None
-    assert main._finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x")}) == {"a": [None, 1.5], "b": [None, "x"]}
+    assert console.finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x")}) == {"a": [None, 1.5], "b": [None, "x"]}
 
 
 def test_fill_shows_ranked_answers(trained, capsys):
@@ -315,7 +349,7 @@ def test_a_terminal_without_unicode_is_no_error(trained):
 
 
 def test_progress_off_a_terminal_is_plain_lines(capsys):
-    progress = main._Progress(every=0.0)
+    progress = console.Progress(every=0.0)
     progress.training(
         {"step": 7, "train_nelbo_bpb": 2.5, "tokens_per_second": 1e4, "progress": 0.5, "seconds_left": 75}
     )

@@ -26,6 +26,7 @@ import toy
 import mezzotint
 from mezzotint import config, pretrained
 from mezzotint.cli import main
+from mezzotint.cli.arguments import canonical
 from mezzotint.sampling import samplers
 
 ROOT = Path(__file__).parent.parent
@@ -135,7 +136,7 @@ def test_page(page, house, tmp_path, monkeypatch, capfd):
         elif block.language == "sh":
             for words in commands(block.text):
                 if block.excuse:
-                    main.build_parser().parse_args(main._with_dashes(words))
+                    main.build_parser().parse_args(canonical(words))
                     continue
                 status = main.main(shortened(words))
                 assert status == 0, f"{where}: mezzotint {shlex.join(words)}: {capfd.readouterr().err[-2000:]}"

@@ -9,7 +9,7 @@ import pytest
 
 import mezzotint
 from mezzotint import pretrained
-from mezzotint.cli import main
+from mezzotint.cli import demo, main
 from mezzotint.errors import CheckpointError
 
 
@@ -130,8 +130,8 @@ def test_export_and_import_by_command(package, trained, capsys):
 def test_demo_shows_the_shipped_model_first(package, trained):
     """Its text with the gap filled, as `fill` does; an installation without it goes on without."""
     said: list[str] = []
-    shown = main._fill_with_shipped(said.append)
-    expected = mezzotint.fill(mezzotint.open_artifact(trained.artifact), main.SHIPPED_TEXT, seed=0)
+    shown = demo.fill_with_shipped(said.append)
+    expected = mezzotint.fill(mezzotint.open_artifact(trained.artifact), demo.SHIPPED_TEXT, seed=0)
     assert shown == {"model": "prose", "text": expected} and said[-1] == expected and "____" not in expected
     (package / "package" / "models" / "prose.mzt").unlink()
-    assert main._fill_with_shipped(said.append) is None and len(said) == 2
+    assert demo.fill_with_shipped(said.append) is None and len(said) == 2

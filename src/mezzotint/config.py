@@ -13,10 +13,12 @@ from typing import Any
 from mezzotint.errors import ConfigError
 
 
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
     metadata: dict[str, Any] = {"help": help}
     if choices:
         metadata["choices"] = choices
+    if metavar:
+        metadata["metavar"] = metavar
     return field(default=default, metadata=metadata)
 
 
@@ -343,15 +345,19 @@ class SamplingConfig:
     al. 2025, ReMDM-conf).
     """
 
-    sampler: str = _option("confidence", f"which positions to reveal first: {', '.join(SAMPLERS)}")
-    steps: int | None = _option(None, "passes at most (default: one token a pass; `entropy` decides for itself)")
-    temperature: float = _option(1.0, "softens (above 1) or sharpens (below 1) the token choice; 0 takes the best")
-    top_p: float = _option(1.0, "draw only from the most probable tokens that together hold this probability")
-    entropy_budget: float = _option(0.5, "nats of joint uncertainty that one pass of `entropy` may reveal")
-    block: int | None = _option(None, "tokens in a block of `blocks` (default: the block the model learnt, else 32)")
-    remask: float = _option(0.05, "share of drawn tokens that each pass of `remask` hides again")
-    order_noise: float = _option(0.0, "Gumbel noise on the order of confidence and margin, fading over the passes")
-    no_repeat: int = _option(0, "no sequence of this many tokens occurs twice (0: no such rule)")
+    sampler: str = _option(
+        "confidence",
+        "how masks are revealed [confidence; sample, where next tokens were learnt: one by one, left to right]",
+        SAMPLERS,
+    )
+    steps: int | None = _option(None, "forward passes [by sampler]", metavar="K")
+    temperature: float = _option(1.0, "below 1: safer words", metavar="T")
+    top_p: float = _option(1.0, "draw from the most probable share P only", metavar="P")
+    block: int | None = _option(None, "tokens in a block of `blocks` [what was learnt, 32]", metavar="N")
+    entropy_budget: float = _option(0.5, "doubt that a pass of `entropy` may reveal", metavar="NATS")
+    remask: float = _option(0.05, "of drawn tokens that a pass of `remask` hides again", metavar="SHARE")
+    order_noise: float = _option(0.0, "noise on the order of `confidence` and `margin`", metavar="X")
+    no_repeat: int = _option(0, "no N tokens in a row occur twice", metavar="N")
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:

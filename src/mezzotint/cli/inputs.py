@@ -1,0 +1,81 @@
+"""What a command works on: a model, data or text by the words that name it.
+
+Knows where things lie, not what is done with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from mezzotint.errors import DataError
+
+if TYPE_CHECKING:
+    from mezzotint.data.dataset import Dataset, Windows
+    from mezzotint.model import Model
+
+
+def load_model(path: Path | None) -> Model:
+    """A `.mzt` artifact, a run folder, an exported folder or a shipped model's name; the default one if None."""
+    from mezzotint.pretrained import load
+
+    return load(path)
+
+
+def run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | None:
+    """The data given, else the data the run was trained on. `needed`: what for, if it must be there."""
+    from mezzotint.data.dataset import Dataset
+    from mezzotint.training.checkpoint import read_run
+
+    described = read_run(run)
+    folder = given or Path(described.get("data_folder") or "")
+    if given is None and (not described.get("data_folder") or not folder.is_dir()):
+        if needed:
+            raise DataError(f"the data that {run} was trained on is not at {folder}: name it with --data for {needed}")
+        return None
+    dataset = Dataset.open(folder)
+    if dataset.tokenizer.sha256 != described["data"]["tokenizer_sha256"]:
+        raise DataError(f"{folder} was prepared with another tokenizer than {run} was trained with")
+    return dataset
+
+
+def is_data(sources: Sequence[Path]) -> bool:
+    """Whether what is to be scored is a prepared folder (or published shards) rather than text."""
+    folder = sources[0]
+    return len(sources) == 1 and folder.is_dir() and ((folder / "data.json").exists() or any(folder.glob("*.bin")))
+
+
+def scored_windows(model: Model, arguments: argparse.Namespace) -> Windows:
+    """Windows of a prepared folder's split, or of text, a document at a time."""
+    length = model.config.sequence_length
+    stride = getattr(arguments, "stride", None)
+    if is_data(arguments.data):
+        from mezzotint.data.dataset import Dataset
+        from mezzotint.data.tokenizer import check_same_tokenizer
+
+        dataset = Dataset.open(arguments.data[0])
+        check_same_tokenizer(model, dataset, data_name=arguments.data[0])
+        return dataset.split(arguments.split).windows(length, stride)
+    from mezzotint.data.texts import TextWindows
+
+    return cast("Windows", TextWindows(scored_texts(arguments), model.tokenizer, length, stride))
+
+
+def scored_texts(arguments: argparse.Namespace) -> list[str]:
+    """The documents that DATA|TEXT names."""
+    from mezzotint.data.sources import documents
+
+    return [text for source in arguments.data for text in documents(source)]
+
+
+def read_text(given: str) -> str:
+    """The text given, or for `-` that of standard input."""
+    if given != "-":
+        return given
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError("standard input is not UTF-8 text") from error

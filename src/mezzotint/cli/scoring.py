@@ -1,0 +1,198 @@
+"""The commands that measure: `score`, `compare`.
+
+Knows nothing of how a figure comes about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mezzotint.cli.arguments import add_model, add_scored, describe, positive
+from mezzotint.cli.console import Progress, emit, table
+from mezzotint.cli.inputs import is_data, load_model, scored_texts, scored_windows
+from mezzotint.errors import ConfigError, DataError, Interrupted, MezzotintError
+
+if TYPE_CHECKING:
+    from mezzotint.data.dataset import Windows
+    from mezzotint.model import Model
+    from mezzotint.scoring.statistics import Estimate
+
+METHODS = {
+    "nelbo": ("nelbo", ("repeats", "block_size", "orders", "order_lean", "journal")),
+    "chain": ("chain_rule", ("order", "attention", "journal")),
+    "causal": ("causal", ()),
+    "reconstruction": ("reconstruction_score", ()),
+}
+"""Each method's function of `scoring.likelihood`, and the options that it alone takes."""
+COMPARED_TOKENS = 32_768
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    describe(
+        parser,
+        "nelbo: unbiased estimate of an upper bound. chain: exact, left to right, a forward pass per token (in "
+        "blocks: per token of a block). causal: exact, one pass, for models with a causal share. reconstruction: the "
+        "challenge entry's score, no bound.",
+    )
+    add_model(parser)
+    add_scored(parser)
+    parser.add_argument("--method", default="nelbo", choices=(*METHODS, "all"), help="[nelbo]")
+    parser.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="score about N tokens, evenly spread [all]")
+    parser.add_argument("--repeats", type=positive, help="independent sets of masks for nelbo [8; 2 with --orders]")
+    parser.add_argument(
+        "--stride", type=positive, metavar="S", help="charge S tokens a window, behind the text before [all of it]"
+    )
+    parser.add_argument(
+        "--orders", type=positive, metavar="K", help="nelbo over K orders: tighter, a pass per token and order"
+    )
+    parser.add_argument(
+        "--order-lean",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="nelbo of orders that lean to the left; inf: chain [0]",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
+    parser.add_argument(
+        "--order", metavar="ORDER", help="order of chain: left, random(SEED), block(SIZE), spread(PASSES) [left]"
+    )
+    parser.add_argument(
+        "--attention",
+        metavar="WORD",
+        help="what chain sees: full, or block(SIZE), for models trained in blocks [full]",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="K",
+        help="nelbo of blocks of K tokens from left to right, 0 of whole windows [what the model was trained on]",
+    )
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
+
+
+def run_score(arguments: argparse.Namespace, progress: Progress) -> None:
+    model = load_model(arguments.model)
+    windows = scored_windows(model, arguments)
+    methods = [arguments.method]
+    if arguments.method == "all":
+        causal = model.trained_causally
+        methods = [m for m in METHODS if m != "causal" or causal]
+    _check_options(arguments, methods)
+    estimates: list[Estimate] = []
+    failures: dict[str, str] = {}
+    for method in methods:
+        try:
+            estimates.append(score_by(method, model, windows, vars(arguments), progress))
+        except Interrupted:
+            raise
+        except MezzotintError as error:
+            if len(methods) == 1:
+                raise
+            failures[method] = str(error)
+    progress.close()
+    for method, reason in failures.items():
+        print(f"mezzotint: no figure for {method}: {reason}", file=sys.stderr)
+    if not estimates:
+        raise DataError("no method gave a figure")
+    if arguments.json:
+        result = {"results": [e.to_dict() for e in estimates], "model_sha256": model.sha256}
+        result |= {"commit": model.info.get("commit")} | ({"failures": failures} if failures else {})
+        return emit(arguments, result)
+    print_scores(estimates)
+
+
+def _check_options(arguments: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Nothing is asked for that none of the methods would look at. Raises ConfigError."""
+    if arguments.order and "chain" not in methods:
+        raise ConfigError("--order is the order of the chain rule: add --method chain")
+    if arguments.attention and "chain" not in methods:
+        raise ConfigError("--attention is that of the chain rule: add --method chain")
+    if arguments.attention in ("causal", "block(1)"):
+        raise ConfigError("next tokens, in one pass, are --method causal")
+    if arguments.block_size is not None and "nelbo" not in methods:
+        raise ConfigError("--block-size is that of the NELBO: add --method nelbo, or --attention to the chain rule")
+    if arguments.journal and arguments.method not in ("nelbo", "chain"):
+        raise ConfigError("--journal keeps one figure: add --method nelbo or --method chain")
+    if (arguments.orders or arguments.order_lean) and "nelbo" not in methods:
+        raise ConfigError("--orders and --order-lean are those of the NELBO: add --method nelbo")
+
+
+def score_by(method: str, model: Model, windows: Windows, options: Mapping[str, Any], progress: Progress) -> Estimate:
+    """The figure of one of `METHODS`. options: by the names of `score`'s own; what another method would take is left."""
+    from mezzotint.scoring import likelihood
+
+    function, names = METHODS[method]
+    given = {name: options[name] for name in (*names, "tokens", "seed") if options.get(name) is not None}
+    return getattr(likelihood, function)(model, windows, progress=progress.passes(method), **given)
+
+
+def print_scores(estimates: Sequence[Estimate]) -> None:
+    from mezzotint.apps.charts import comparison
+
+    rows = []
+    for e in estimates:
+        rows.append(
+            (
+                e.method,
+                e.kind,
+                f"{e.bpb:.4f}",
+                f"{e.stderr_bpb:.4f}",
+                f"{e.nats_per_token:.4f}",
+                f"{e.tokens:,}",
+                f"{e.bytes:,}",
+                f"{e.bytes_lost:,}",
+                f"{e.forward_passes:,}",
+                f"{e.seconds:.1f}",
+                comparison(e.kind)[1],
+            )
+        )
+    names = ("method", "kind", "bits/byte", "± s.e.", "nats/token", "tokens", "bytes", "lost", "passes", "seconds")
+    columns = [(n, "left" if n in ("method", "kind") else "right") for n in names]
+    table("", [*columns, ("comparable with autoregressive figures?", "left")], rows)
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    describe(
+        parser,
+        "Both are scored on the same windows and masks, so that the difference has a small standard error.",
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="a .mzt artifact, a run folder, or a model of transformers")
+    parser.add_argument("b", type=Path, metavar="B", help="another; on TEXT it may have another tokenizer")
+    add_scored(parser, ", paired by document")
+    parser.add_argument(
+        "--method", default="nelbo", choices=("nelbo", "chain", "chain-or-causal"), help="[nelbo; next tokens' own]"
+    )
+    parser.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
+    parser.add_argument(
+        "--tokens", type=positive, default=COMPARED_TOKENS, metavar="N", help=f"score about N [{COMPARED_TOKENS}]"
+    )
+    parser.add_argument("--repeats", type=positive, default=4, help="independent sets of masks for nelbo [4]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
+
+
+def run_compare(arguments: argparse.Namespace, progress: Progress) -> None:
+    from mezzotint.scoring.compare import compare, compare_documents
+
+    a, b = load_model(arguments.a), load_model(arguments.b)
+    words = {"method": arguments.method, "repeats": arguments.repeats, "seed": arguments.seed}
+    words["progress"] = progress.passes("comparing")
+    if is_data(arguments.data):
+        scored_windows(b, arguments)  # the second model's tokenizer is checked like the first's
+        found = compare(a, b, scored_windows(a, arguments), tokens=arguments.tokens, **words)
+    else:
+        found = compare_documents(a, b, scored_texts(arguments), **words)
+    progress.close()
+    p = found.p_value
+    verdict = "no difference shown" if p >= 0.01 else f"{'A' if found.difference_bpb > 0 else 'B'} is better"
+    lines = [
+        ("A", f"{found.a.bpb:.4f} ± {found.a.stderr_bpb:.4f} bits/byte ({found.a.kind}), {arguments.a}"),
+        ("B", f"{found.b.bpb:.4f} ± {found.b.stderr_bpb:.4f} bits/byte ({found.b.kind}), {arguments.b}"),
+        ("B - A", f"{found.difference_bpb:+.5f} ± {found.stderr_bpb:.5f} bits/byte, p = {p:.2g}: {verdict}"),
+        ("over", f"{found.a.tokens:,} tokens, {found.a.bytes:,} bytes"),
+    ]
+    emit(arguments, found.to_dict(), lines)

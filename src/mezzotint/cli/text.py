@@ -1,0 +1,166 @@
+"""The commands that read and write text and bytes: `sample`, `fill`, `compress`, `decompress`, `serve`.
+
+Knows nothing of how tokens are drawn or coded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from mezzotint.cli.arguments import DEFAULT_MODEL, add_model, add_sampling, describe, positive, sampling_settings
+from mezzotint.cli.console import Progress, emit, table, watching
+from mezzotint.cli.inputs import load_model, read_text
+from mezzotint.errors import ConfigError
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, optional=True)
+    parser.add_argument("-n", type=positive, default=1, help="number of texts [1]")
+    parser.add_argument("--length", type=positive, metavar="L", help="tokens [what the window holds behind the prompt]")
+    parser.add_argument("--prompt", default="", help="text to begin with")
+    add_sampling(parser)
+
+
+def run_sample(arguments: argparse.Namespace, progress: Progress) -> None:
+    from mezzotint.sampling.generate import sample
+
+    model = load_model(arguments.model)
+    settings = sampling_settings(arguments)
+    words = {"prompt": arguments.prompt, "seed": arguments.seed, **settings}
+    with watching(arguments, progress) as watch:
+        on_step = watch.canvas(model.tokenizer) if watch else None
+        result = sample(model, arguments.n, arguments.length, on_step=on_step, **words)
+    if arguments.json:
+        return emit(arguments, result.to_dict())
+    for i, text in enumerate(result.texts):
+        if len(result.texts) > 1:
+            print(f"--- {i + 1}")
+        print(text)
+    progress.say(f"{result.forward_passes} forward passes, {result.seconds:.1f} s")
+
+
+def add_fill_arguments(parser: argparse.ArgumentParser) -> None:
+    describe(
+        parser,
+        "____ (four or more underscores) is a gap of unknown length, [MASK*8] exactly 8 tokens. A backslash before "
+        "one makes it plain text. All other text comes back byte for byte. Many texts are tried for each gap, and the "
+        "one is taken with which the whole is likeliest; with an option of sampling, what is drawn.",
+    )
+    add_model(parser, optional=True)
+    parser.add_argument("text", metavar="TEXT", help="text with gaps; - reads standard input")
+    parser.add_argument("--n", type=positive, default=1, metavar="N", help="answers to show for each gap, ranked [1]")
+    parser.add_argument("--candidates", type=positive, metavar="K", help="texts to try for each gap, about [64]")
+    parser.add_argument("--words", action="store_true", help="whole words only: no gap begins or ends inside a word")
+    parser.add_argument("--max-words", type=positive, metavar="N", help="at most so many words in a gap")
+    parser.add_argument("--regex", metavar="PATTERN", help="what a gap's text must match as a whole (extra `regex`)")
+    parser.add_argument("--avoid", action="append", default=[], metavar="WORD", help="no gap holds it; may be repeated")
+    parser.add_argument("--greedy", action="store_true", help="the surest token first, one text for each length")
+    add_sampling(parser)
+
+
+def run_fill(arguments: argparse.Namespace, progress: Progress) -> None:
+    from mezzotint.sampling.infill import infill
+
+    text = arguments.text
+    if arguments.model is None and text.endswith(".mzt") and Path(text).is_file():
+        raise ConfigError(f"{text} is a model: give the text to fill as well")
+    text = read_text(text)
+    model = load_model(arguments.model)
+    options = {"whole_words": arguments.words, "max_words": arguments.max_words, "regex": arguments.regex}
+    options |= {"avoid": arguments.avoid, "n": arguments.n, "candidates": arguments.candidates}
+    settings = sampling_settings(arguments)
+    if arguments.greedy:
+        settings = {"temperature": 0.0, **settings}
+    with watching(arguments, progress) as watch:
+        filled = infill(
+            model,
+            text,
+            arguments.seed,
+            on_step=watch.spans if watch else None,
+            progress=None
+            if watch
+            else lambda done, of: progress.bar(done / of, f"gap {done:,} of {of:,}") if of > 1 else None,
+            **options,
+            **settings,
+        )
+    progress.close()
+    if arguments.json:
+        return emit(arguments, filled.to_dict())
+    sys.stdout.buffer.write(filled.text.encode() + (b"" if arguments.text == "-" else b"\n"))
+    sys.stdout.flush()
+    for number, gap in enumerate(filled.gaps if arguments.n > 1 else [], start=1):
+        rows = [(a.text, f"{a.bits:.1f}", f"{a.probability:.1%}") for a in gap.alternatives]
+        table(f"gap {number}", [("text", "left"), ("bits", "right"), ("probability", "right")], rows)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="file to read (-: standard input)")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FILE", help="file to write (-: standard output)"
+    )
+
+
+def _add_model_option(parser: argparse.ArgumentParser) -> None:
+    help = f"a .mzt artifact, a run folder or a shipped model's name [the shipped {DEFAULT_MODEL}]"
+    parser.add_argument("--model", type=Path, metavar="MODEL|RUN", help=help)
+
+
+def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_files(parser)
+    parser.add_argument("--check", action="store_true", help="restore the result and compare before it appears")
+    _add_model_option(parser)
+
+
+def run_compress(arguments: argparse.Namespace, progress: Progress) -> None:
+    from mezzotint.compression.container import STANDARD, compress_file
+
+    model = load_model(arguments.model)
+    watch = progress.bytes_done("compressing")
+    result = compress_file(arguments.file, arguments.out, model, check=arguments.check, progress=watch)
+    progress.close()
+    before, after = result.input_bytes, result.output_bytes
+    figures = {**dataclasses.asdict(result), "bytes": before, "compressed_bytes": after, "bpb": result.bpb}
+    ratio = f"{before / after:.2f} times smaller, {result.bpb:.3f} bits/byte" if before else "empty input"
+    checked = ", restored and compared" if result.checked else ""
+    if arguments.out == STANDARD:
+        progress.say(f"compressed  {before:,} -> {after:,} bytes ({ratio}){checked}")
+    else:
+        emit(arguments, figures, [("compressed", f"{before:,} -> {after:,} bytes ({ratio}){checked}")])
+
+
+def add_decompress_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_files(parser)
+    _add_model_option(parser)
+
+
+def run_decompress(arguments: argparse.Namespace, progress: Progress) -> None:
+    from mezzotint.compression.container import STANDARD, decompress_file
+
+    watch = progress.bytes_done("decompressing")
+    size = decompress_file(arguments.file, arguments.out, load_model(arguments.model), progress=watch)
+    progress.close()
+    if arguments.out == STANDARD:
+        progress.say(f"restored  {size:,} bytes, checked")
+    else:
+        emit(arguments, {"bytes": size}, [("restored", f"{arguments.out}  {size:,} bytes, checked")])
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, optional=True)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only]")
+    parser.add_argument("--port", type=positive, default=8000, help="[8000]")
+
+
+def run_serve(arguments: argparse.Namespace, progress: Progress) -> None:
+    try:
+        from mezzotint.apps.serve import serve
+    except ImportError as error:
+        raise ConfigError("serving a page needs more packages: pip install 'mezzotint[serve]'") from error
+    model = load_model(arguments.model)
+    progress.say(f"http://{arguments.host}:{arguments.port}  (Ctrl-C ends it)")
+    serve(
+        model, host=arguments.host, port=arguments.port, name=arguments.model.name if arguments.model else DEFAULT_MODEL
+    )

@@ -1,0 +1,214 @@
+"""The commands that make a run and tell of it: `prepare`, `train`, `report`.
+
+Knows nothing of how anything is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mezzotint.cli.arguments import add_out, add_preset_settings, add_run, describe, positive, settings
+from mezzotint.cli.console import Progress, emit, table
+from mezzotint.cli.inputs import run_data
+from mezzotint.config import PRESETS, ModelConfig, TrainConfig, preset
+from mezzotint.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mezzotint.data.tokenizer import Tokenizer
+
+DEFAULT_PRESET = "small"
+
+
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    describe(
+        parser,
+        "A source is a file of text (.txt, .md, source code: one document), .jsonl, .csv, .tsv (each also .gz or "
+        ".zst) or .parquet, a folder of these, - (standard input), stdlib (this Python's own library), "
+        "hf:OWNER/NAME[:CONFIG][:SPLIT] (a dataset of the Hugging Face Hub), or fineweb:sp1024[:SHARDS] (the "
+        "challenge's published shards).",
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, -, stdlib, hf:OWNER/NAME...")
+    add_out(parser, "DATA", "new folder for the shards")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE|MODEL", help="a SentencePiece .model, a tokenizer.json, or a model's own"
+    )
+    parser.add_argument("--text-field", default="text", metavar="A.B", help="column or JSON key of the text [text]")
+    parser.add_argument(
+        "--vocab-size", type=positive, metavar="N", help="pieces to train a tokenizer of [4096, or what fits]"
+    )
+    parser.add_argument("--val-fraction", type=float, metavar="F", help="share of documents held out [0.02]")
+    parser.add_argument("--val", nargs="+", metavar="SOURCE", help="validation sources, instead of a share")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the held-out choice [0]")
+
+
+def run_prepare(arguments: argparse.Namespace, progress: Progress) -> None:
+    from mezzotint import pretrained
+    from mezzotint.data.prepare import prepare
+
+    result = prepare(
+        arguments.sources,
+        arguments.out,
+        tokenizer=arguments.tokenizer and pretrained.tokenizer_of(arguments.tokenizer),
+        vocab_size=arguments.vocab_size,
+        val_fraction=arguments.val_fraction,
+        val=arguments.val,
+        text_field=arguments.text_field,
+        seed=arguments.seed,
+        progress=lambda what, seen: progress.bar(0.0, f"{what}: {seen:,} documents" if seen else what),
+    )
+    progress.close()
+    if arguments.json:
+        return emit(arguments, result)
+    columns = [
+        ("split", "left"),
+        *((n, "right") for n in ("documents", "tokens", "bytes", "not decoding to themselves")),
+    ]
+    rows = []
+    for split in ("train", "val"):
+        account = result[split]
+        lost = account["not_round_trip"]
+        note = "unknown" if lost is None else f"{lost:,} ({account['lost_bytes']:,} bytes lost)" if lost else "0"
+        rows.append((split, *(f"{account[k]:,}" for k in ("documents", "tokens", "bytes")), note))
+    table(
+        f"{arguments.out}: {result['vocab_size']:,} pieces, {result['bytes_per_token']:.3f} bytes/token", columns, rows
+    )
+    if files := result.get("files"):
+        skipped = ", ".join(f"{count:,} {why}" for why, count in files["skipped"].items()) or "none"
+        print(f"files read: {files['read']:,}; skipped: {skipped}; empty documents: {files['empty_documents']:,}")
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    describe(
+        parser,
+        "Writes a run folder with config, metrics, log and checkpoints. Under torchrun every process takes its share "
+        "of the batch. Any setting of the preset can be changed.",
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="prepared folder")
+    add_out(parser, "RUN", "run folder to write")
+    parser.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help=f"settings to start from [{DEFAULT_PRESET}; with --resume the run's own]",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest valid checkpoint of RUN, with its settings"
+    )
+    parser.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="with --resume: go on with another value of a training setting; may be repeated, and is logged",
+    )
+    add_preset_settings(parser, TrainConfig)
+    add_preset_settings(parser, ModelConfig)
+
+
+def run_train(arguments: argparse.Namespace, progress: Progress) -> None:
+    from mezzotint.data.dataset import Dataset
+    from mezzotint.training.run import train
+
+    model, config = train_configs(arguments, Dataset.open(arguments.data).tokenizer)
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first and progress.console.is_terminal:
+        progress.say(f"setting up {model.layers} layers x {model.width}; compiling can take a minute")
+    result = train(
+        arguments.data,
+        arguments.out,
+        model=model,
+        config=config,
+        resume=arguments.resume,
+        changes=list(_changes(arguments)),
+        progress=progress.training,
+        warn=progress.say,
+    )
+    progress.close()
+    if first:
+        bpb = result["train_nelbo_bpb"]
+        lines = [
+            ("steps", result["steps"]),
+            ("tokens", result["tokens"]),
+            ("seconds", f"{result['seconds']:.1f} (+ {result['setup_seconds']:.1f} setting up)"),
+            ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
+            ("parameters", result["parameters"]),
+            ("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB"),
+            (
+                "training NELBO",
+                "none" if bpb is None else f"{bpb:.4f} bits/byte (last tenth of the run, training text)",
+            ),
+            ("checkpoint", result["final_checkpoint"]),
+        ]
+        emit(arguments, result, lines)
+
+
+def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `--change NAME=VALUE`, by the names of `TrainConfig`."""
+    if arguments.change and not arguments.resume:
+        raise ConfigError("--change is for --resume: without it, give the setting as an option")
+    known = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
+    changes: dict[str, Any] = {}
+    for change in arguments.change:
+        name, sign, text = change.partition("=")
+        name = name.replace("-", "_")
+        if not sign or name not in known:
+            raise ConfigError(f"--change takes NAME=VALUE with NAME a training setting, not {change!r}")
+        kind = type(known[name])
+        try:
+            changes[name] = {"True": True, "False": False}[text.capitalize()] if kind is bool else kind(text)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"--change {name}: {text!r} is not {kind.__name__}") from error
+    return changes
+
+
+def train_configs(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ModelConfig, TrainConfig]:
+    """The preset's settings, or with `--resume` the run's own, changed by the options given."""
+    train_changes = settings(arguments, TrainConfig) | _changes(arguments)
+    if "minutes" in train_changes:
+        train_changes.setdefault("steps", 0)  # steps would have the last word
+    if arguments.resume and (arguments.out / "config.json").exists():
+        from mezzotint.training.checkpoint import read_run
+
+        described = read_run(arguments.out)
+        if tokenizer.sha256 != described["data"]["tokenizer_sha256"]:
+            raise DataError(
+                f"{arguments.data} was prepared with another tokenizer than {arguments.out} was trained with"
+            )
+        model, train = described["model"], described["train"]
+        if arguments.preset is not None:
+            model, train = preset(arguments.preset).model, preset(arguments.preset).train
+            model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    else:
+        chosen = preset(arguments.preset or DEFAULT_PRESET)
+        model, train = dataclasses.replace(chosen.model, vocab_size=tokenizer.vocab_size), chosen.train
+    return (
+        dataclasses.replace(model, **settings(arguments, ModelConfig)),
+        dataclasses.replace(train, **train_changes),
+    )
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--model", type=Path, metavar="MODEL.mzt", help="also show this artifact's bytes and figures")
+    parser.add_argument(
+        "--data", type=Path, metavar="DATA", help="[the data the run was trained on, if it is still there]"
+    )
+    parser.add_argument("--tokens", type=positive, default=32_768, metavar="N", help="score about N tokens [32768]")
+    add_out(parser, "FILE.html", "file to write")
+
+
+def run_report(arguments: argparse.Namespace, progress: Progress) -> None:
+    from mezzotint.apps.report import report
+
+    result = report(
+        arguments.run_folder,
+        arguments.out,
+        artifact=arguments.model,
+        dataset=run_data(arguments.run_folder, arguments.data, None),
+        tokens=arguments.tokens,
+        progress=progress.say,
+    )
+    emit(arguments, result, [("report", result["file"]), ("holds", ", ".join(result["sections"]))])
