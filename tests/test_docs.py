@@ -192,3 +192,14 @@ def test_the_guide_builds(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "mask_process.svg").is_file() and not (tmp_path / "site" / "mask_process.py").exists()
     assert "Reading the figures" in (tmp_path / "site" / "figures" / "index.html").read_text()
+
+
+def test_the_workflow_runs_on_four_systems():
+    """Every combination has a machine; every step either uses an action or runs a command."""
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8"))["jobs"]
+    matrix = jobs["tests"]["strategy"]["matrix"]
+    assert {row["system"] for row in matrix["include"]} == set(matrix["system"])
+    assert {row["runner"] for row in matrix["include"]} >= {"ubuntu-latest", "macos-latest", "windows-latest"}
+    for job in jobs.values():
+        assert all(("uses" in step) != ("run" in step) for step in job["steps"])
