@@ -192,6 +192,56 @@ def test_command_lists_tasks(tasks):
     assert done.returncode == 0 and "--tasks" in done.stdout + done.stderr
 
 
+class TestForeign:
+    """Models of transformers under the harness."""
+
+    def test_scores_are_a_naive_loops(self):
+        transformers = pytest.importorskip("transformers")
+        from test_transformers import small, tokenizer
+
+        from mezzotint.integrations.transformers import from_transformers
+
+        assert transformers
+        network = small("gpt2")
+        harness = Harness(model=from_transformers(network, tokenizer()))
+        assert harness.attention == "causal"
+        context, text = [1, 5, 6], [7, 5, 6]
+        logits = network(input_ids=torch.tensor([context + text])).logits[0].double().detach()
+        allowed = logits[2:5, [3, 5, 6, 7]].log_softmax(1)
+        want = sum(float(row[[3, 5, 6, 7].index(t)]) for row, t in zip(allowed, text, strict=True))
+        ((value, _),) = harness._loglikelihood_tokens([(("", ""), context, text)])
+        assert value == pytest.approx(want, abs=1e-5)
+        assert set(harness._generate("ab", {"max_gen_toks": 5})) <= set("abc")
+        with pytest.raises(ConfigError, match="attention=full"):
+            Harness(model=from_transformers(network, tokenizer()), attention="full")
+
+        network = small("bert")
+        model = from_transformers(network, tokenizer())
+        harness = Harness(model=model)
+        total = 0.0
+        for j, token in enumerate(text):
+            canvas = [*context, *text[:j]]
+            canvas = [*canvas, *[4] * (model.config.sequence_length - len(canvas)), 2]
+            row = network(input_ids=torch.tensor([canvas])).logits[0, 3 + j, [3, 5, 6, 7]].double().log_softmax(0)
+            total += float(row[[3, 5, 6, 7].index(token)])
+        ((value, _),) = harness._loglikelihood_tokens([(("", ""), context, text)])
+        assert value == pytest.approx(total, abs=1e-5)
+        assert len(harness._generate("ab", {"max_gen_toks": 5})) == 5
+
+    def test_without_a_network_one_line(self, tmp_path):
+        """The Hub is at a port where nothing listens."""
+        environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "mezzotint.integrations.harness", "--tasks", "lambada_openai"]
+        for path, message in (
+            ("hf:nobody/nothing", "cannot be reached"),
+            ("prose,visibility=causal", "no setting visib"),
+        ):
+            words = [*command, "--model_args", f"path={path}"]
+            done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+            assert done.returncode == 2 and done.stdout == ""
+            assert done.stderr.count("\n") == 1 and message in done.stderr
+
+
 def test_settings_that_do_not_exist(model):
     with pytest.raises(ConfigError, match="no setting visibility"):
         Harness(model=model, visibility="causal")

@@ -1,6 +1,7 @@
 """Models of transformers, built small from their config classes, against naive loops over their own logits."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -14,9 +15,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from mezzotint import load
+from mezzotint.cli.main import main
 from mezzotint.data.texts import TextWindows
 from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
 from mezzotint.integrations.transformers import from_transformers, load_transformers
+from mezzotint.sampling.denoise import denoise
+from mezzotint.sampling.generate import sample
+from mezzotint.sampling.infill import infill
 from mezzotint.scoring.compare import compare_documents
 from mezzotint.scoring.likelihood import causal, chain_rule, nelbo
 
@@ -168,6 +173,95 @@ def test_folders_are_loaded_offline_and_compared_by_document(tmp_path):
     two = causal(b, TextWindows(texts, b.tokenizer, b.config.sequence_length)).bpb
     assert found.difference_bpb == pytest.approx(two - one, abs=1e-9)
     assert found.stderr_bpb > 0 and 0 <= found.p_value <= 1 and found.degrees_of_freedom == 14
+
+
+class TestWriting:
+    """Foreign models write and fill where their objective allows it."""
+
+    @pytest.mark.parametrize(
+        ("kind", "objective"), [("bert", "masked"), ("roberta", "masked"), ("bert", "masked_shifted")]
+    )
+    def test_masked_models_write_and_fill(self, kind, objective):
+        model = from_transformers(small(kind), tokenizer(), objective)
+        for length in (5, 17):  # within a window, and beyond it
+            texts = sample(model, 2, length, seed=1, prompt="ab").texts
+            assert [len(text) for text in texts] == [2 + length] * 2
+            assert all(text.startswith("ab") and set(text) <= set("abc") for text in texts)
+        assert sample(model, 1, 5, seed=1).texts == sample(model, 2, 5, seed=1).texts[:1]
+        for options in ({}, {"temperature": 1.0}, {"sampler": "entropy"}):
+            filled = infill(model, "ab[MASK*2]ca____b", 3, **options)
+            assert filled.text.startswith("ab") and "ca" in filled.text[4:] and filled.text.endswith("b")
+            assert filled.gaps[0].tokens == 2 and set(filled.text) <= set("abc")
+
+    def test_the_surest_first_is_what_the_network_says(self):
+        network = small("bert")
+        model = from_transformers(network, tokenizer())
+        x, hidden = [1, 5, 4, 7, 4, 2], {2, 4}
+        while hidden:
+            logits = network(input_ids=torch.tensor([x])).logits[0]
+            allowed = {i: logits.detach()[i, [3, 5, 6, 7]].double().log_softmax(0)[1:] for i in hidden}
+            i = max(hidden, key=lambda i: float(allowed[i].max()))
+            x[i] = 5 + int(allowed[i].argmax())
+            hidden.remove(i)
+        canvas = torch.tensor([[1, 5, 8, 7, 8]])
+        assert denoise(model, canvas, temperature=0.0, steps=2).ids[0].tolist() == x[:-1]
+
+    def test_causal_models_write_by_next_tokens_and_do_not_fill(self):
+        network = small("gpt2")
+        model = from_transformers(network, tokenizer())
+        ids = [1, 5]
+        for _ in range(6):
+            ids.append(5 + int(network(input_ids=torch.tensor([ids])).logits[0, -1, 5:8].argmax()))
+        letters = "".join("abc"[i - 5] for i in ids[1:])
+        assert sample(model, 1, 6, prompt="a", temperature=0.0).texts == [letters]
+        with pytest.raises(ConfigError, match="next tokens only"):
+            infill(model, "a____b")
+        with pytest.raises(ConfigError, match="speculate"):
+            sample(model, 1, 4, speculate=2)
+        with pytest.raises(DataError, match="objective is causal"):
+            sample(model, 1, 4, sampler="entropy", attention="full")
+
+    def test_commands_take_folders(self, tmp_path, capsys):
+        for kind in ("bert", "gpt2"):
+            small(kind).save_pretrained(tmp_path / kind)
+            tokenizer().save_pretrained(tmp_path / kind)
+        bert, gpt2 = str(tmp_path / "bert"), str(tmp_path / "gpt2")
+
+        def call(*words):
+            status = main(words)
+            out = capsys.readouterr()
+            return status, out.out, out.err
+
+        assert call("sample", bert, "--length", "4", "--json")[0] == 0
+        assert call("sample", gpt2, "--length", "4", "--json")[0] == 0
+        status, out, _ = call("fill", bert, "ab____c", "--json")
+        assert status == 0 and json.loads(out)["text"].startswith("ab")
+        status, out, _ = call("fill", bert, "ab____c", "--objective", "masked_shifted", "--json")
+        assert status == 0 and json.loads(out)["text"].endswith("c")
+        (tmp_path / "export").mkdir()
+        for words, message in (
+            (("fill", gpt2, "ab____c"), "next tokens only"),
+            (("serve", gpt2), "next tokens only"),
+            (("sample", "prose", "--objective", "masked"), "transformers"),
+            (("export", bert, "--out", str(tmp_path / "export" / "x")), "transformers"),
+            (("compress", __file__, "--model", gpt2, "--out", str(tmp_path / "x")), "transformers"),
+        ):
+            status, out, err = call(*words)
+            assert (status, out) == (2, "") and err.count("\n") == 1 and message in err
+
+    def test_the_page_fills(self):
+        testclient = pytest.importorskip("starlette.testclient", reason="needs the extra serve")
+        from mezzotint.apps.serve import create_app
+
+        model = from_transformers(small("bert"), tokenizer())
+        client = testclient.TestClient(create_app(model, hosts=("*",)))
+        assert client.get("/api/model").json()["window"] == 11
+        done = client.post("/api/fill", json={"text": "ab____c"})
+        assert done.status_code == 200 and "event: done" in done.text
+        done = client.post("/api/likelihood", json={"text": "abcca"})
+        assert "event: done" in done.text and '"kind": "upper bound"' in done.text
+        with pytest.raises(ConfigError, match="next tokens only"):
+            create_app(from_transformers(small("gpt2"), tokenizer()))
 
 
 class TestBadInput:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mezzotint.data.tokenizer import Tokenizer
-from mezzotint.errors import CheckpointError
+from mezzotint.errors import CheckpointError, ConfigError
 from mezzotint.model import Model
 from mezzotint.packing import safetensors
 from mezzotint.packing.artifact import MAGIC, open_artifact
@@ -44,29 +44,35 @@ def shipped_file(name: str) -> Iterator[Path]:
         yield path
 
 
-def _of_transformers(folder: Path) -> bool:
-    """Whether a folder holds a model that transformers saved, and none of this package's."""
+def is_foreign(name: str | Path) -> bool:
+    """Whether `name` is a model of transformers: `hf:OWNER/NAME`, or a folder that it saved."""
+    if str(name).startswith("hf:"):
+        return True
     try:
-        found = json.loads((folder / "config.json").read_text("utf-8"))
+        found = json.loads((Path(name) / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and "architectures" in found and "mezzotint_version" not in found
 
 
-def load(model: str | Path | None = None) -> Model:
+def load(model: str | Path | None = None, *, objective: str | None = None, trust_remote_code: bool = False) -> Model:
     """The model called `model`, on the CPU: a shipped one's name, a `.mzt` file, a run folder, an exported folder,
-    or a model of transformers: a folder of it, or `hf:OWNER/NAME` on the Hub.
+    or a model of transformers: a folder of it, or `hf:OWNER/NAME` on the Hub. objective, trust_remote_code: of the last
+    alone, see `integrations.transformers.load_transformers`.
 
     A file or folder with a model that is there wins over a shipped model of the same name; None is always the shipped
-    `prose`. Raises CheckpointError or ArtifactError.
+    `prose`. Raises CheckpointError, ArtifactError or ConfigError.
     """
+    if model is not None and is_foreign(model):
+        # By name: an extra of a floor above, loaded only where it is asked for.
+        foreign = importlib.import_module("mezzotint.integrations.transformers")
+        return foreign.load_transformers(model, objective, trust_remote_code=trust_remote_code)
+    if objective is not None:
+        raise ConfigError("an objective is that of a model of transformers: this package's models know their own")
     if model is None:
         with shipped_file(DEFAULT) as file:
             return open_artifact(file)
     path = Path(model)
-    if str(model).startswith("hf:") or _of_transformers(path):
-        # By name: an extra of a floor above, loaded only where it is asked for.
-        return importlib.import_module("mezzotint.integrations.transformers").load_transformers(model)
     if safetensors.is_exported(path):
         return safetensors.import_folder(path)
     if path.is_file():

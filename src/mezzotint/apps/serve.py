@@ -42,7 +42,7 @@ from mezzotint.model import Model, count_parameters
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
 from mezzotint.sampling.draft import parse_gaps
 from mezzotint.sampling.generate import Span
-from mezzotint.sampling.infill import Gap, infill
+from mezzotint.sampling.infill import Gap, check_fills, infill
 
 try:
     import uvicorn
@@ -210,6 +210,7 @@ def create_app(
     "steps", "temperature", "top_p", "no_repeat", "n"} and POST /api/likelihood {"text", "seed"}, both answered by events
     `waiting`, `step`, `done` and `error`; and what `api` answers under /v1.
     """
+    check_fills(model)
     page = importlib.resources.files("mezzotint.apps").joinpath("serve.html").read_text("utf-8")
     desks: list[Desk] = []  # made in the running loop
 

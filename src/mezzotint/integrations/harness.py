@@ -10,18 +10,21 @@ has not been read masked, so that continuations of different lengths are prefixe
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mezzotint.config import parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
+from mezzotint.integrations.network import reachable
 from mezzotint.model import TOKENS_PER_FORWARD, Model
 from mezzotint.pretrained import load
 from mezzotint.sampling.denoise import denoise
 
 try:
+    import datasets
+    import huggingface_hub
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -30,39 +33,58 @@ except ImportError as error:
 
 
 STEP = 32
+SETTINGS = (
+    "path", "model", "attention", "batch_size", "device", "max_batch_size", "max_gen_toks", "seed", "objective",
+    "trust_remote_code",
+)  # fmt: skip
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that the harness model does not have, or a word that is no attention."""
+    if unknown := settings.keys() - set(SETTINGS):
+        known = ", ".join(name for name in SETTINGS if name not in ("model", "max_batch_size"))
+        raise ConfigError(f"the harness model has no setting {', '.join(sorted(unknown))}; it has {known}")
+    if (attention := settings.get("attention", "full")) not in ("full", "causal"):
+        raise ConfigError(f"attention must be full or causal, not {attention!r}")
 
 
 @register_model("mezzotint")
 class Harness(TemplateLM):
     """A Mezzotint model as the harness sees one.
 
-    path: an artifact, a run folder or a shipped model's name; model: one already in memory, instead. attention: `full` takes a forward pass
-    per scored token; `causal`, for weights trained that way, one per request. batch_size: windows per forward pass
-    (`auto`, and the harness's default of 1: what holds 16,384 tokens). Raises ConfigError for other settings.
+    path: an artifact, a run folder, a shipped model's name, or a model of transformers (a folder or hf:OWNER/NAME);
+    model: one already in memory, instead. attention: `full` takes a forward pass per scored token; `causal`, for weights
+    trained that way, one per request [causal for a model of nothing but next tokens, else full]. Texts are written with
+    the attention they are scored with. batch_size: windows per forward pass (`auto`, and the harness's default of 1: what
+    holds 16,384 tokens). objective, trust_remote_code: of a model of transformers, see `load_transformers`. Raises
+    ConfigError for other settings.
     """
 
     def __init__(
         self,
         path: str | None = None,
         model: Model | None = None,
-        attention: str = "full",
+        attention: str | None = None,
         batch_size: int | str = "auto",
         device: str | None = None,
         max_batch_size: int | None = None,
         max_gen_toks: int = 128,
         seed: int = 0,
+        objective: str | None = None,
+        trust_remote_code: bool = False,
         **unknown: Any,
     ) -> None:
         super().__init__()
-        if unknown:
-            known = "path, attention, batch_size, device, max_gen_toks, seed"
-            raise ConfigError(f"the harness model has no setting {', '.join(sorted(unknown))}; it has {known}")
+        check_settings(unknown)
         if (path is None) == (model is None):
             raise ConfigError("name one model: path=MODEL.mzt or path=RUN")
-        if attention not in ("full", "causal"):
-            raise ConfigError(f"attention must be full or causal, not {attention!r}")
+        check_settings({} if attention is None else {"attention": attention})
         if model is None:
-            model = load(str(path))
+            remote = str(trust_remote_code).lower() == "true"
+            model = load(str(path), objective=objective, trust_remote_code=remote)
+        attention = attention or ("causal" if model.block_size == 1 else "full")
+        if attention == "full" and getattr(model, "objective", None) == "causal":
+            raise ConfigError("the model predicts next tokens only: leave out attention=full")
         if device and (not device.startswith("cuda") or torch.cuda.is_available()):  # the harness asks for cuda unasked
             model.network.to(device)
         self.model = model
@@ -220,14 +242,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--model" not in words:
-        words += ["--model", "mezzotint"]
-    sys.argv = ["lm_eval", *words]
     try:
+        if "--model" not in words:
+            words += ["--model", "mezzotint"]
+            _check_early(words)
+        if not reachable():  # its clients would try again and again; what is in their caches still serves
+            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        sys.argv = ["lm_eval", *words]
         cli_evaluate()
     except MezzotintError as error:
-        print(f"mezzotint: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        reason = str(error)
+    except (ConnectionError, FileNotFoundError) as error:
+        reason = f"{' '.join(str(error).split())[:200]}: the Hub cannot be reached, or has no such thing"
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        reason = f"{error}; `--tasks list` shows what there is"
+    else:
+        return
+    print(f"mezzotint: {reason}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _check_early(words: Sequence[str]) -> None:
+    """What can be said of `--model_args` before the harness spends seconds on reading all its tasks."""
+    given = [w for at in range(len(words)) if words[at] in ("--model_args", "-a") for w in words[at + 1 : at + 2]]
+    given += [w.partition("=")[2] for w in words if w.startswith("--model_args=")]
+    pairs = [pair for text in given for pair in text.split(",")]
+    if not all("=" in pair for pair in pairs):
+        return  # JSON, or what the harness will complain of
+    settings = dict(pair.split("=", 1) for pair in pairs)
+    check_settings(settings)
+    path = settings.get("path", "")
+    if path.startswith("hf:") and not reachable():
+        load(path)
 
 
 if __name__ == "__main__":

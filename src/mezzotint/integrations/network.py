@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 from urllib.parse import urlsplit
 
 
@@ -14,9 +16,16 @@ def reachable(seconds: float = 3.0) -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return False
     parts = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        port = parts.port or (80 if parts.scheme == "http" else 443)
-        with socket.create_connection((parts.hostname or "", port), timeout=seconds):
-            return True
-    except (OSError, ValueError):
-        return False
+    answered = threading.Event()
+
+    def call() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            port = parts.port or (80 if parts.scheme == "http" else 443)
+            with socket.create_connection((parts.hostname or "", port), timeout=seconds):
+                answered.set()
+
+    # In a thread, for a name that no server resolves is sought for longer than any connection's timeout.
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()

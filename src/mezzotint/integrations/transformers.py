@@ -6,7 +6,8 @@ what is left is renormalised. Knows nothing of how figures are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,8 @@ class ForeignModel:
         """
         causal = self.objective == "causal"
         if causal != (block_size == 1) or block_size > 1:
-            fits = "causal" if causal else "nelbo or chain with attention over the whole window"
-            raise DataError(f"the model's objective is {self.objective}: the method that fits is {fits}")
+            fits = "causal, or sample" if causal else "nelbo, or chain with attention over the whole window"
+            raise DataError(f"the model's objective is {self.objective}: what fits is {fits}")
         ids = ids.to(self.device)
         if positions is None:
             positions = torch.ones_like(ids, dtype=torch.bool)
@@ -104,7 +105,8 @@ class ForeignModel:
     def _forward(self, ids: Tensor) -> Tensor:
         """The network's own logits, [B, T, its vocabulary]."""
         masked = ids == self.config.mask_id
-        canvas = ids if self.mask_token is None else ids.masked_fill(masked, self.mask_token)
+        # Masks of a causal model stand behind all that is asked about, where nothing sees them.
+        canvas = ids.masked_fill(masked, self.tokenizer.bos_id if self.mask_token is None else self.mask_token)
         more = self.extra_inputs(canvas, masked) if self.extra_inputs else {}
         if self.suffix:
             end = torch.tensor(self.suffix, device=ids.device).expand(len(ids), -1)
@@ -170,18 +172,34 @@ def load_transformers(
     local = Path(where).is_dir() or not reachable()
     options = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     try:
-        config = transformers.AutoConfig.from_pretrained(where, **options)
-        objective = objective or _objective(getattr(config, "architectures", None) or [])
-        kind = transformers.AutoModelForCausalLM if objective == "causal" else transformers.AutoModelForMaskedLM
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, use_fast=True, **options)
-        model = kind.from_pretrained(where, use_safetensors=True, dtype=torch.float32, **options)
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(where, **options)
+            objective = objective or _objective(getattr(config, "architectures", None) or [])
+            kind = transformers.AutoModelForCausalLM if objective == "causal" else transformers.AutoModelForMaskedLM
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, use_fast=True, **options)
+            model = kind.from_pretrained(where, use_safetensors=True, dtype=torch.float32, **options)
     except ConfigError:
         raise
     except Exception as error:  # the library raises what its parts do
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
         away = " (the Hub cannot be reached)" if local and not Path(where).is_dir() else ""
         raise CheckpointError(f"no model could be had from {name}{away}: {reason}") from error
     return from_transformers(model, tokenizer, objective, window=window)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The library's bars and warnings are not this package's output."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
 
 
 def _objective(architectures: list[str]) -> str:

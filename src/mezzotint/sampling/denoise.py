@@ -17,7 +17,7 @@ from torch import Tensor
 from mezzotint import seeding
 from mezzotint.config import SamplingConfig, parse_attention
 from mezzotint.errors import MezzotintError
-from mezzotint.model import TOKENS_PER_FORWARD, Cache, Model, shift_right
+from mezzotint.model import TOKENS_PER_FORWARD, Cache, Denoiser, Model, shift_right
 from mezzotint.sampling.samplers import SAMPLERS, Canvas
 
 OnStep = Callable[[int, Tensor, Tensor], None]
@@ -51,7 +51,8 @@ class _Network:
         self.model, self.block_size, self.length = model, block_size, length
         self.size = block_size or length
         self.causal = block_size == 1
-        self.cache = Cache(model.network, rows, length) if keep and self.size < length else None
+        kept = keep and self.size < length and isinstance(model.network, Denoiser)  # foreign networks keep nothing
+        self.cache = Cache(model.network, rows, length) if kept else None
 
     def logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [n, V] at `positions` (bool [B, T], n of them), row-major. ids: int64 [B, T]."""

@@ -19,7 +19,7 @@ from mezzotint import seeding
 from mezzotint.config import REVEAL_OPTIONS, SamplingConfig
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
-from mezzotint.model import Model
+from mezzotint.model import Denoiser, Model
 from mezzotint.sampling import speculate as speculation
 from mezzotint.sampling.denoise import Denoised, OnStep, denoise
 
@@ -175,8 +175,8 @@ def sample_by_speculation(
     """`sample` by `speculate`, text after text."""
     started = time.perf_counter()
     config = SamplingConfig(**{"temperature": NEXT_TOKEN_TEMPERATURE, **settings})
-    if not model.trained_causally:
-        raise ConfigError("speculate needs a model that learnt next tokens too (causal_share above 0)")
+    if not model.trained_causally or not isinstance(model.network, Denoiser):
+        raise ConfigError("speculate needs a model of this package that learnt next tokens too (causal_share above 0)")
     if wrong := (REVEAL_OPTIONS | {"no_repeat"}) & settings.keys():
         raise ConfigError(f"speculate draws next tokens: {', '.join(sorted(wrong))} cannot be given with it")
     check_text(prompt)

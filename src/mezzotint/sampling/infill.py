@@ -29,6 +29,12 @@ PATHS = 3  # ways to fill the gaps so far that are kept while the next one is fi
 TEMPERATURE = 0.7  # of fills that are drawn
 
 
+def check_fills(model: Model) -> None:
+    """Raise ConfigError for a model of other software that predicts next tokens only and so has nothing for a gap."""
+    if getattr(model, "objective", None) == "causal":
+        raise ConfigError("the model predicts next tokens only: it can write (sample), but gaps need a masked model")
+
+
 @dataclass(frozen=True)
 class Alternative:
     """A text for a gap. bits: code length of it and of the text behind it, as far as that was weighed, given the text
@@ -265,6 +271,7 @@ def infill(
     more tokens than the window holds, ConfigError for bad settings.
     """
     started = time.perf_counter()
+    check_fills(model)
     drawn = bool(settings)
     if candidates is None:
         candidates = 1 if drawn else CANDIDATES
