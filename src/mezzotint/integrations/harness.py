@@ -23,8 +23,8 @@ from mezzotint.pretrained import load
 from mezzotint.sampling.denoise import denoise
 
 try:
-    import datasets
-    import huggingface_hub
+    from datasets import config as datasets_config
+    from huggingface_hub import constants
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             words += ["--model", "mezzotint"]
             _check_early(words)
         if not reachable():  # its clients would try again and again; what is in their caches still serves
-            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+            constants.HF_HUB_OFFLINE = datasets_config.HF_HUB_OFFLINE = True
         sys.argv = ["lm_eval", *words]
         cli_evaluate()
     except MezzotintError as error:
