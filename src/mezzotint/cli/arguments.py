@@ -130,6 +130,14 @@ def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL|RUN", help=help, **words)
 
 
+def add_foreign(parser: argparse.ArgumentParser) -> None:
+    """The options for models of transformers, of commands that take them."""
+    group = parser.add_argument_group("models of transformers")
+    words = ("masked", "masked_shifted", "causal")
+    group.add_argument("--objective", choices=words, help="what the model was trained on [what its class says]")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code of the model's repository")
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The RUN that a command is about."""
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")

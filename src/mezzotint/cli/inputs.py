@@ -11,18 +11,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from mezzotint.errors import DataError
+from mezzotint.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mezzotint.data.dataset import Dataset, Windows
     from mezzotint.model import Model
 
 
-def load_model(path: Path | None) -> Model:
-    """A `.mzt` artifact, a run folder, an exported folder or a shipped model's name; the default one if None."""
-    from mezzotint.pretrained import load
+def load_model(path: Path | None, arguments: argparse.Namespace | None = None) -> Model:
+    """A `.mzt` artifact, a run folder, an exported folder or a shipped model's name; the default one if None.
 
-    return load(path)
+    arguments: of a command that takes models of transformers as well, with the options for them.
+    """
+    from mezzotint.pretrained import is_foreign, load
+
+    if arguments is None:
+        if path is not None and is_foreign(path):
+            takers = "score, compare, sample, fill and serve"
+            raise ConfigError(f"{path} is a model of transformers: of the commands {takers} take such")
+        return load(path)
+    other = hasattr(arguments, "b") and path is not None and not is_foreign(path)  # the options are the other model's
+    objective = None if other else arguments.objective
+    return load(path, objective=objective, trust_remote_code=arguments.trust_remote_code)
 
 
 def run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import add_model, add_scored, describe, positive
+from mezzotint.cli.arguments import add_foreign, add_model, add_scored, describe, positive
 from mezzotint.cli.console import Progress, emit, table
 from mezzotint.cli.inputs import is_data, load_model, scored_texts, scored_windows
 from mezzotint.errors import ConfigError, DataError, Interrupted, MezzotintError
@@ -39,6 +39,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         "challenge entry's score, no bound.",
     )
     add_model(parser)
+    add_foreign(parser)
     add_scored(parser)
     parser.add_argument("--method", default="nelbo", choices=(*METHODS, "all"), help="[nelbo]")
     parser.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
@@ -76,7 +77,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_score(arguments: argparse.Namespace, progress: Progress) -> None:
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, arguments)
     windows = scored_windows(model, arguments)
     methods = [arguments.method]
     if arguments.method == "all":
@@ -163,6 +164,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("a", type=Path, metavar="A", help="a .mzt artifact, a run folder, or a model of transformers")
     parser.add_argument("b", type=Path, metavar="B", help="another; on TEXT it may have another tokenizer")
+    add_foreign(parser)
     add_scored(parser, ", paired by document")
     parser.add_argument(
         "--method", default="nelbo", choices=("nelbo", "chain", "chain-or-causal"), help="[nelbo; next tokens' own]"
@@ -178,7 +180,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_compare(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.scoring.compare import compare, compare_documents
 
-    a, b = load_model(arguments.a), load_model(arguments.b)
+    a, b = load_model(arguments.a, arguments), load_model(arguments.b, arguments)
     words = {"method": arguments.method, "repeats": arguments.repeats, "seed": arguments.seed}
     words["progress"] = progress.passes("comparing")
     if is_data(arguments.data):

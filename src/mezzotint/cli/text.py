@@ -10,7 +10,15 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from mezzotint.cli.arguments import DEFAULT_MODEL, add_model, add_sampling, describe, positive, sampling_settings
+from mezzotint.cli.arguments import (
+    DEFAULT_MODEL,
+    add_foreign,
+    add_model,
+    add_sampling,
+    describe,
+    positive,
+    sampling_settings,
+)
 from mezzotint.cli.console import Progress, emit, table, watching
 from mezzotint.cli.inputs import load_model, read_text
 from mezzotint.errors import ConfigError
@@ -18,6 +26,7 @@ from mezzotint.errors import ConfigError
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, optional=True)
+    add_foreign(parser)
     parser.add_argument("-n", type=positive, default=1, help="number of texts [1]")
     parser.add_argument("--length", type=positive, metavar="L", help="tokens [what the window holds behind the prompt]")
     parser.add_argument("--prompt", default="", help="text to begin with")
@@ -27,7 +36,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 def run_sample(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.sampling.generate import sample
 
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, arguments)
     settings = sampling_settings(arguments)
     words = {"prompt": arguments.prompt, "seed": arguments.seed, **settings}
     with watching(arguments, progress) as watch:
@@ -50,6 +59,7 @@ def add_fill_arguments(parser: argparse.ArgumentParser) -> None:
         "one is taken with which the whole is likeliest; with an option of sampling, what is drawn.",
     )
     add_model(parser, optional=True)
+    add_foreign(parser)
     parser.add_argument("text", metavar="TEXT", help="text with gaps; - reads standard input")
     parser.add_argument("--n", type=positive, default=1, metavar="N", help="answers to show for each gap, ranked [1]")
     parser.add_argument("--candidates", type=positive, metavar="K", help="texts to try for each gap, about [64]")
@@ -68,7 +78,7 @@ def run_fill(arguments: argparse.Namespace, progress: Progress) -> None:
     if arguments.model is None and text.endswith(".mzt") and Path(text).is_file():
         raise ConfigError(f"{text} is a model: give the text to fill as well")
     text = read_text(text)
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, arguments)
     options = {"whole_words": arguments.words, "max_words": arguments.max_words, "regex": arguments.regex}
     options |= {"avoid": arguments.avoid, "n": arguments.n, "candidates": arguments.candidates}
     settings = sampling_settings(arguments)
@@ -150,6 +160,7 @@ def run_decompress(arguments: argparse.Namespace, progress: Progress) -> None:
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, optional=True)
+    add_foreign(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only]")
     parser.add_argument("--port", type=positive, default=8000, help="[8000]")
 
@@ -159,7 +170,10 @@ def run_serve(arguments: argparse.Namespace, progress: Progress) -> None:
         from mezzotint.apps.serve import serve
     except ImportError as error:
         raise ConfigError("serving a page needs more packages: pip install 'mezzotint[serve]'") from error
-    model = load_model(arguments.model)
+    from mezzotint.sampling.infill import check_fills
+
+    model = load_model(arguments.model, arguments)
+    check_fills(model)
     progress.say(f"http://{arguments.host}:{arguments.port}  (Ctrl-C ends it)")
     serve(
         model, host=arguments.host, port=arguments.port, name=arguments.model.name if arguments.model else DEFAULT_MODEL
