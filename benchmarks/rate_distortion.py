@@ -132,7 +132,7 @@ def general_purpose(tensors: dict[str, Any]) -> tuple[int, str]:
         codes = tensor.codes if isinstance(tensor, grid.Grid) else np.zeros(0, dtype=np.int16)
         # Codes beyond int8 go as their low bytes and then their high bytes, which compress to little.
         wide = np.abs(codes).max(initial=0) > 127
-        parts += artifact._raw_parts(tensor)
+        parts += artifact.raw_parts(tensor)
         if wide:
             parts.append((codes >> 8).astype(np.int8).tobytes())
     data = b"".join(parts)
@@ -153,7 +153,7 @@ def clipped(state: dict[str, np.ndarray], hessians: dict[str, torch.Tensor], dev
             rows = (np.abs(value).max(axis=1) / grid.INT8_LIMIT).astype(np.float16)
             tensors[name] = grid.round_to_grid(value, rows, grid.INT8_LIMIT)
         else:
-            tensors[name] = artifact._floats(value)
+            tensors[name] = artifact.compact_floats(value)
     return tensors
 
 
@@ -165,7 +165,7 @@ def _one_column_scale(original: Any) -> Any:
         rows, columns, ascending = original(weight, item, step, limit, **options)
         middle = float(np.exp(np.log(columns.astype(np.float64)).mean()))
         rows = np.maximum(rows.astype(np.float64) * middle, np.abs(weight).max(axis=1) / (0.8 * limit))
-        return grid.snap(rows, 8), np.ones_like(columns), ascending
+        return grid.round_to_octave_grid(rows, 8), np.ones_like(columns), ascending
 
     return scales
 
@@ -178,7 +178,7 @@ def _plain_rounding(weight, hessian, rows, columns=None, *, limit, **_):
 
 
 @contextlib.contextmanager
-def without(ingredient: str, packer: pack._Rate, hessians: dict[str, torch.Tensor]) -> Iterator[None]:
+def without(ingredient: str, packer: pack.RateDistortionPacker, hessians: dict[str, torch.Tensor]) -> Iterator[None]:
     """Mezzotint's packing with one ingredient taken away, or with another setting."""
     fit, order = entropy.fit, quantize.rounding_order
     curvature = packer.curvature
@@ -197,15 +197,15 @@ def without(ingredient: str, packer: pack._Rate, hessians: dict[str, torch.Tenso
 
     flat = {n: dataclasses.replace(c, rows=np.ones_like(c.rows)) for n, c in curvature.items()}
     settings: dict[str, list[tuple[Any, str, Any]]] = {
-        "price of bits": [(artifact, "PRICED_PASSES", 0)],
-        "GPTQ's feedback": [(quantize, "gptq", _plain_rounding), (artifact, "PRICED_PASSES", 0)],
+        "price of bits": [(pack, "PENALISED_PASSES", 0)],
+        "GPTQ's feedback": [(quantize, "gptq", _plain_rounding), (pack, "PENALISED_PASSES", 0)],
         "ascending order": [(quantize, "rounding_order", lambda hessian, _=False: order(hessian))],
         "column steps": [(quantize, "curved_scales", _one_column_scale(quantize.curved_scales))],
         "row importance": [(packer, "curvature", flat)],
         "gradients in the curvature": [(packer, "curvature", activations())],
         "column classes": [(entropy, "fit", lambda planes, **o: fit(planes, **{**o, "columns": False}))],
         "row and column classes": [(entropy, "fit", one_table)],
-        "a light price (0.12, the high-rate one)": [(artifact, "BIT_PRICE", 0.12)],
+        "a light price (0.12, the high-rate one)": [(pack, "RATE_LAMBDA", 0.12)],
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for target, name, value in settings[ingredient]:
@@ -223,11 +223,11 @@ CODER = "range coder (best general-purpose compressor on the same codes)"
 # ------------------------------------------------------------------------------------- what was not built, measured
 
 
-def code_lengths(attempt: pack._Attempt, classes: dict[str, entropy.Classes]) -> tuple[float, int]:
+def code_lengths(packed: pack.PackedModel, classes: dict[str, entropy.Classes]) -> tuple[float, int]:
     """Bytes of all codes: ideal under the tables, and as coded (without scales, classes and tables)."""
     coded, ideal = 0, 0.0
-    for names in artifact._banks(attempt.tensors):
-        planes = [attempt.tensors[name].codes for name in names]
+    for names in artifact.table_banks(packed.tensors):
+        planes = [packed.tensors[name].codes for name in names]
         bank, found = entropy.fit(planes, rounds=1, start=[classes[name] for name in names])
         for plane, item in zip(planes, found, strict=True):
             whole, side = entropy.Encoder(), entropy.Encoder()
@@ -245,7 +245,7 @@ def _entropy(*columns: np.ndarray) -> float:
     return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
-def context_gain(attempt: pack._Attempt, classes: dict[str, entropy.Classes]) -> dict[str, float]:
+def context_gain(packed: pack.PackedModel, classes: dict[str, entropy.Classes]) -> dict[str, float]:
     """Bytes that splitting each table by the magnitude of neighbouring codes would save, table costs not counted.
 
     Magnitudes are over their table's mean; six contexts by quantiles. A split always fits the codes at hand better:
@@ -253,8 +253,8 @@ def context_gain(attempt: pack._Attempt, classes: dict[str, entropy.Classes]) ->
     """
     gains: dict[str, float] = {"above": 0.0, "left": 0.0, "above and left": 0.0}
     generator = np.random.default_rng(0)
-    for names in artifact._banks(attempt.tensors):
-        planes = [attempt.tensors[name].codes for name in names]
+    for names in artifact.table_banks(packed.tensors):
+        planes = [packed.tensors[name].codes for name in names]
         bank, found = entropy.fit(planes, rounds=1, start=[classes[name] for name in names])
         probability = np.exp2(-bank.lengths())
         mean = (probability * np.abs(np.arange(-bank.limit, bank.limit + 1))).sum(axis=1)
@@ -281,18 +281,18 @@ def context_gain(attempt: pack._Attempt, classes: dict[str, entropy.Classes]) ->
     return gains
 
 
-def ordering_gain(attempt: pack._Attempt, classes: dict[str, entropy.Classes]) -> tuple[float, str]:
+def ordering_gain(packed: pack.PackedModel, classes: dict[str, entropy.Classes]) -> tuple[float, str]:
     """Bytes that sorting MLP units would save at most, and by what: sorted values cost only their differences.
 
     A unit is a row of `up` and a column of `down`, with a scale and a class in each; permuting units changes nothing
     else. Needs a format that codes differences, which version 1 does not.
     """
     saved: dict[str, float] = {}
-    for name, up in attempt.tensors.items():
+    for name, up in packed.tensors.items():
         if not (name.endswith("mlp.up.weight") and isinstance(up, grid.Grid)):
             continue
         other = name.replace("mlp.up", "mlp.down")
-        down = attempt.tensors[other]
+        down = packed.tensors[other]
         assert isinstance(down, grid.Grid) and down.columns is not None
         features = {
             "scale of up": np.unique(up.rows, return_inverse=True)[1],
@@ -492,11 +492,11 @@ def main() -> None:
         return time_reference(model, data, options.out)
     if options.time:
         return print(timed(model, data, options.out / "timed.mzt"))
-    state = pack._state(model)
+    state = pack.weights_of(model)
     parameters = sum(v.size for v in state.values())
     weights = hashlib.sha256(b"".join(v.tobytes() for v in state.values())).hexdigest()[:16]
     setting = {"weights": weights, "windows": options.windows, "repeats": options.repeats,
-               "price": pack.BIT_PRICE, "calibration": options.calibration}  # fmt: skip
+               "price": pack.RATE_LAMBDA, "calibration": options.calibration}  # fmt: skip
     kept = options.out / "points.jsonl"
     points: list[Point] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     if any({k: p.get(k) for k in setting} != setting for p in points):
@@ -506,7 +506,7 @@ def main() -> None:
 
     started = time.perf_counter()
     score = Score(model, data, options.windows, options.repeats)
-    windows, check = pack._calibration(model, data.split("train"), options.calibration)
+    windows, check = pack.calibration_split(model, data.split("train"), options.calibration)
     made: dict[str, Any] = {}
 
     def hessians() -> dict[str, torch.Tensor]:
@@ -514,16 +514,16 @@ def main() -> None:
             made["hessians"] = quantize.calibration_hessians(model, windows)
         return made["hessians"]
 
-    def packer() -> pack._Rate:
+    def packer() -> pack.RateDistortionPacker:
         if "packer" not in made:
-            cost = pack._Cost(model, check, 0)
-            made["packer"] = pack._Rate(model, windows, 0, pack.TOLERANCE, cost, lambda _: None)
+            cost = pack.MeasuredCost(model, check, 0)
+            made["packer"] = pack.RateDistortionPacker(model, windows, 0, pack.TOLERANCE, cost, lambda _: None)
         made["packer"].writer.classes = None  # no point depends on those before it
         return made["packer"]
 
-    def pruner(codec: str) -> pack._Pruned:
+    def pruner(codec: str) -> pack.PruningPacker:
         if codec not in made:
-            made[codec] = pack._Pruned(model, windows, 0, codec, lambda _: None)
+            made[codec] = pack.PruningPacker(model, windows, 0, codec, lambda _: None)
         return made[codec]
 
     def point(name: str, knob: float, pack: Callable[[], tuple[int, dict[str, Any], dict[str, Any]]]) -> None:
@@ -534,7 +534,7 @@ def main() -> None:
         begin = time.perf_counter()
         size, tensors, more = pack()
         seconds = time.perf_counter() - begin
-        rise, divergence = score(pack._replaced(model, pack._Attempt(b"", tensors, 0.0, 0)))
+        rise, divergence = score(pack.with_packed_weights(model, pack.PackedModel(b"", tensors, 0.0, 0)))
         row = {"packing": name, "knob": knob, "bytes": size, "seconds": seconds, **setting,
                "rise": rise.tolist(), "divergence": divergence.tolist(), **more}  # fmt: skip
         points.append(row)
@@ -544,11 +544,11 @@ def main() -> None:
             f"{time.perf_counter() - started:5.0f} s  {name} {knob:g}: {size:,} bytes  {_pair(rise)}  {_pair(divergence)}"
         )
 
-    overhead = len(artifact._Writer(model, artifact.LZMA).tokenizer) + 600  # the header an artifact would have
+    overhead = len(artifact.Writer(model, artifact.LZMA).tokenizer) + 600  # the header an artifact would have
 
     def mezzotint(knob: float) -> tuple[int, dict[str, Any], dict[str, Any]]:
         made_by = packer()
-        tried = made_by.attempt(made_by.predicted * knob)
+        tried = made_by.pack_at(made_by.predicted * knob)
         more: dict[str, Any] = {}
         if knob in VARIANT_STEPS:
             classes = made_by.writer.classes or {}
@@ -566,7 +566,7 @@ def main() -> None:
     def recipe(deviations: float, ranged: bool) -> tuple[int, dict[str, Any], dict[str, Any]]:
         tensors = clipped(state, hessians(), deviations)
         if ranged:
-            return len(artifact._Writer(model, artifact.RANGE).write(tensors)), tensors, {}
+            return len(artifact.Writer(model, artifact.RANGE).write(tensors)), tensors, {}
         size, best = general_purpose(tensors)
         return size + overhead, tensors, {"compressor": best}
 
@@ -575,7 +575,7 @@ def main() -> None:
 
             def pruned(codec: str = codec, share: float = share) -> tuple[int, dict[str, Any], dict[str, Any]]:
                 made_by = pruner(codec)
-                tried = made_by.attempt(int(share * len(made_by.costs)))
+                tried = made_by.pack_dropping(int(share * len(made_by.costs)))
                 return len(tried.data), tried.tensors, {}
 
             point(f"--codec {codec}", share, pruned)
@@ -588,7 +588,7 @@ def main() -> None:
 
             def variant(ingredient: str = ingredient, knob: float = knob) -> tuple[int, dict[str, Any], dict[str, Any]]:
                 with without(ingredient, packer(), hessians()):
-                    tried = packer().attempt(packer().predicted * knob)
+                    tried = packer().pack_at(packer().predicted * knob)
                 return len(tried.data), tried.tensors, {}
 
             point(f"without {ingredient}", knob, variant)

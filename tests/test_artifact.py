@@ -247,7 +247,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 def test_a_file_that_would_not_open_again_is_not_kept(model: Model, tmp_path: Path) -> None:
     """Weights of nearly no information would make a file too small for its parameters."""
-    empty = {name: np.zeros_like(value) for name, value in pack._state(model).items()}
+    empty = {name: np.zeros_like(value) for name, value in pack.weights_of(model).items()}
     network = artifact.network_of(dataclasses.replace(model.config, bigram_buckets=200_000), {
         **empty, "bigram.embedding.weight": np.zeros((200_000, 128), dtype=np.float32),
     })  # fmt: skip
@@ -509,7 +509,7 @@ def test_reading_takes_no_second_copy_of_a_tensor(
     """NumPy's memory at its peak over the tensors' own, where one tensor of 4 million numbers is nearly all there is."""
     monkeypatch.setattr(entropy, "BLOCK", 1 << 17)
     model = make(tokenizer, bigram_buckets=4_000, bigram_width=1_000)
-    zeros = {n: np.zeros_like(v) for n, v in pack._state(model).items()}
+    zeros = {n: np.zeros_like(v) for n, v in pack.weights_of(model).items()}
     kinds = {
         "float16": lambda v: v.astype(np.float16),
         "grid": lambda v: grid.Grid(v.astype(np.int16), np.ones(len(v), np.float16), np.ones(v.shape[1], np.float16)),
@@ -517,7 +517,7 @@ def test_reading_takes_no_second_copy_of_a_tensor(
     for coding in (artifact.RANGE, artifact.LZMA):
         for kind, convert in kinds.items():
             tensors = {n: convert(v) if v.ndim == 2 else v.astype(np.float16) for n, v in zeros.items()}
-            (tmp_path / "m.mzt").write_bytes(artifact._Writer(model, coding).write(tensors))
+            (tmp_path / "m.mzt").write_bytes(artifact.Writer(model, coding).write(tensors))
             artifact.open_artifact(tmp_path / "m.mzt")
             tracemalloc.start()
             opened = artifact.open_artifact(tmp_path / "m.mzt")

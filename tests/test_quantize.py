@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mezzotint.packing import quantize
-from mezzotint.packing.grid import Grid, round_to_grid, row_scales, snap
+from mezzotint.packing.grid import Grid, round_to_grid, round_to_octave_grid, row_scales
 
 
 def problem(rows: int = 12, columns: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +116,7 @@ def test_row_scales_beat_the_largest_magnitude() -> None:
 
 def test_snapped_scales_are_close_and_few() -> None:
     scales = np.exp(np.random.default_rng(0).uniform(-4, 1, 2_000))
-    snapped = snap(scales)
+    snapped = round_to_octave_grid(scales)
     assert np.abs(snapped.astype(np.float64) / scales - 1).max() < 0.025
     assert len(np.unique(snapped)) < 130
-    assert snap(np.zeros(3)).tolist() == [0, 0, 0]
+    assert round_to_octave_grid(np.zeros(3)).tolist() == [0, 0, 0]

@@ -134,7 +134,7 @@ class _Coder:
             canvas[:, group] = torch.from_numpy(np.ascontiguousarray(block[:, group]))
 
 
-def fingerprint(model: Model, code: _Code) -> bytes:
+def numerics_fingerprint(model: Model, code: _Code) -> bytes:
     """Eight bytes that differ where a model's probabilities come out differently: coded probe windows, hashed.
 
     The probes have the shapes that coding uses (fewer rows) and are half revealed at random.
@@ -222,7 +222,7 @@ def decompress_rest(source: BinaryIO, target: BinaryIO, model: Model, progress: 
     used = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        if fingerprint(model, code) != expected:
+        if numerics_fingerprint(model, code) != expected:
             raise DataError(
                 "this machine or torch build rounds differently from the one that compressed the file: decompress there"
             )

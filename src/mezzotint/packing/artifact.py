@@ -65,8 +65,8 @@ def network_of(config: ModelConfig, values: Mapping[str, np.ndarray]) -> Denoise
     return network.eval().requires_grad_(False)
 
 
-def _values(tensor: Grid | np.ndarray) -> np.ndarray:
-    """What a packed tensor stands for, float32."""
+def values_of(tensor: Grid | np.ndarray) -> np.ndarray:
+    """The weights that a packed tensor stands for, float32 of its shape."""
     return tensor.values() if isinstance(tensor, Grid) else tensor.astype(np.float32)
 
 
@@ -86,7 +86,7 @@ class Coded:
     codes: int
 
 
-def _banks(tensors: Mapping[str, Grid | np.ndarray]) -> list[list[str]]:
+def table_banks(tensors: Mapping[str, Grid | np.ndarray]) -> list[list[str]]:
     """Which quantized tensors share probability tables: embeddings (wide alphabets) and matrices form one bank each."""
     names = [name for name, tensor in tensors.items() if isinstance(tensor, Grid)]
     groups = [[n for n in names if n.endswith("embedding.weight") == embedding] for embedding in (True, False)]
@@ -101,7 +101,7 @@ def _encode_range(
     streams: dict[str, tuple[int, bytes]] = {}
     found: dict[str, entropy.Classes] = {}
     bits = 0.0
-    for number, names in enumerate(_banks(tensors)):
+    for number, names in enumerate(table_banks(tensors)):
         grids = [tensors[name] for name in names]
         planes = [grid.codes for grid in grids if isinstance(grid, Grid)]
         begin = [start[name] for name in names] if start is not None else None
@@ -136,7 +136,8 @@ def _encode_range(
     return {"coding": RANGE, "banks": bank_sizes, "tensors": table}, sections, found, bits
 
 
-def _raw_parts(tensor: Grid | np.ndarray) -> list[bytes]:
+def raw_parts(tensor: Grid | np.ndarray) -> list[bytes]:
+    """Little-endian bytes of a packed tensor, uncompressed: float16 scales of rows and columns, int8 codes; or floats."""
     if isinstance(tensor, Grid):
         scales = [tensor.rows] if tensor.columns is None else [tensor.rows, tensor.columns]
         return [s.astype("<f2").tobytes() for s in scales] + [tensor.codes.astype(np.int8).tobytes()]
@@ -145,14 +146,18 @@ def _raw_parts(tensor: Grid | np.ndarray) -> list[bytes]:
 
 def _encode_lzma(tensors: Mapping[str, Grid | np.ndarray]) -> tuple[dict[str, Any], list[bytes]]:
     """The reference's coding: int8 codes and scales of all tensors in one LZMA stream of preset 9."""
-    parts = {name: b"".join(_raw_parts(tensor)) for name, tensor in tensors.items()}
+    parts = {name: b"".join(raw_parts(tensor)) for name, tensor in tensors.items()}
     data = lzma.compress(b"".join(parts.values()), format=lzma.FORMAT_XZ, preset=9)
     table = [[name, _codec(tensors[name]), -1, len(part)] for name, part in parts.items()]
     return {"coding": LZMA, "banks": [], "tensors": table, "stored": len(data)}, [data]
 
 
-class _Writer:
-    """Turns packed tensors of one model into file bytes, remembering what carries over between attempts."""
+class Writer:
+    """Turns packed tensors of one model into file bytes, remembering what carries over from one call to the next.
+
+    coding: `RANGE` or `LZMA`. classes: of each tensor's rows and columns, None before the first call. tokenizer: bytes
+    of the compressed tokenizer.
+    """
 
     def __init__(self, model: Model, coding: str) -> None:
         self.model = model
@@ -163,7 +168,7 @@ class _Writer:
         self.tokenizer = lzma.compress(raw, format=lzma.FORMAT_RAW, filters=TOKENIZER_FILTERS)
 
     def write(self, tensors: Mapping[str, Grid | np.ndarray]) -> bytes:
-        """The whole file."""
+        """The whole file. Afterwards `classes` and `code_bits` (ideal bits of the codes) are those of these tensors."""
         if self.coding == RANGE:
             # Later attempts differ little from the first: two rounds from its classes settle.
             rounds = 4 if self.classes is None else 2
@@ -542,6 +547,6 @@ def inspect_artifact(path: Path | str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _floats(value: np.ndarray) -> np.ndarray:
+def compact_floats(value: np.ndarray) -> np.ndarray:
     """Small tensors: float16, or float32 where float16 would overflow."""
     return value.astype(np.float16 if np.abs(value).max(initial=0) <= 65_000 else np.float32)

@@ -27,7 +27,7 @@ class Grid:
         return values if self.columns is None else values * self.columns.astype(np.float32)[None, :]
 
 
-def snap(scales: np.ndarray, per_octave: int = 16) -> np.ndarray:
+def round_to_octave_grid(scales: np.ndarray, per_octave: int = 16) -> np.ndarray:
     """Scales rounded to float16 numbers nearest a geometric grid of `per_octave` steps; 0 stays 0.
 
     Few distinct values make scales cheap to code; 16 steps per octave are within 2.2% of any scale.
@@ -47,7 +47,7 @@ def row_scales(weight: np.ndarray, importance: np.ndarray, limit: int) -> np.nda
     best = np.full(len(weight), np.inf)
     chosen = np.zeros(len(weight), dtype=np.float16)
     for step in range(33):
-        scales = snap(largest / limit * 2.0 ** (-step / 16))
+        scales = round_to_octave_grid(largest / limit * 2.0 ** (-step / 16))
         safe = np.where(scales > 0, scales, 1).astype(np.float32)[:, None]
         codes = np.clip(np.rint(weight / safe), -limit, limit)
         error = (np.square(codes * safe - weight) * importance).sum(axis=1)

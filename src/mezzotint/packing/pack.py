@@ -22,21 +22,33 @@ from mezzotint.errors import ArtifactError
 from mezzotint.files import atomic_write
 from mezzotint.model import Model, count_parameters
 from mezzotint.packing import entropy, grid, quantize
-from mezzotint.packing.artifact import BUDGET, LZMA, RANGE, _banks, _floats, _values, _Writer, network_of, open_artifact
+from mezzotint.packing.artifact import (
+    BUDGET,
+    LZMA,
+    RANGE,
+    Writer,
+    compact_floats,
+    network_of,
+    open_artifact,
+    table_banks,
+    values_of,
+)
 from mezzotint.packing.grid import Grid
 
 PACK_CODECS = ("mezzotint", "int6", "reference")
 TOLERANCE = 0.001  # nats per token of measured cost: 0.0005 bits per byte at 2.7 bytes a token
 CALIBRATION_TOKENS = 65_536
 CHECK_TOKENS = 8_192  # calibration text on which the cost is measured
-BIT_PRICE = 0.03  # lambda over step^2. ln 2 / 6 = 0.116 follows from D = step^2 / 12, but costs 5% more bytes (LOG.md)
-PRICED_PASSES = 1
-SETTLING = 4  # attempts at most to meet the tolerance
+# Lambda over step^2. ln 2 / 6 = 0.116 follows from D = step^2 / 12, but costs 5% more bytes (LOG.md).
+RATE_LAMBDA = 0.03
+PENALISED_PASSES = 1
+TOLERANCE_ATTEMPTS = 4  # attempts at most to meet the tolerance
 COARSEST = 64.0  # the coarsest step tried for a budget, over the finest
 Progress = Callable[[str], None]
 
 
-def _state(model: Model) -> dict[str, np.ndarray]:
+def weights_of(model: Model) -> dict[str, np.ndarray]:
+    """A model's tensors by name, float32. Raises ArtifactError where one is not finite."""
     state = {name: t.detach().float().cpu().numpy() for name, t in model.network.state_dict().items()}
     for name, value in state.items():
         if not np.isfinite(value).all():
@@ -54,7 +66,7 @@ def calibration_windows(model: Model, calibration: TokenStream | None, tokens: i
     return [np.asarray(windows[int(i)]) for i in np.linspace(0, len(windows) - 1, count)]
 
 
-def _calibration(
+def calibration_split(
     model: Model, calibration: TokenStream | None, tokens: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Windows to quantize by, and windows between them to measure on (the same ones if there is a single window)."""
@@ -66,7 +78,7 @@ def _calibration(
 
 
 @dataclass(frozen=True)
-class _Attempt:
+class PackedModel:
     """One way to pack a model: the file's bytes, what its tensors stand for, and what it took."""
 
     data: bytes
@@ -76,33 +88,37 @@ class _Attempt:
     step: float = 0.0
 
 
-class _Cost:
-    """What an attempt costs in likelihood, measured on masked text: nats per token."""
+class MeasuredCost:
+    """What packing costs in likelihood, measured on masked text: nats per token."""
 
     def __init__(self, model: Model, windows: list[np.ndarray], seed: int) -> None:
         self.model = model
         self.divergence = quantize.Divergence(model, windows, seed + 1)
 
-    def __call__(self, attempt: _Attempt) -> float:
-        return self.divergence(_replaced(self.model, attempt))
+    def __call__(self, packed: PackedModel) -> float:
+        return self.divergence(with_packed_weights(self.model, packed))
 
 
-def _replaced(model: Model, attempt: _Attempt) -> Model:
-    """`model` with the weights that the attempt's bytes stand for."""
-    network = network_of(model.config, {name: _values(tensor) for name, tensor in attempt.tensors.items()})
+def with_packed_weights(model: Model, packed: PackedModel) -> Model:
+    """`model` with the weights that the packed bytes stand for: what reading the file would give."""
+    network = network_of(model.config, {name: values_of(tensor) for name, tensor in packed.tensors.items()})
     return dataclasses.replace(model, network=network.to(model.device))
 
 
-class _Rate:
-    """Rate-distortion quantization: GPTQ on curvature grids whose roundings pay for their bits. One knob, the step."""
+class RateDistortionPacker:
+    """Rate-distortion-optimised rounding: GPTQ on curvature grids whose roundings pay for their bits. One knob, the step.
+
+    windows: calibration text. tolerance: nats per token that packing may cost. predicted: the step that costs it by the
+    curvature.
+    """
 
     def __init__(
-        self, model: Model, windows: list[np.ndarray], seed: int, tolerance: float, cost: _Cost, say: Progress
+        self, model: Model, windows: list[np.ndarray], seed: int, tolerance: float, cost: MeasuredCost, say: Progress
     ) -> None:
         say(f"curvature from {sum(map(len, windows)):,} tokens")
         self.curvature = quantize.curvature(model, windows, seed)
-        self.state = _state(model)
-        self.writer = _Writer(model, RANGE)
+        self.state = weights_of(model)
+        self.writer = Writer(model, RANGE)
         self.tolerance = tolerance
         self.cost = cost
         self.say = say
@@ -110,7 +126,7 @@ class _Rate:
         # By the curvature. The cost measured has been 1.5 to 12 times as much.
         self.predicted = math.sqrt(24 * tolerance / weights)
 
-    def attempt(self, step: float) -> _Attempt:
+    def pack_at(self, step: float) -> PackedModel:
         """Pack at one step: plain GPTQ, then GPTQ under the code lengths that the codes before it gave."""
         scales: dict[str, tuple[np.ndarray, np.ndarray, bool]] = {}
         tensors: dict[str, Grid | np.ndarray] = {}
@@ -118,21 +134,23 @@ class _Rate:
             module = name.removesuffix(".weight")
             if module in self.curvature:
                 scales[name] = quantize.curved_scales(value, self.curvature[module], step, entropy.MAX_MAGNITUDE)
-            tensors[name] = _floats(value)
+            tensors[name] = compact_floats(value)
         models: dict[str, tuple[np.ndarray, entropy.Classes]] = {}
-        for _ in range(1 + PRICED_PASSES):
+        for _ in range(1 + PENALISED_PASSES):
             for name, (rows, columns, ascending) in scales.items():
                 curvature = self.curvature[name.removesuffix(".weight")]
-                price = None
+                penalty = None
                 if models:
                     lengths, classes = models[name]
-                    price = quantize.Price(lengths, classes.tables(len(lengths)), curvature.rows, BIT_PRICE * step**2)
+                    penalty = quantize.RatePenalty(
+                        lengths, classes.tables(len(lengths)), curvature.rows, RATE_LAMBDA * step**2
+                    )
                 tensors[name] = quantize.gptq(
                     torch.from_numpy(self.state[name]), curvature.inputs, rows, columns,
-                    limit=entropy.MAX_MAGNITUDE, price=price, ascending=ascending,
+                    limit=entropy.MAX_MAGNITUDE, penalty=penalty, ascending=ascending,
                 )  # fmt: skip
             models = {}
-            for names in _banks(tensors):
+            for names in table_banks(tensors):
                 planes = [grid.codes for name in names if isinstance(grid := tensors[name], Grid)]
                 bank, classes_of = entropy.fit(planes)
                 lengths = bank.lengths()
@@ -140,39 +158,39 @@ class _Rate:
         self.writer.classes = {name: classes for name, (_, classes) in models.items()}
         data = self.writer.write(tensors)
         self.say(f"{len(data):,} bytes at step {step:.3g}")
-        return _Attempt(data, tensors, self.writer.code_bits, 0, step)
+        return PackedModel(data, tensors, self.writer.code_bits, 0, step)
 
-    def settle(self, limit: int | None = None) -> _Attempt:
-        """An attempt that costs about the tolerance by measurement; the first larger than `limit` bytes ends the search.
+    def meet_tolerance(self, limit: int | None = None) -> PackedModel:
+        """A packed model that costs about the tolerance by measurement; the first larger than `limit` bytes ends the search.
 
         The cost goes with the square of the step or a little more, so that few attempts do.
         """
         step, best, nearest = self.predicted, None, math.inf
-        for _ in range(SETTLING):
-            attempt = self.attempt(step)
-            if limit is not None and len(attempt.data) > limit:
-                return attempt
-            ratio = max(self.cost(attempt) / self.tolerance, 1e-9)
+        for _ in range(TOLERANCE_ATTEMPTS):
+            packed = self.pack_at(step)
+            if limit is not None and len(packed.data) > limit:
+                return packed
+            ratio = max(self.cost(packed) / self.tolerance, 1e-9)
             self.say(f"measured cost: {ratio * self.tolerance:.2g} nats per token")
             if abs(math.log(ratio)) < nearest:
-                best, nearest = attempt, abs(math.log(ratio))
+                best, nearest = packed, abs(math.log(ratio))
             if 0.8 <= ratio <= 1.1:
                 break
             step *= min(8.0, max(0.125, ratio**-0.5))
         assert best is not None
         return best
 
-    def fit(self, limit: int) -> tuple[_Attempt | None, int]:
-        """The finest attempt found of at most `limit` bytes, if any, and the smallest size seen.
+    def fit(self, limit: int) -> tuple[PackedModel | None, int]:
+        """The finest packed model found of at most `limit` bytes, if any, and the smallest size seen.
 
         Size falls smoothly with the logarithm of the step, so false position with a bisection every third time gets
         within 0.3% of the limit in few attempts.
         """
-        first = self.settle(limit)
+        first = self.meet_tolerance(limit)
         if len(first.data) <= limit:
             return first, len(first.data)
         fine, coarse = 0.0, math.log(COARSEST)
-        last = self.attempt(first.step * COARSEST)
+        last = self.pack_at(first.step * COARSEST)
         if len(last.data) > limit:
             return None, len(last.data)
         fine_size, best = len(first.data), last
@@ -184,7 +202,7 @@ class _Rate:
             share = (top - math.log(limit * 0.9985)) / max(1e-9, top - bottom)
             share = 0.5 if number % 3 == 2 else min(0.97, max(0.03, share))
             middle = fine + (coarse - fine) * share
-            tried = self.attempt(first.step * math.exp(middle))
+            tried = self.pack_at(first.step * math.exp(middle))
             if len(tried.data) <= limit:
                 coarse, best = middle, tried
             else:
@@ -192,7 +210,7 @@ class _Rate:
         return best, len(last.data)
 
 
-class _Pruned:
+class PruningPacker:
     """int6 codes on a row grid, made to fit by zeroing the codes of +-1 whose loss does the least damage."""
 
     def __init__(self, model: Model, windows: list[np.ndarray], seed: int, codec: str, say: Progress) -> None:
@@ -202,7 +220,7 @@ class _Pruned:
         self.tensors: dict[str, Grid | np.ndarray] = {}
         self.where: dict[str, np.ndarray] = {}
         costs = []
-        for name, value in _state(model).items():
+        for name, value in weights_of(model).items():
             hessian = hessians.get(name.removesuffix(".weight"))
             grid, damage = (_int6 if codec == "int6" else _reference)(name, value, hessian)
             self.tensors[name] = grid
@@ -211,9 +229,9 @@ class _Pruned:
                 costs.append(damage.ravel()[self.where[name]])
         self.costs = np.concatenate(costs) if costs else np.zeros(0, dtype=np.float32)
         self.order = np.argsort(self.costs, kind="stable")
-        self.writer = _Writer(model, RANGE if codec == "int6" else LZMA)
+        self.writer = Writer(model, RANGE if codec == "int6" else LZMA)
 
-    def attempt(self, count: int) -> _Attempt:
+    def pack_dropping(self, count: int) -> PackedModel:
         """Pack with the `count` cheapest codes of +-1 zeroed."""
         gone = np.zeros(len(self.costs), dtype=bool)
         gone[self.order[:count]] = True
@@ -229,17 +247,17 @@ class _Pruned:
             start = stop
         data = self.writer.write(tensors)
         self.say(f"{len(data):,} bytes with {count:,} codes of +-1 dropped")
-        return _Attempt(data, tensors, self.writer.code_bits, count)
+        return PackedModel(data, tensors, self.writer.code_bits, count)
 
-    def fit(self, limit: int) -> tuple[_Attempt | None, int]:
+    def fit(self, limit: int) -> tuple[PackedModel | None, int]:
         """About the fewest codes dropped that fit `limit` bytes, if any do, and the smallest size seen.
 
         Size falls almost linearly with the count, so interpolation safeguarded by bisection takes few attempts.
         """
-        first = self.attempt(0)
+        first = self.pack_dropping(0)
         if len(first.data) <= limit:
             return first, len(first.data)
-        best = self.attempt(len(self.costs))
+        best = self.pack_dropping(len(self.costs))
         smallest = len(best.data)
         if smallest > limit:
             return None, smallest
@@ -249,7 +267,7 @@ class _Pruned:
                 break
             share = (low_size - limit * 0.9998) / max(1, low_size - len(best.data))
             middle = low + int((high - low) * (min(0.95, max(0.05, share)) if number % 3 < 2 else 0.5))
-            tried = self.attempt(min(high - 1, max(low + 1, middle)))
+            tried = self.pack_dropping(min(high - 1, max(low + 1, middle)))
             if len(tried.data) <= limit:
                 high, best = tried.pruned, tried
             else:
@@ -268,7 +286,7 @@ def _int6(name: str, value: np.ndarray, hessian: torch.Tensor | None) -> tuple[G
     if name.endswith("embedding.weight"):
         rows = grid.row_scales(value, np.ones(value.shape[1]), grid.INT8_LIMIT)
         return grid.round_to_grid(value, rows, grid.INT8_LIMIT), None
-    return _floats(value), None
+    return compact_floats(value), None
 
 
 def _reference(
@@ -276,7 +294,7 @@ def _reference(
 ) -> tuple[Grid | np.ndarray, np.ndarray | None]:
     """One tensor as the seed packs it, and its damage: squared row scale. Hessians are from real text, though."""
     if value.size <= 65_536 or value.ndim != 2:
-        return _floats(value), None
+        return compact_floats(value), None
     if hessian is not None:
         rows = grid.percentile_scales(value, grid.INT6_LIMIT)
         damage = np.broadcast_to(np.square(rows.astype(np.float32))[:, None], value.shape)
@@ -325,21 +343,21 @@ def pack(
         code_bytes += Path(item).stat().st_size
     if not out.parent.is_dir():
         raise ArtifactError(f"{out.parent}: no such folder to write {out.name} to")
-    windows, check = _calibration(model, calibration, calibration_tokens)
-    cost = _Cost(model, check, seed)
+    windows, check = calibration_split(model, calibration, calibration_tokens)
+    cost = MeasuredCost(model, check, seed)
     packer = (
-        _Rate(model, windows, seed, tolerance, cost, say)
+        RateDistortionPacker(model, windows, seed, tolerance, cost, say)
         if codec == "mezzotint"
-        else _Pruned(model, windows, seed, codec, say)
+        else PruningPacker(model, windows, seed, codec, say)
     )
     if rank_and_size()[0] > 0:
         return {}
-    attempt, smallest = packer.fit(budget - code_bytes)
-    if attempt is None:
+    packed, smallest = packer.fit(budget - code_bytes)
+    if packed is None:
         raise ArtifactError(f"a budget of {budget:,} bytes cannot be met: the smallest reachable size is "
                             f"{smallest + code_bytes:,} bytes ({code_bytes:,} of them code)")  # fmt: skip
-    _write_verified(out, attempt.data, attempt.tensors)
-    return _report(model, attempt, code_bytes, budget, cost(attempt))
+    _write_verified(out, packed.data, packed.tensors)
+    return _report(model, packed, code_bytes, budget, cost(packed))
 
 
 def store(model: Model, out: Path | str) -> dict[str, Any]:
@@ -351,27 +369,27 @@ def store(model: Model, out: Path | str) -> dict[str, Any]:
     if not out.parent.is_dir():
         raise ArtifactError(f"{out.parent}: no such folder to write {out.name} to")
     tensors: dict[str, Grid | np.ndarray] = {}
-    for name, value in _state(model).items():
+    for name, value in weights_of(model).items():
         with np.errstate(over="ignore"):
             half = value.astype(np.float16)
         tensors[name] = half if half.astype(np.float32).tobytes() == value.tobytes() else value
-    data = _Writer(model, RANGE).write(tensors)
+    data = Writer(model, RANGE).write(tensors)
     _write_verified(out, data, tensors)
-    return _report(model, _Attempt(data, tensors, 0.0, 0), 0, BUDGET, 0.0)
+    return _report(model, PackedModel(data, tensors, 0.0, 0), 0, BUDGET, 0.0)
 
 
-def _report(model: Model, attempt: _Attempt, code_bytes: int, budget: int, cost: float) -> dict[str, Any]:
+def _report(model: Model, packed: PackedModel, code_bytes: int, budget: int, cost: float) -> dict[str, Any]:
     parameters = count_parameters(model.network)
-    codes = sum(tensor.codes.size for tensor in attempt.tensors.values() if isinstance(tensor, Grid))
+    codes = sum(tensor.codes.size for tensor in packed.tensors.values() if isinstance(tensor, Grid))
     return {
-        "artifact_bytes": len(attempt.data),
+        "artifact_bytes": len(packed.data),
         "code_bytes": code_bytes,
-        "total_bytes": len(attempt.data) + code_bytes,
+        "total_bytes": len(packed.data) + code_bytes,
         "budget_bytes": budget,
         "parameters": parameters,
-        "bits_per_parameter": 8 * len(attempt.data) / parameters,
-        "pruned_codes": attempt.pruned,
-        "entropy_bits_per_code": attempt.code_bits / max(1, codes),
+        "bits_per_parameter": 8 * len(packed.data) / parameters,
+        "pruned_codes": packed.pruned,
+        "entropy_bits_per_code": packed.code_bits / max(1, codes),
         "cost_nats_per_token": cost,
         "verified": True,
     }
@@ -396,26 +414,26 @@ def sweep(
     model) and `cost_stderr_bpb`.
     """
     say = progress or (lambda _: None)
-    windows, check = _calibration(model, calibration, calibration_tokens)
+    windows, check = calibration_split(model, calibration, calibration_tokens)
     before = np.asarray(score(model), dtype=np.float64)
-    measured = _Cost(model, check, seed)
-    packer = _Rate(model, windows, seed, tolerances[0], measured, say)
+    measured = MeasuredCost(model, check, seed)
+    packer = RateDistortionPacker(model, windows, seed, tolerances[0], measured, say)
     points = []
-    first = packer.settle()
+    first = packer.meet_tolerance()
     for tolerance in tolerances:
-        attempt = first
+        packed = first
         if tolerance != tolerances[0]:
-            attempt = packer.attempt(first.step * math.sqrt(tolerance / tolerances[0]))
-        after = np.asarray(score(_replaced(model, attempt)), dtype=np.float64)
+            packed = packer.pack_at(first.step * math.sqrt(tolerance / tolerances[0]))
+        after = np.asarray(score(with_packed_weights(model, packed)), dtype=np.float64)
         cost = after - before
         points.append({
-            "tolerance": tolerance, "bytes": len(attempt.data),
-            "bits_per_parameter": 8 * len(attempt.data) / count_parameters(model.network),
-            "cost_nats_per_token": measured(attempt),
+            "tolerance": tolerance, "bytes": len(packed.data),
+            "bits_per_parameter": 8 * len(packed.data) / count_parameters(model.network),
+            "cost_nats_per_token": measured(packed),
             "nelbo_bpb": float(after.mean()), "cost_bpb": float(cost.mean()),
             "cost_stderr_bpb": float(cost.std(ddof=1) / math.sqrt(len(cost))),
         })  # fmt: skip
-        say(f"{len(attempt.data):,} bytes: {points[-1]['cost_bpb']:+.5f} bits per byte")
+        say(f"{len(packed.data):,} bytes: {points[-1]['cost_bpb']:+.5f} bits per byte")
     return points
 
 
@@ -432,6 +450,6 @@ def _write_verified(out: Path, data: bytes, tensors: Mapping[str, Grid | np.ndar
         out.unlink(missing_ok=True)
         raise
     for name, tensor in tensors.items():
-        if state[name].numpy().tobytes() != _values(tensor).tobytes():
+        if state[name].numpy().tobytes() != values_of(tensor).tobytes():
             out.unlink(missing_ok=True)
             raise ArtifactError(f"{out}: {name} did not come back as written; nothing was kept")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mezzotint.distributed import rank_and_size
 from mezzotint.model import Denoiser, Model, shift_right
 from mezzotint.objective import block_counts, block_lengths, mask_by_count
-from mezzotint.packing.grid import INT6_LIMIT, Grid, snap
+from mezzotint.packing.grid import INT6_LIMIT, Grid, round_to_octave_grid
 
 
 def matrices(network: nn.Module) -> dict[str, nn.Linear]:
@@ -66,22 +66,22 @@ def calibration(model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> l
     share = 1.0 if block == 1 else share
     causal = [int((i + 1) * share) > int(i * share) for i in range(len(windows))]
     counts = iter(block_counts(causal.count(False), length, size or length, generator) if False in causal else ())
-    made = []
+    items = []
     for window, next_tokens in zip(windows, causal, strict=True):
         ids = torch.as_tensor(window, dtype=torch.int64)[None]
         if next_tokens:
             read = shift_right(ids, model.config.mask_id)
             everywhere = torch.ones_like(ids, dtype=torch.bool)
-            made.append(Calibration(read, ids, everywhere, torch.ones(ids.shape[1]), None, True))
+            items.append(Calibration(read, ids, everywhere, torch.ones(ids.shape[1]), None, True))
             continue
-        here = block_lengths(len(window), size or length)
-        whole = block_lengths(length, size or length)[: len(here)]
+        lengths = block_lengths(len(window), size or length)
+        whole = block_lengths(length, size or length)[: len(lengths)]
         # A last, shorter window keeps its mask rates.
-        scaled = torch.minimum((next(counts)[: len(here)] * here / whole).ceil().long().clamp(min=1), here)
+        scaled = torch.minimum((next(counts)[: len(lengths)] * lengths / whole).ceil().long().clamp(min=1), lengths)
         read, positions = mask_by_count(ids, scaled[None], model.config.mask_id, generator, size)
-        weights = (here / scaled).repeat_interleave(here)[positions[0]].float()
-        made.append(Calibration(read, ids, positions, weights, size, False))
-    return made
+        weights = (lengths / scaled).repeat_interleave(lengths)[positions[0]].float()
+        items.append(Calibration(read, ids, positions, weights, size, False))
+    return items
 
 
 def calibration_hessians(model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
     layers = {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     inputs = {n: torch.zeros(m.weight.shape[1], m.weight.shape[1], dtype=torch.float64) for n, m in layers.items()}
     rows = {n: torch.zeros(m.weight.shape[0], dtype=torch.float64) for n, m in layers.items()}
-    wanted = [p.requires_grad for p in network.parameters()]
+    required = [p.requires_grad for p in network.parameters()]
     network.requires_grad_(False)
     for module in layers.values():
         module.weight.requires_grad_(True)
@@ -176,7 +176,7 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
                     inputs[name] += (g.T @ g).double().cpu()
                     rows[name] += g.square().sum(1).double().cpu()
     finally:
-        for parameter, flag in zip(network.parameters(), wanted, strict=True):
+        for parameter, flag in zip(network.parameters(), required, strict=True):
             parameter.requires_grad_(flag)
     _add_up([*inputs.values(), *rows.values(), tokens])
     result = {}
@@ -225,8 +225,8 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Price:
-    """What a rounding pays for the bits of its code.
+class RatePenalty:
+    """What a rounding pays for the bits of its code: lambda times its length (rate-distortion-optimised rounding).
 
     lengths: bits of code -M..M under each table, float [K, 2 M + 1]; tables: which table codes each entry, [R, C];
     rows: importance of each row's squared error, [R]; per_bit: the error one bit is worth (lambda).
@@ -247,13 +247,13 @@ def gptq(
     limit: int = INT6_LIMIT,
     damping: float = 0.01,
     block: int = 128,
-    price: Price | None = None,
+    penalty: RatePenalty | None = None,
     ascending: bool = False,
 ) -> Grid:
     """Codes that make the layer's output error small: tr((W - Q) H (W - Q)^T), H = E[x x^T] or a curvature.
 
     GPTQ (Frantar et al. 2022, algorithm 1): columns are rounded one after the other, in `rounding_order`, and each
-    column's error is spread over the columns still to come by the Cholesky factor of H^-1. With a `price`, each
+    column's error is spread over the columns still to come by the Cholesky factor of H^-1. With a `penalty`, each
     rounding takes the cheapest of the two neighbouring codes and zero, by its error's final cost plus per_bit times
     its code length, so the whole trades error against bits.
     weight [R, C]; hessian [C, C]; rows, columns: float16 scales [R], [C].
@@ -265,13 +265,13 @@ def gptq(
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     across = torch.ones(len(work)) if columns is None else torch.from_numpy(columns.astype(np.float32))[order]
     across = torch.where(across > 0, across, torch.ones_like(across))
-    if price is not None:
-        span = price.lengths.shape[1]
+    if penalty is not None:
+        span = penalty.lengths.shape[1]
         limit = min(limit, span // 2)
         # Bits no table codes (infinite) become merely unaffordable, so that no comparison meets inf - inf.
-        bits = torch.from_numpy(np.minimum(price.lengths, 64.0) * price.per_bit).float().ravel()
-        base = torch.from_numpy(price.tables.astype(np.int64)).T[order] * span + span // 2
-        importance = torch.from_numpy(price.rows).float()
+        bits = torch.from_numpy(np.minimum(penalty.lengths, 64.0) * penalty.per_bit).float().ravel()
+        base = torch.from_numpy(penalty.tables.astype(np.int64)).T[order] * span + span // 2
+        importance = torch.from_numpy(penalty.rows).float()
     codes = torch.empty_like(work)
     columns_count = len(work)
     for start in range(0, columns_count, block):
@@ -280,7 +280,7 @@ def gptq(
         for j in range(start, stop):
             step = scale * across[j]
             x = work[j] / step
-            if price is None:
+            if penalty is None:
                 code = torch.clamp(torch.round(x), -limit, limit)
             else:
                 low = torch.clamp(torch.floor(x), -limit, limit)
@@ -335,16 +335,16 @@ def curved_scales(
     """
     if not curvature.inputs.diagonal().mean() > 0:
         rows = np.maximum(np.sqrt(np.square(weight).mean(axis=1)) / 8, np.abs(weight).max(axis=1) / (0.8 * limit))
-        return snap(rows, 8), np.ones(weight.shape[1], dtype=np.float16), False
+        return round_to_octave_grid(rows, 8), np.ones(weight.shape[1], dtype=np.float16), False
     for ascending in (True, False):
         order = rounding_order(curvature.inputs, ascending)
         own = torch.empty(len(order), dtype=torch.float64)
         own[order] = 1 / inverse_factor(curvature.inputs, order, damping).diagonal()
         columns = step / own.numpy()
         middle = float(np.exp(np.log(columns).mean()))  # keeps both vectors well inside float16
-        across = snap(columns / middle, 8)
+        across = round_to_octave_grid(columns / middle, 8)
         rows = middle / np.sqrt(curvature.rows)
         least = (np.abs(weight) / across.astype(np.float64)).max(axis=1) / (0.8 * limit)
         if not (least > rows).any():
             break
-    return snap(np.maximum(rows, least), 8), across, ascending
+    return round_to_octave_grid(np.maximum(rows, least), 8), across, ascending
