@@ -328,3 +328,25 @@ def test_gpu_check_reports_a_step_by_its_parts_and_keeps_what_fails(tmp_path):
     assert step["gradients_ms"] > 0 and step["step_ms"] > 0 and step["estimate_8_gpus_ms"] > 0
     page = (tmp_path / "gpu_check.md").read_text()
     assert page in done.stdout and "103.5 ms" in page and "| optimizer, ms |" in page
+
+
+# --- the server's latencies ---------------------------------------------------------------------------------------------
+
+
+def test_serving_measures_every_row(trained, tmp_path, capsys):
+    pytest.importorskip("openai", reason="needs the openai client, a development dependency")
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    words = ["--model", str(trained.artifact), "--requests", "2", "--clients", "3", "--masks", "12", "--tokens", "3"]
+    script("serving").main([*words, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert list(rows) == [
+        "middle", "middle, drawn", "3 tokens", "3 tokens, first", "3 at once", "beside 12 masks",
+    ]  # fmt: skip
+    for row in rows.values():
+        assert 0 < row["p50"] <= row["p95"] and row["requests"] >= 1
+    assert capsys.readouterr().out.count("\n| ") == 1 + len(rows)
+
+
+def test_percentiles_of_latencies():
+    found = script("serving").summary([float(k) for k in range(100, 0, -1)])
+    assert found == {"p50": 50.5, "p95": 96.0, "requests": 100}
