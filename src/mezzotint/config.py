@@ -1,25 +1,129 @@
-"""What a model and a training run are, as frozen dataclasses, and the presets.
+"""What a model and a training run are, as frozen dataclasses, the presets, and what every setting may be.
 
-Every field's help text becomes the command line's help. Knows nothing of torch, files or arguments.
+Every field has its help and its `Rule` beside it: the command line's help, its errors and those of Python come from
+there. `OPTIONS` has the rules of what is no field. Knows nothing of torch, files or arguments.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
-from mezzotint.errors import ConfigError
+from mezzotint.errors import ConfigError, MezzotintError
+
+MOST_WINDOW = 1 << 16  # tokens: the logits of one window of the largest vocabulary are 17 GB
+MOST_LAYERS = 256
+MOST_WIDTH = 1 << 16
+MOST_BUCKETS = 1 << 24
+MOST_SEED = 2**63 - 1
+MOST = 10**9  # of what is counted and has no other bound
 
 
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
-    metadata: dict[str, Any] = {"help": help}
-    if choices:
-        metadata["choices"] = choices
-    if metavar:
-        metadata["metavar"] = metavar
+def shown(value: Any, most: int = 60) -> str:
+    """A value as an error quotes it: one line of printable characters, cut where it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # Python writes no whole number of more than 4,300 digits; others have a repr of their own
+        text = f"a value of type {type(value).__name__}"
+    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return text if len(text) <= most else text[:most] + "..."
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What values a setting takes. kind: bool, int, float or str. choices: the words that a str may be, all if none.
+
+    least, most: bounds of a number; with `above` or `below` the bound itself is left out. Not-a-number is never within,
+    infinity only where `most` is infinite. optional: None, for "decided elsewhere", is a value too. unit: what is counted.
+    """
+
+    kind: type
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    unit: str = ""
+
+    def words(self) -> str:
+        """What is taken, for people: `a number from 0 to 1`."""
+        return self._range() + (f" ({self.unit})" if self.unit else "")
+
+    def _range(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.kind in (bool, str):
+            return "true or false" if self.kind is bool else "text"
+        shown_most = f"{self.most:,.0f}" if self.most >= 1000 else f"{self.most:g}"
+        shown_most = f"{self.most:,}" if self.kind is int else shown_most
+        upto = "" if self.most == math.inf else f" {'below' if self.below else 'at most'} {shown_most}"
+        if self.kind is int:
+            if self.least == 1:
+                return "a positive whole number" + (f",{upto}" if upto else "")
+            return f"a whole number from {self.least:,}" + (f" to {shown_most}" if upto else " on")
+        if self.above or self.below or not upto:
+            return f"a number {'above' if self.above else 'of at least'} {self.least:g}" + (f",{upto}" if upto else "")
+        return f"a number from {self.least:g} to {shown_most}"
+
+    def check(self, name: str, value: Any, error: type[MezzotintError] = ConfigError) -> Any:
+        """The value as Python's own type (NumPy's numbers are taken). Raises `error`, one line that names the setting."""
+        if value is None and self.optional:
+            return None
+        if isinstance(value, numbers.Integral) and not isinstance(value, (bool, int)):
+            value = int(value)
+        elif isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
+            value = float(value)
+        if self.kind is float:
+            right = isinstance(value, (int, float)) and not isinstance(value, bool)
+        else:
+            right = isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
+        if right and self.kind in (int, float):
+            right = self.least <= value <= self.most
+            right = right and not (self.above and value == self.least) and not (self.below and value == self.most)
+        if not right or (self.choices and value not in self.choices):
+            none = " or None" if self.optional else ""
+            raise error(f"{name} must be {self.words()}{none}, not {shown(value)}")
+        return value
+
+    def parse(self, name: str, text: str) -> Any:
+        """The value that a text on the command line stands for, checked. Whole numbers may have commas or underscores."""
+        value: Any = text
+        try:
+            if self.kind is bool:
+                value = {"true": True, "false": False}.get(text.lower(), text)
+            elif self.kind is not str:
+                value = self.kind(text.replace(",", "") if self.kind is int else text)
+        except ValueError:
+            pass  # the text itself is no value: `check` says so
+        return self.check(name, value)
+
+
+def _rule(kind: type, within: str = "", choices: tuple[str, ...] = (), optional: bool = False) -> Rule:
+    """within: an interval as mathematicians write it, `[0, 1)` for at least 0 and below 1."""
+    if not within:
+        return Rule(kind, choices=choices, optional=optional)
+    least, most = ((int if kind is int else float)(word) for word in within[1:-1].split(","))
+    return Rule(kind, least, most, within[0] == "(", within[-1] == ")", choices, optional)
+
+
+def _option(
+    default: Any, help: str, within: str = "", *, choices: tuple[str, ...] = (), metavar: str | None = None
+) -> Any:
+    """A field: a default of None stands for a whole number that is decided elsewhere."""
+    rule = _rule(int if default is None else type(default), within, choices, default is None)
+    metadata = {"help": help, "rule": rule, "metavar": metavar or rule.kind.__name__.upper()}
     return field(default=default, metadata=metadata)
+
+
+def _check_fields(config: Any) -> None:
+    """Every field of a settings object by its rule. Raises ConfigError."""
+    for item in dataclasses.fields(config):
+        value = item.metadata["rule"].check(item.name, getattr(config, item.name))
+        object.__setattr__(config, item.name, value)
 
 
 def parse_attention(words: str) -> int:
@@ -27,72 +131,62 @@ def parse_attention(words: str) -> int:
 
     A position attends to its own block and to all before it. Raises ConfigError for any other word.
     """
+    if not isinstance(words, str):
+        raise ConfigError(f"attention must be full, causal or block(k) with k >= 1, not {shown(words)}")
     if words in ("full", "causal"):
         return int(words == "causal")
     if words.startswith("block(") and words.endswith(")") and words[6:-1].isdecimal() and len(words) < 18:
         size = int(words[6:-1])
         if size >= 1:
             return size
-    raise ConfigError(f"attention must be full, causal or block(k) with k >= 1, not {words!r}")
+    raise ConfigError(f"attention must be full, causal or block(k) with k >= 1, not {shown(words)}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the denoiser. The MASK id is `vocab_size`, one past the tokenizer's last id."""
 
-    vocab_size: int = _option(1024, "tokens in the vocabulary, MASK not counted")
-    sequence_length: int = _option(256, "tokens in a training window")
-    layers: int = _option(6, "transformer layers")
-    width: int = _option(256, "channels of the residual stream")
-    heads: int = _option(4, "query heads")
-    kv_heads: int = _option(4, "key and value heads (grouped-query attention)")
-    mlp_ratio: float = _option(4.0, "MLP hidden width as a multiple of the width")
-    activation: str = _option("relu2", "MLP activation, squared", ("relu2", "leaky_relu2"))
-    rotary_dims: int = _option(0, "channels of each head that rotate with position (0: all)")
-    rotary_base: float = _option(10_000.0, "base of the rotary frequencies")
-    query_gain: float = _option(1.5, "initial learned per-head gain on normalised queries")
-    softcap: float = _option(30.0, "logits are bounded to +-softcap by tanh")
-    embedding_std: float = _option(0.005, "initial standard deviation of the token embedding")
+    vocab_size: int = _option(1024, "tokens in the vocabulary, MASK not counted", "[1, 65535]")
+    sequence_length: int = _option(256, "tokens in a training window", "[1, 65536]")
+    layers: int = _option(6, "transformer layers", "[1, 256]")
+    width: int = _option(256, "channels of the residual stream", "[2, 65536]")
+    heads: int = _option(4, "query heads", "[1, 32768]")
+    kv_heads: int = _option(4, "key and value heads (grouped-query attention)", "[1, 32768]")
+    mlp_ratio: float = _option(4.0, "MLP hidden width as a multiple of the width", "(0, 1024]")
+    activation: str = _option("relu2", "MLP activation, squared", choices=("relu2", "leaky_relu2"))
+    rotary_dims: int = _option(0, "channels of each head that rotate with position (0: all)", "[0, 65536]")
+    rotary_base: float = _option(10_000.0, "base of the rotary frequencies", "[1, 1e12]")
+    query_gain: float = _option(1.5, "initial learned per-head gain on normalised queries", "[0, 1000]")
+    softcap: float = _option(30.0, "logits are bounded to +-softcap by tanh", "[0.01, 10000]")
+    embedding_std: float = _option(0.005, "initial standard deviation of the token embedding", "[0, 10]")
     depth_scaled_norm: bool = _option(False, "scale layer i's normalised input by 1/sqrt(i+1)")
     exclusive_attention: bool = _option(False, "remove from each head's output its own position's value direction")
     unet_skips: bool = _option(False, "add the first half's outputs to the second half, learned per channel")
     embedding_mix: bool = _option(False, "each layer mixes its input with the embedding, learned per channel")
     channel_scales: bool = _option(False, "learned per-channel scales on attention and MLP outputs")
-    neighbour_reach: int = _option(0, "tokens to each side that a depthwise convolution mixes in (0: none)")
+    neighbour_reach: int = _option(0, "tokens to each side that a depthwise convolution mixes in (0: none)", "[0, 256]")
     shifted_output: bool = _option(False, "predict each token at the position before it, as left-to-right windows do")
-    bigram_buckets: int = _option(0, "rows of the hashed bigram embedding (0: none)")
-    bigram_width: int = _option(128, "width of the hashed bigram embedding")
-    value_embedding_width: int = _option(0, "width of the token embedding added to values (0: none)")
-    value_embedding_layers: int = _option(2, "how many of the last layers add the value embedding")
+    bigram_buckets: int = _option(0, "rows of the hashed bigram embedding (0: none)", "[0, 16777216]")
+    bigram_width: int = _option(128, "width of the hashed bigram embedding", "[0, 65536]")
+    value_embedding_width: int = _option(0, "width of the token embedding added to values (0: none)", "[0, 65536]")
+    value_embedding_layers: int = _option(2, "how many of the last layers add the value embedding", "[0, 256]")
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "sequence_length", "layers", "width", "heads", "kv_heads", "mlp_ratio", "softcap"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be positive, not {value!r}")
-        for name in (
-            "rotary_dims",
-            "neighbour_reach",
-            "bigram_buckets",
-            "value_embedding_width",
-            "value_embedding_layers",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative")
-        if self.mlp_width < 1:
-            raise ConfigError(f"mlp_ratio {self.mlp_ratio} leaves the MLP no unit")
+        _check_fields(self)
+        if not 1 <= self.mlp_width <= MOST_WIDTH:
+            raise ConfigError(
+                f"mlp_ratio {self.mlp_ratio:g} makes an MLP of {self.mlp_width:,} channels: 1 to {MOST_WIDTH:,}"
+            )
         if self.width % self.heads or self.head_width % 2:
             raise ConfigError(f"width {self.width} must be an even multiple of heads {self.heads}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         if self.rotary_dims % 2 or self.rotary_dims > self.head_width:
             raise ConfigError(f"rotary_dims must be even and at most the head width {self.head_width}")
-        if self.activation not in ("relu2", "leaky_relu2"):
-            raise ConfigError(f"activation must be relu2 or leaky_relu2, not {self.activation!r}")
         if self.bigram_buckets == 1:
             raise ConfigError("bigram_buckets must be 0 or at least 2: one bucket stands for the start of the window")
-        if self.vocab_size > 65_535:
-            raise ConfigError("vocab_size must fit 16-bit shards: at most 65,535")
+        if self.bigram_buckets and not self.bigram_width:
+            raise ConfigError("bigram_width must be at least 1 where there are bigram_buckets")
 
     @property
     def mask_id(self) -> int:
@@ -114,83 +208,72 @@ class ModelConfig:
 class TrainConfig:
     """How a model is trained. A run ends at `steps` or at `minutes`, whichever is set; minutes if neither."""
 
-    minutes: float = _option(5.0, "wall-clock length of the run (used when steps is 0)")
-    steps: int = _option(0, "length of the run in steps (0: go by minutes)")
-    batch: int = _option(16, "windows per step over all processes")
-    micro_batch: int = _option(0, "windows per forward pass (0: the whole share of a process)")
+    minutes: float = _option(5.0, "wall-clock length of the run (used when steps is 0)", "[0, 1e6]")
+    steps: int = _option(0, "length of the run in steps (0: go by minutes)", "[0, 1000000000]")
+    batch: int = _option(16, "windows per step over all processes", "[1, 1000000]")
+    micro_batch: int = _option(0, "windows per forward pass (0: the whole share of a process)", "[0, 1000000]")
     weighting: str = _option(
         "nelbo",
         "training loss: the NELBO, or the reference's mean over all masked tokens (which weights windows by t)",
-        ("nelbo", "reference"),
+        choices=("nelbo", "reference"),
     )
     causal_share: float = _option(
-        0.0, "share of the windows (or of the loss, where blocks teach both) learnt left to right, as next tokens"
+        0.0,
+        "share of the windows (or of the loss, where blocks teach both) learnt left to right, as next tokens",
+        "[0, 1]",
     )
-    causal_start: float = _option(0.0, "share of the run, at its start, that learns all windows left to right")
+    causal_start: float = _option(
+        0.0, "share of the run, at its start, that learns all windows left to right", "[0, 1]"
+    )
     block_size: int = _option(
-        0, "tokens of the blocks denoised one after another, given those before (0: whole windows; 1: next tokens only)"
+        0,
+        "tokens of the blocks denoised one after another, given those before (0: whole windows; 1: next tokens only)",
+        "[0, 65536]",
     )
-    short_share: float = _option(0.0, "share of the run, at its start, that trains on halves of windows, twice as many")
+    short_share: float = _option(
+        0.0, "share of the run, at its start, that trains on halves of windows, twice as many", "[0, 1]"
+    )
     narrow_share: float = _option(
-        0.0, "share of the run, at its start, that masks between narrow_low and narrow_high of a window only"
+        0.0, "share of the run, at its start, that masks between narrow_low and narrow_high of a window only", "[0, 1]"
     )
-    narrow_low: float = _option(0.1, "lowest mask rate of the run's start")
-    narrow_high: float = _option(0.6, "highest mask rate of the run's start")
-    matrix_lr: float = _option(0.02, "Muon learning rate of the weight matrices")
-    embedding_lr: float = _option(0.01, "AdamW learning rate of the embeddings")
-    scalar_lr: float = _option(0.01, "AdamW learning rate of gains, scales and mixes")
-    momentum: float = _option(0.95, "Muon momentum after its warm-up")
-    momentum_start: float = _option(0.85, "Muon momentum at the first step")
-    momentum_warmup: float = _option(0.1, "share of the run over which the momentum rises")
+    narrow_low: float = _option(0.1, "lowest mask rate of the run's start", "[0, 1]")
+    narrow_high: float = _option(0.6, "highest mask rate of the run's start", "[0, 1]")
+    matrix_lr: float = _option(0.02, "Muon learning rate of the weight matrices", "[0, 10]")
+    embedding_lr: float = _option(0.01, "AdamW learning rate of the embeddings", "[0, 10]")
+    scalar_lr: float = _option(0.01, "AdamW learning rate of gains, scales and mixes", "[0, 10]")
+    momentum: float = _option(0.95, "Muon momentum after its warm-up", "[0, 1)")
+    momentum_start: float = _option(0.85, "Muon momentum at the first step", "[0, 1)")
+    momentum_warmup: float = _option(0.1, "share of the run over which the momentum rises", "[0, 1]")
     neuron_decay: float = _option(
-        0.0, "decay of the second moments by which Muon normalises per neuron, as NorMuon does (0: plain Muon)"
+        0.0,
+        "decay of the second moments by which Muon normalises per neuron, as NorMuon does (0: plain Muon)",
+        "[0, 1)",
     )
-    beta1: float = _option(0.9, "AdamW first-moment decay")
-    beta2: float = _option(0.95, "AdamW second-moment decay")
-    weight_decay: float = _option(0.04, "decoupled weight decay of matrices and embeddings")
-    grad_clip: float = _option(1.0, "global gradient norm above which gradients are scaled down (0: never)")
-    warmup: float = _option(0.01, "share of the run over which the learning rate rises from 0")
-    warmdown: float = _option(0.5, "share of the run, at its end, over which the learning rate falls")
-    lr_floor: float = _option(0.0, "share of the learning rate that is left when the run ends")
-    ema_horizon: float = _option(0.02, "averaging horizon of the weights' EMA as a share of the steps so far (0: none)")
-    seed: int = _option(0, "seed of initialisation, data order and masks")
+    beta1: float = _option(0.9, "AdamW first-moment decay", "[0, 1)")
+    beta2: float = _option(0.95, "AdamW second-moment decay", "[0, 1)")
+    weight_decay: float = _option(0.04, "decoupled weight decay of matrices and embeddings", "[0, 10]")
+    grad_clip: float = _option(1.0, "global gradient norm above which gradients are scaled down (0: never)", "[0, 1e6]")
+    warmup: float = _option(0.01, "share of the run over which the learning rate rises from 0", "[0, 1]")
+    warmdown: float = _option(0.5, "share of the run, at its end, over which the learning rate falls", "[0, 1]")
+    lr_floor: float = _option(0.0, "share of the learning rate that is left when the run ends", "[0, 1]")
+    ema_horizon: float = _option(
+        0.02, "averaging horizon of the weights' EMA as a share of the steps so far (0: none)", "[0, 1]"
+    )
+    seed: int = _option(0, "seed of initialisation, data order and masks", "[0, 9223372036854775807]")
     device: str = _option("auto", "cpu, cuda, mps, or auto")
-    dtype: str = _option("bfloat16", "autocast type; master weights stay float32", ("bfloat16", "float32"))
+    dtype: str = _option("bfloat16", "autocast type; master weights stay float32", choices=("bfloat16", "float32"))
     compile: bool = _option(True, "use torch.compile where it works")
-    log_every: float = _option(1.0, "seconds between metric rows")
-    checkpoint_minutes: float = _option(5.0, "minutes between checkpoints")
-    keep_checkpoints: int = _option(2, "how many checkpoints to keep")
+    log_every: float = _option(1.0, "seconds between metric rows", "[0, 1e6]")
+    checkpoint_minutes: float = _option(5.0, "minutes between checkpoints", "[0, 1e6]")
+    keep_checkpoints: int = _option(2, "how many checkpoints to keep", "[1, 1000000]")
     tensorboard: bool = _option(False, "also write TensorBoard events (needs the tensorboard package)")
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.minutes < 0 or (self.steps == 0 and self.minutes == 0):
+        _check_fields(self)
+        if self.steps == 0 and self.minutes == 0:
             raise ConfigError("set a positive number of minutes or steps")
-        if self.batch < 1 or self.micro_batch < 0 or self.keep_checkpoints < 1:
-            raise ConfigError("batch and keep_checkpoints must be at least 1, micro_batch at least 0")
-        if self.block_size < 0:
-            raise ConfigError(f"block_size must be 0 (whole windows) or at least 1 token, not {self.block_size}")
         if not self.narrow_low < self.narrow_high:
             raise ConfigError("narrow_low must be below narrow_high")
-        for name in (
-            "causal_share",
-            "causal_start",
-            "short_share",
-            "narrow_share",
-            "narrow_low",
-            "narrow_high",
-            "warmup",
-            "warmdown",
-            "lr_floor",
-            "momentum_warmup",
-            "neuron_decay",
-            "ema_horizon",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is a share: between 0 and 1")
-        for item in dataclasses.fields(self):
-            choices = item.metadata.get("choices")
-            if choices and getattr(self, item.name) not in choices:
-                raise ConfigError(f"{item.name} must be one of {', '.join(choices)}, not {getattr(self, item.name)!r}")
 
 
 @dataclass(frozen=True)
@@ -305,18 +388,14 @@ def from_dict(kind: type[Any], values: Any) -> Any:
     """A `ModelConfig` or `TrainConfig` from a JSON object. Raises ConfigError on unknown fields or wrong types."""
     if not isinstance(values, dict):
         raise ConfigError(f"{kind.__name__} must be a JSON object")
-    known = {item.name: item for item in dataclasses.fields(kind)}
-    checked: dict[str, Any] = {}
+    known = {item.name: item.metadata["rule"] for item in dataclasses.fields(kind)}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(f"unknown setting {name!r}; known: {', '.join(known)}")
-        expected = type(known[name].default)
-        if expected is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not expected:
-            raise ConfigError(f"{name} must be {expected.__name__}, not {value!r}")
-        checked[name] = value
-    return kind(**checked)
+            raise ConfigError(f"unknown setting {shown(name)}; known: {', '.join(known)}")
+        value = known[name].check(name, value)
+        found[name] = float(value) if known[name].kind is float else value
+    return kind(**found)
 
 
 def to_dict(config: ModelConfig | TrainConfig) -> dict[str, Any]:
@@ -348,39 +427,56 @@ class SamplingConfig:
     sampler: str = _option(
         "confidence",
         "how masks are revealed [confidence; sample, where next tokens were learnt: one by one, left to right]",
-        SAMPLERS,
+        choices=SAMPLERS,
     )
-    steps: int | None = _option(None, "forward passes [by sampler]", metavar="K")
-    temperature: float = _option(1.0, "below 1: safer words", metavar="T")
-    top_p: float = _option(1.0, "draw from the most probable share P only", metavar="P")
-    block: int | None = _option(None, "tokens in a block of `blocks` [what was learnt, 32]", metavar="N")
-    entropy_budget: float = _option(0.5, "doubt that a pass of `entropy` may reveal", metavar="NATS")
-    remask: float = _option(0.05, "of drawn tokens that a pass of `remask` hides again", metavar="SHARE")
-    order_noise: float = _option(0.0, "noise on the order of `confidence` and `margin`", metavar="X")
-    no_repeat: int = _option(0, "no N tokens in a row occur twice", metavar="N")
+    steps: int | None = _option(None, "forward passes [by sampler]", "[1, 1000000000]", metavar="K")
+    temperature: float = _option(1.0, "below 1: safer words", "[0, 100]", metavar="T")
+    top_p: float = _option(1.0, "draw from the most probable share P only", "(0, 1]", metavar="P")
+    block: int | None = _option(None, "tokens in a block of `blocks` [what was learnt, 32]", "[1, 65536]", metavar="N")
+    entropy_budget: float = _option(0.5, "doubt that a pass of `entropy` may reveal", "[0, inf]", metavar="NATS")
+    remask: float = _option(0.05, "of drawn tokens that a pass of `remask` hides again", "[0, 1]", metavar="SHARE")
+    order_noise: float = _option(0.0, "noise on the order of `confidence` and `margin`", "[0, 1e6]", metavar="X")
+    no_repeat: int = _option(0, "no N tokens in a row occur twice", "[0, 65536]", metavar="N")
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ConfigError(f"unknown sampler {self.sampler!r}; known: {', '.join(SAMPLERS)}")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, not {self.steps}")
-        for name, low, high in (
-            ("temperature", 0.0, 100.0),
-            ("top_p", 0.0, 1.0),
-            ("entropy_budget", 0.0, math.inf),
-            ("remask", 0.0, 1.0),
-            ("order_noise", 0.0, math.inf),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high or (name == "top_p" and value == 0):
-                least = "above" if name == "top_p" else "at least"
-                most = f" and at most {high:g}" if high < math.inf else ""
-                raise ConfigError(f"{name} must be {least} {low:g}{most}, not {value!r}")
-        if self.block is not None and self.block < 1:
-            raise ConfigError(f"block must be at least 1 token, not {self.block}")
-        if self.no_repeat < 0 or self.no_repeat == 1:
-            raise ConfigError(f"no_repeat must be 0 or at least 2 tokens, not {self.no_repeat}")
+        _check_fields(self)
+        if self.no_repeat == 1:
+            raise ConfigError("no_repeat must be 0 or at least 2 tokens, not 1")
 
 
 REVEAL_OPTIONS = {"sampler", "steps", "entropy_budget", "block", "remask", "order_noise"}
 """Settings that say how masks are revealed; the others are about which tokens are drawn."""
+
+OPTIONS: dict[str, Rule] = {
+    # what is drawn
+    "seed": _rule(int, f"[0, {MOST_SEED}]"),
+    # prepare
+    "vocab_size": _rule(int, "[262, 65535]"),
+    "val_fraction": Rule(float, 0.0, 1.0, above=True, below=True),
+    # demo
+    "minutes": _rule(float, "(0, 1e6]"),
+    # pack
+    "budget": _rule(int, f"[1, {10**15}]"),
+    "tolerance": Rule(float, 0.0, 10.0, above=True, below=True),
+    # scores
+    "tokens": _rule(int, f"[1, {10**15}]"),
+    "repeats": _rule(int, f"[1, {MOST}]"),
+    "stride": _rule(int, f"[1, {MOST_WINDOW}]"),
+    "orders": _rule(int, f"[1, {MOST}]"),
+    "order_lean": _rule(float, "[0, inf]"),
+    "score_block_size": Rule(int, 0, MOST_WINDOW, unit="tokens of the blocks; 0: whole windows"),
+    # samples and gaps
+    "n": _rule(int, f"[1, {MOST}]"),
+    "length": _rule(int, f"[1, {MOST}]"),
+    "answers": _rule(int, "[1, 4096]"),
+    "candidates": _rule(int, "[1, 4096]"),
+    "max_words": _rule(int, "[1, 4096]"),
+    "port": _rule(int, "[1, 65535]"),
+    **{item.name: item.metadata["rule"] for item in dataclasses.fields(SamplingConfig)},
+}
+"""What the options that are no field of `ModelConfig` or `TrainConfig` may be, by their names in Python."""
+
+
+def checked(name: str, value: Any, error: type[MezzotintError] = ConfigError) -> Any:
+    """The value of the option `name` of `OPTIONS`, None where it is None. Raises `error`."""
+    return None if value is None else OPTIONS[name].check(name, value, error)

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mezzotint.config import checked, shown
 from mezzotint.data.dataset import (
     FORMAT,
     HEADER_BYTES,
@@ -219,14 +220,16 @@ def prepare(
         raise DataError("no source given: name a file, a folder, -, stdlib, hf:OWNER/NAME or fineweb:sp1024")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists; name a new folder")
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise DataError(f"--val-fraction must lie between 0 and 1, not {val_fraction}")
+    if isinstance(vocab_size, int) and not 262 <= vocab_size <= MAX_VOCAB:
+        raise DataError(f"--vocab-size must lie between 262 (256 bytes come first) and 65,535, not {shown(vocab_size)}")
+    for name, value in (("val_fraction", val_fraction), ("vocab_size", vocab_size), ("seed", seed)):
+        checked(name, value, DataError)
+    if not isinstance(text_field, str):
+        raise DataError(f"text_field must be the name of a column or JSON key, not {shown(text_field)}")
     if val_fraction is not None and val:
         raise DataError("give --val or --val-fraction, not both")
     if vocab_size is not None and tokenizer is not None:
         raise DataError("give --tokenizer or --vocab-size, not both")
-    if vocab_size is not None and not 262 <= vocab_size <= MAX_VOCAB:
-        raise DataError(f"--vocab-size must lie between 262 (256 bytes come first) and 65,535, not {vocab_size}")
     try:
         if any(str(s).startswith("fineweb:") for s in sources):
             if len(sources) > 1 or val or tokenizer or vocab_size or val_fraction:
