@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import mezzotint
 from mezzotint import config as configuration
-from mezzotint.cli import main
+from mezzotint.cli import main, training
+from mezzotint.cli.arguments import Value
 from mezzotint.config import OPTIONS, ModelConfig, Rule, SamplingConfig, TrainConfig, from_dict, to_dict
 from mezzotint.errors import ConfigError, MezzotintError
 
@@ -124,10 +125,18 @@ NUMBERS = (
 )
 
 
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """The parser of every command, with its options."""
+    found = next(a for a in main.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    for sub in found.values():
+        sub.complete, complete = None, sub.complete
+        complete(sub)
+    return found
+
+
 def value_options() -> list[tuple[str, argparse.Action]]:
     """Every option of every command that takes a number by a rule."""
-    commands = next(a for a in main.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
-    return [(name, a) for name, sub in commands.items() for a in sub._actions if isinstance(a.type, main._Value)]
+    return [(name, a) for name, sub in commands().items() for a in sub._actions if isinstance(a.type, Value)]
 
 
 def words_of(command: str) -> list[str]:
@@ -141,8 +150,7 @@ def words_of(command: str) -> list[str]:
 class TestCommandLine:
     def test_every_numeric_option_has_a_rule(self):
         """None is left to `int` or `float`, which take not-a-number and know no bounds."""
-        commands = next(a for a in main.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
-        bare = [(n, a.dest) for n, sub in commands.items() for a in sub._actions if a.type in (int, float)]
+        bare = [(n, a.dest) for n, sub in commands().items() for a in sub._actions if a.type in (int, float)]
         assert not bare and len(value_options()) > 60
 
     def test_help_says_what_is_taken(self):
@@ -188,10 +196,10 @@ class TestCommandLine:
     def test_changes_of_a_resumed_run_are_checked(self, capsys):
         arguments = main.build_parser().parse_args(["train", "d", "--out", "r", "--resume", "--change", "beta1=nan"])
         with pytest.raises(ConfigError, match="--change beta1 must be a number of at least 0, below 1, not nan"):
-            main._changes(arguments)
+            training._changes(arguments)
         arguments.change = ["batch=8", "causal-share=0.25", "compile=false", "weighting=reference"]
         wanted = {"batch": 8, "causal_share": 0.25, "compile": False, "weighting": "reference"}
-        assert main._changes(arguments) == wanted
+        assert training._changes(arguments) == wanted
 
 
 class TestOptions:

@@ -51,7 +51,7 @@ class Rule:
 
     def words(self) -> str:
         """What is taken, for people: `a number from 0 to 1`."""
-        return self._range() + (f" ({self.unit})" if self.unit else "")
+        return self._range() + (f", {self.unit}" if self.unit else "")
 
     def _range(self) -> str:
         if self.choices:
@@ -73,17 +73,14 @@ class Rule:
         """The value as Python's own type (NumPy's numbers are taken). Raises `error`, one line that names the setting."""
         if value is None and self.optional:
             return None
-        if isinstance(value, numbers.Integral) and not isinstance(value, (bool, int)):
-            value = int(value)
-        elif isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
-            value = float(value)
-        if self.kind is float:
-            right = isinstance(value, (int, float)) and not isinstance(value, bool)
-        else:
-            right = isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
+        if isinstance(value, (numbers.Integral, numbers.Real)) and not isinstance(value, (bool, int, float)):
+            value = int(value) if isinstance(value, numbers.Integral) else float(value)
+        right = isinstance(value, (int, float) if self.kind is float else self.kind)
+        right = right and isinstance(value, bool) == (self.kind is bool)
         if right and self.kind in (int, float):
-            right = self.least <= value <= self.most
-            right = right and not (self.above and value == self.least) and not (self.below and value == self.most)
+            number: Any = value
+            right = self.least <= number <= self.most
+            right = right and not (self.above and number == self.least) and not (self.below and number == self.most)
         if not right or (self.choices and value not in self.choices):
             none = " or None" if self.optional else ""
             raise error(f"{name} must be {self.words()}{none}, not {shown(value)}")
@@ -464,7 +461,7 @@ OPTIONS: dict[str, Rule] = {
     "stride": _rule(int, f"[1, {MOST_WINDOW}]"),
     "orders": _rule(int, f"[1, {MOST}]"),
     "order_lean": _rule(float, "[0, inf]"),
-    "score_block_size": Rule(int, 0, MOST_WINDOW, unit="tokens of the blocks; 0: whole windows"),
+    "score_block_size": Rule(int, 0, MOST_WINDOW, unit="tokens of the blocks"),
     # samples and gaps
     "n": _rule(int, f"[1, {MOST}]"),
     "length": _rule(int, f"[1, {MOST}]"),

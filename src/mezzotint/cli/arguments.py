@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mezzotint.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig
+from mezzotint.config import OPTIONS, PRESETS, ModelConfig, Rule, SamplingConfig, TrainConfig
+from mezzotint.errors import ConfigError
 
 DEFAULT_MODEL = "prose"
 RENAMED = {"visibility": "attention"}
@@ -50,15 +51,29 @@ def describe(parser: argparse.ArgumentParser, text: str) -> None:
     parser.description = f"{parser.description} {text}"
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, also written `16,000,000`."""
-    try:
-        value = int(text.replace(",", ""))
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return value
+class Value:
+    """What turns an option's text into its value, by a rule; argparse adds which option is wrong."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def __call__(self, text: str) -> Any:
+        try:
+            return self.rule.parse("it", text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix("it ")) from error
+
+
+def by_rule(name: str) -> Value:
+    """The argument type of an option by its rule in `config.OPTIONS`."""
+    return Value(OPTIONS[name])
+
+
+def show_ranges(parser: argparse.ArgumentParser) -> None:
+    """Say in the help of every option with a rule what it takes."""
+    for action in parser._actions:
+        if isinstance(action.type, Value) and not action.choices and action.type.rule.kind is not str:
+            action.help = f"{action.help} ({action.type.rule.words()})"
 
 
 # --- options made of settings -----------------------------------------------------------------------------------------
@@ -73,10 +88,10 @@ def _setting(item: dataclasses.Field[Any], help: str) -> dict[str, Any]:
     }
     if isinstance(item.default, bool):
         return {**options, "action": argparse.BooleanOptionalAction}
-    kind = positive if item.default is None else type(item.default)
-    options |= {"type": kind, "metavar": item.metadata.get("metavar", kind.__name__.upper())}
-    if item.metadata.get("choices"):
-        options |= {"choices": item.metadata["choices"], "metavar": None}
+    rule = item.metadata["rule"]
+    options |= {"type": Value(rule), "metavar": item.metadata["metavar"]}
+    if rule.choices:
+        options |= {"choices": rule.choices, "metavar": None}
     return options
 
 
@@ -109,7 +124,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", metavar="WORD", help="what a position sees: full, causal, or block(K) for K tokens at a time"
     )
-    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--seed", type=by_rule("seed"), default=0, help="[0]")
     parser.add_argument("--watch", action="store_true", help="show the canvas being revealed, coloured by confidence")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import DEFAULT_MODEL
+from mezzotint.cli.arguments import DEFAULT_MODEL, by_rule
 from mezzotint.cli.console import Progress, emit, finite
 from mezzotint.cli.packing import print_pack
 from mezzotint.cli.scoring import print_scores, score_by
@@ -31,14 +31,14 @@ SHIPPED_TEXT = "The old house stood at the end of the ____, and nobody had lived
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=2.0, help="training time; all else takes about one more [2]")
+    parser.add_argument(
+        "--minutes", type=by_rule("minutes"), default=2.0, help="training time; all else takes about one more [2]"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for all files [demo]")
 
 
 def run_demo(arguments: argparse.Namespace, progress: Progress) -> None:
     out: Path = arguments.out
-    if not arguments.minutes > 0:
-        raise ConfigError(f"--minutes must be positive, not {arguments.minutes}")
     mark = _own_folder(out)
     started = time.monotonic()
 

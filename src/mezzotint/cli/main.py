@@ -19,7 +19,7 @@ from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
-from mezzotint.cli.arguments import Parser, canonical
+from mezzotint.cli.arguments import Parser, canonical, show_ranges
 from mezzotint.cli.console import Progress
 from mezzotint.errors import ConfigError, Interrupted, MezzotintError
 
@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_arguments(command: Command, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     getattr(command.imported(), f"add_{command.name}_arguments")(parser)
+    show_ranges(parser)
 
 
 def run_command(arguments: argparse.Namespace, progress: Progress) -> None:

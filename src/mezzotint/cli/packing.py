@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import add_model, add_out, add_run, describe, positive
+from mezzotint.cli.arguments import add_model, add_out, add_run, by_rule, describe
 from mezzotint.cli.console import Progress, emit, table
 from mezzotint.cli.inputs import load_model, run_data
 from mezzotint.errors import ConfigError
@@ -30,7 +30,10 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add_out(parser, "MODEL.mzt", "file to write")
     parser.add_argument(
-        "--budget", type=positive, metavar="BYTES", help="decimal bytes in all, code included [the challenge's cap]"
+        "--budget",
+        type=by_rule("budget"),
+        metavar="BYTES",
+        help="decimal bytes in all, code included [the challenge's cap]",
     )
     parser.add_argument(
         "--code", type=Path, nargs="*", default=[], metavar="FILE", help="code files that count as well"
@@ -38,16 +41,19 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", default="mezzotint", choices=("mezzotint", "int6", "reference"), help="[mezzotint]")
     parser.add_argument("--data", type=Path, metavar="DATA", help="calibration text [the data the run was trained on]")
     parser.add_argument(
-        "--tolerance", type=float, metavar="NATS", help="measured cost not worth more bytes, nats a token [0.001]"
+        "--tolerance",
+        type=by_rule("tolerance"),
+        metavar="NATS",
+        help="measured cost not worth more bytes, nats a token [0.001]",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the calibration masks [0]")
+    parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the calibration masks [0]")
     parser.add_argument(
         "--sweep",
         action="store_true",
         help="write no artifact but a table and a plot of bytes against NELBO: OUT.csv, OUT.png",
     )
     parser.add_argument(
-        "--tokens", type=positive, metavar="N", help="with --sweep: score about N validation tokens [24576]"
+        "--tokens", type=by_rule("tokens"), metavar="N", help="with --sweep: score about N validation tokens [24576]"
     )
 
 
@@ -213,7 +219,7 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, metavar="MODEL.mzt", help="artifact packed from it")
     add_out(parser, "DIR", "folder to write")
     parser.add_argument("--data", type=Path, metavar="DATA", help="data to score on [the data the run was trained on]")
-    parser.add_argument("--tokens", type=positive, metavar="N", help="score about N tokens [all]")
+    parser.add_argument("--tokens", type=by_rule("tokens"), metavar="N", help="score about N tokens [all]")
     for name in ("name", "author", "github-id", "blurb"):
         parser.add_argument(f"--{name}", default=None, help=f"the record's {name}")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import add_foreign, add_model, add_scored, describe, positive
+from mezzotint.cli.arguments import add_foreign, add_model, add_scored, by_rule, describe
 from mezzotint.cli.console import Progress, emit, table
 from mezzotint.cli.inputs import is_data, load_model, scored_texts, scored_windows
 from mezzotint.errors import ConfigError, DataError, Interrupted, MezzotintError
@@ -43,22 +43,29 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     add_scored(parser)
     parser.add_argument("--method", default="nelbo", choices=(*METHODS, "all"), help="[nelbo]")
     parser.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
-    parser.add_argument("--tokens", type=positive, metavar="N", help="score about N tokens, evenly spread [all]")
-    parser.add_argument("--repeats", type=positive, help="independent sets of masks for nelbo [8; 2 with --orders]")
     parser.add_argument(
-        "--stride", type=positive, metavar="S", help="charge S tokens a window, behind the text before [all of it]"
+        "--tokens", type=by_rule("tokens"), metavar="N", help="score about N tokens, evenly spread [all]"
     )
     parser.add_argument(
-        "--orders", type=positive, metavar="K", help="nelbo over K orders: tighter, a pass per token and order"
+        "--repeats", type=by_rule("repeats"), help="independent sets of masks for nelbo [8; 2 with --orders]"
+    )
+    parser.add_argument(
+        "--stride",
+        type=by_rule("stride"),
+        metavar="S",
+        help="charge S tokens a window, behind the text before [all of it]",
+    )
+    parser.add_argument(
+        "--orders", type=by_rule("orders"), metavar="K", help="nelbo over K orders: tighter, a pass per token and order"
     )
     parser.add_argument(
         "--order-lean",
-        type=float,
+        type=by_rule("order_lean"),
         default=0.0,
         metavar="X",
         help="nelbo of orders that lean to the left; inf: chain [0]",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
+    parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the masks [0]")
     parser.add_argument(
         "--order", metavar="ORDER", help="order of chain: left, random(SEED), block(SIZE), spread(PASSES) [left]"
     )
@@ -69,7 +76,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--block-size",
-        type=int,
+        type=by_rule("score_block_size"),
         metavar="K",
         help="nelbo of blocks of K tokens from left to right, 0 of whole windows [what the model was trained on]",
     )
@@ -171,10 +178,14 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
     parser.add_argument(
-        "--tokens", type=positive, default=COMPARED_TOKENS, metavar="N", help=f"score about N [{COMPARED_TOKENS}]"
+        "--tokens",
+        type=by_rule("tokens"),
+        default=COMPARED_TOKENS,
+        metavar="N",
+        help=f"score about N [{COMPARED_TOKENS}]",
     )
-    parser.add_argument("--repeats", type=positive, default=4, help="independent sets of masks for nelbo [4]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
+    parser.add_argument("--repeats", type=by_rule("repeats"), default=4, help="independent sets of masks for nelbo [4]")
+    parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the masks [0]")
 
 
 def run_compare(arguments: argparse.Namespace, progress: Progress) -> None:

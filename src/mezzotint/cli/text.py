@@ -15,8 +15,8 @@ from mezzotint.cli.arguments import (
     add_foreign,
     add_model,
     add_sampling,
+    by_rule,
     describe,
-    positive,
     sampling_settings,
 )
 from mezzotint.cli.console import Progress, emit, table, watching
@@ -27,8 +27,10 @@ from mezzotint.errors import ConfigError
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, optional=True)
     add_foreign(parser)
-    parser.add_argument("-n", type=positive, default=1, help="number of texts [1]")
-    parser.add_argument("--length", type=positive, metavar="L", help="tokens [what the window holds behind the prompt]")
+    parser.add_argument("-n", type=by_rule("n"), default=1, help="number of texts [1]")
+    parser.add_argument(
+        "--length", type=by_rule("length"), metavar="L", help="tokens [what the window holds behind the prompt]"
+    )
     parser.add_argument("--prompt", default="", help="text to begin with")
     add_sampling(parser)
 
@@ -61,10 +63,14 @@ def add_fill_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, optional=True)
     add_foreign(parser)
     parser.add_argument("text", metavar="TEXT", help="text with gaps; - reads standard input")
-    parser.add_argument("--n", type=positive, default=1, metavar="N", help="answers to show for each gap, ranked [1]")
-    parser.add_argument("--candidates", type=positive, metavar="K", help="texts to try for each gap, about [64]")
+    parser.add_argument(
+        "--n", type=by_rule("answers"), default=1, metavar="N", help="answers to show for each gap, ranked [1]"
+    )
+    parser.add_argument(
+        "--candidates", type=by_rule("candidates"), metavar="K", help="texts to try for each gap, about [64]"
+    )
     parser.add_argument("--words", action="store_true", help="whole words only: no gap begins or ends inside a word")
-    parser.add_argument("--max-words", type=positive, metavar="N", help="at most so many words in a gap")
+    parser.add_argument("--max-words", type=by_rule("max_words"), metavar="N", help="at most so many words in a gap")
     parser.add_argument("--regex", metavar="PATTERN", help="what a gap's text must match as a whole (extra `regex`)")
     parser.add_argument("--avoid", action="append", default=[], metavar="WORD", help="no gap holds it; may be repeated")
     parser.add_argument("--greedy", action="store_true", help="the surest token first, one text for each length")
@@ -162,7 +168,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, optional=True)
     add_foreign(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only]")
-    parser.add_argument("--port", type=positive, default=8000, help="[8000]")
+    parser.add_argument("--port", type=by_rule("port"), default=8000, help="[8000]")
 
 
 def run_serve(arguments: argparse.Namespace, progress: Progress) -> None:

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import add_out, add_preset_settings, add_run, describe, positive, settings
+from mezzotint.cli.arguments import add_out, add_preset_settings, add_run, by_rule, describe, settings
 from mezzotint.cli.console import Progress, emit, table
 from mezzotint.cli.inputs import run_data
-from mezzotint.config import PRESETS, ModelConfig, TrainConfig, preset
+from mezzotint.config import PRESETS, ModelConfig, Rule, TrainConfig, preset
 from mezzotint.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -38,11 +38,16 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-field", default="text", metavar="A.B", help="column or JSON key of the text [text]")
     parser.add_argument(
-        "--vocab-size", type=positive, metavar="N", help="pieces to train a tokenizer of [4096, or what fits]"
+        "--vocab-size",
+        type=by_rule("vocab_size"),
+        metavar="N",
+        help="pieces to train a tokenizer of [4096, or what fits]",
     )
-    parser.add_argument("--val-fraction", type=float, metavar="F", help="share of documents held out [0.02]")
+    parser.add_argument(
+        "--val-fraction", type=by_rule("val_fraction"), metavar="F", help="share of documents held out [0.02]"
+    )
     parser.add_argument("--val", nargs="+", metavar="SOURCE", help="validation sources, instead of a share")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the held-out choice [0]")
+    parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the held-out choice [0]")
 
 
 def run_prepare(arguments: argparse.Namespace, progress: Progress) -> None:
@@ -149,18 +154,14 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings of `--change NAME=VALUE`, by the names of `TrainConfig`."""
     if arguments.change and not arguments.resume:
         raise ConfigError("--change is for --resume: without it, give the setting as an option")
-    known = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
+    known: dict[str, Rule] = {item.name: item.metadata["rule"] for item in dataclasses.fields(TrainConfig)}
     changes: dict[str, Any] = {}
     for change in arguments.change:
         name, sign, text = change.partition("=")
         name = name.replace("-", "_")
         if not sign or name not in known:
             raise ConfigError(f"--change takes NAME=VALUE with NAME a training setting, not {change!r}")
-        kind = type(known[name])
-        try:
-            changes[name] = {"True": True, "False": False}[text.capitalize()] if kind is bool else kind(text)
-        except (KeyError, ValueError) as error:
-            raise ConfigError(f"--change {name}: {text!r} is not {kind.__name__}") from error
+        changes[name] = known[name].parse(f"--change {name}", text)
     return changes
 
 
@@ -196,7 +197,9 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="DATA", help="[the data the run was trained on, if it is still there]"
     )
-    parser.add_argument("--tokens", type=positive, default=32_768, metavar="N", help="score about N tokens [32768]")
+    parser.add_argument(
+        "--tokens", type=by_rule("tokens"), default=32_768, metavar="N", help="score about N tokens [32768]"
+    )
     add_out(parser, "FILE.html", "file to write")
 
 
