@@ -94,6 +94,19 @@ SPOILED = {
         lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('vocab_size": 290', 'vocab_size": 280')),
         "tokenizer of 290",
     ),
+    "no rotation": (
+        lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('rotary_base": 10000.0', 'rotary_base": 0.0')),
+        "rotary_base must be a number from 1",
+    ),
+    "long windows": (
+        lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('sequence_length": 32', f'sequence_length": {1 << 24}')),
+        "sequence_length must be",
+    ),
+    "a long description": (lambda f: (f / "config.json").write_text(" " * (1 << 20) + "{}"), "more than 1,048,576 bytes"),
+    "float64": (
+        lambda f: _rewrite(f / "model.safetensors", lambda s: s.update({"embedding.weight": s["embedding.weight"].double()})),
+        "is not of finite float32, bfloat16 or float16",
+    ),
     "huge": (
         lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('width": 32', 'width": 65536')),
         "channels",
@@ -109,3 +122,16 @@ def test_spoiled_folders_are_refused_in_one_line(name, exported, tmp_path):
     with pytest.raises(ArtifactError, match=contains) as refused:
         import_folder(tmp_path / "spoiled")
     assert "spoiled" in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_taken_as_they_are(kind, exported, tmp_path):
+    """Other software stores 16 bits: both kinds are float32 numbers."""
+    folder = tmp_path / "half"
+    shutil.copytree(exported, folder)
+    _rewrite(folder / "model.safetensors", lambda s: s.update({name: t.to(kind) for name, t in s.items()}))
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    network = import_folder(folder).network
+    for name, value in network.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, state[name].float())
+    assert mezzotint.store(import_folder(folder), tmp_path / "m.mzt")["verified"]

@@ -35,8 +35,6 @@ VERSION = 1
 PREFIX = struct.Struct("<8sHII")  # magic, version, stored header bytes, header bytes
 DIGEST = 32
 MAX_HEADER = 1 << 20
-MAX_LAYERS = 256
-MAX_WIDTH = 1 << 16
 FREE_PARAMETERS = 1 << 20  # a file may describe this many parameters plus PARAMETERS_PER_BYTE for each of its bytes,
 PARAMETERS_PER_BYTE = 64  # so that a small file cannot ask for much memory
 LZMA_MEMORY = 128 << 20
@@ -328,11 +326,6 @@ def checked_config(header: dict[str, Any], size: int) -> ModelConfig:
     """The config in `header`, if a file of `size` bytes can be a model of it. Raises ArtifactError."""
     try:
         config = configuration.from_dict(ModelConfig, header["config"])
-        wide = max(config.width, config.heads * 2, config.mlp_width, config.bigram_width, config.value_embedding_width)
-        if config.layers > MAX_LAYERS or wide > MAX_WIDTH or config.value_embedding_layers > MAX_LAYERS:
-            raise ArtifactError(f"damaged artifact: more than {MAX_LAYERS} layers or {MAX_WIDTH:,} channels")
-        if config.bigram_buckets > 1 << 24 or config.sequence_length > 1 << 24:
-            raise ArtifactError("damaged artifact: the config's sizes are out of bounds")
         with torch.device("meta"):
             parameters = count_parameters(Denoiser(config))
     except ArtifactError:

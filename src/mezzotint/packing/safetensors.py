@@ -10,19 +10,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from mezzotint.config import to_dict
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError, DataError
 from mezzotint.files import atomic_folder
 from mezzotint.model import Model
-from mezzotint.packing.artifact import checked_config, layout, network_of
+from mezzotint.packing.artifact import MAX_HEADER, checked_config, layout, network_of
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 VERSION = 1
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # each is exact as float32
 
 
 def is_exported(folder: Path) -> bool:
@@ -67,7 +69,11 @@ def import_folder(folder: Path | str) -> Model:
     """
     folder = Path(folder)
     try:
-        described = json.loads((folder / CONFIG).read_text("utf-8"))
+        with (folder / CONFIG).open("rb") as file:
+            text = file.read(MAX_HEADER + 1)
+        if len(text) > MAX_HEADER:
+            raise ValueError(f"it has more than {MAX_HEADER:,} bytes")
+        described = json.loads(text)
         version, settings, info = described["mezzotint_version"], described["model"], described.get("info", {})
         if not isinstance(info, dict):
             raise ValueError("info is not an object")
@@ -90,11 +96,13 @@ def import_folder(folder: Path | str) -> Model:
             f"{folder}: a tokenizer of {tokenizer.vocab_size:,} tokens in a model of {config.vocab_size:,}"
         )
     shapes = layout(config)
-    if {name: value.shape for name, value in state.items()} != shapes:
-        wrong = sorted(name for name in {*state, *shapes} if name not in state or state[name].shape != shapes.get(name))
+    if {name: tuple(value.shape) for name, value in state.items()} != shapes:
+        wrong = sorted(
+            name for name in {*state, *shapes} if name not in state or tuple(state[name].shape) != shapes.get(name)
+        )
         raise ArtifactError(f"{folder / WEIGHTS} does not fit {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
     for name, value in state.items():
-        if value.dtype not in (np.float32, np.float16) or not np.isfinite(value).all():
-            raise ArtifactError(f"{folder / WEIGHTS}: {name} is not of finite float32 or float16 numbers")
-    network = network_of(config, {name: state[name].astype(np.float32) for name in shapes})
+        if value.dtype not in FLOATS or not torch.isfinite(value).all():
+            raise ArtifactError(f"{folder / WEIGHTS}: {name} is not of finite float32, bfloat16 or float16 numbers")
+    network = network_of(config, {name: state[name].float().numpy() for name in shapes})
     return Model(config, tokenizer, network, info)

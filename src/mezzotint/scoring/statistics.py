@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mezzotint.errors import DataError
 from mezzotint.scoring.kinds import kind_of
 from mezzotint.scoring.plan import Scoring
 
@@ -85,6 +86,12 @@ class Estimate:
     window_stderr_bpb: float = 0.0
     degrees_of_freedom: float = math.inf
     bytes_lost: int = 0
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.bpb):
+            raise DataError(
+                "the model's outputs are not numbers: its weights are damaged, or of a size nothing was trained to"
+            )
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Two-sided interval in bits per byte, by Student's t."""
