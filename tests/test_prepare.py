@@ -325,6 +325,22 @@ def test_sigterm_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM there")
+def test_sigterm_while_standard_input_is_kept_leaves_nothing(tmp_path):
+    """Stopped before anything is written: the file that keeps standard input is taken away as well."""
+    code = (
+        "import os, signal\nimport mezzotint.data.prepare as module\nfrom mezzotint.errors import Interrupted\n"
+        "import tempfile\ntempfile.tempdir = sys.argv[1]\nwhole = module._sample\n"
+        "def sample(*words):\n    os.kill(os.getpid(), signal.SIGTERM)\n    yield from whole(*words)\n"
+        "module._sample = sample\n"
+        "try: prepare(['-'], sys.argv[1] + '/out', vocab_size=340)\n"
+        "except Interrupted as error: print(error)\n"
+    )
+    done = run_prepare(tmp_path, code, input=("\n".join(TEXTS) * 40).encode())
+    assert done.stdout == b"stopped by SIGTERM; nothing was written\n", done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tokenizer_from_where_it_is(tmp_path, tokenizer):
     """Itself, its file under any name, or the folder that holds it."""
     source = write_jsonl(tmp_path / "c.jsonl", TEXTS * 3)

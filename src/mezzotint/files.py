@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the whole new file or the old one, never a half.
+"""Writing files so that a reader sees the whole new file or the old one, never a half; and why one could not be written.
 
 Knows nothing of what is written.
 """
@@ -6,12 +6,82 @@ Knows nothing of what is written.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from mezzotint.errors import MezzotintError
+
+REASONS = {
+    errno.ENOSPC: "the disk is full (no space left on it); free some space and run again",
+    errno.EDQUOT: "the disk is full (your share of it is used up); free some space and run again",
+    errno.EFBIG: "the file size limit was reached; raise it (ulimit -f) and run again",
+    errno.EROFS: "the disk is read-only; name a place elsewhere",
+    errno.EACCES: "no permission to write there; name another folder, or change its permissions",
+    errno.EPERM: "no permission to write there; name another folder, or change its permissions",
+    errno.EISDIR: "that is a folder; name a file",
+    errno.ENOTDIR: "a part of its path is a file, not a folder; name another place",
+    errno.ENAMETOOLONG: "its name is too long; give a shorter one",
+}
+"""What the system says when a file cannot be written -> what is wrong and what to do."""
+
+
+class NotWritten(OSError):
+    """What the system said while a file or folder was written; `filename` is its own, not that of a temporary one."""
+
+
+@contextlib.contextmanager
+def _named(path: Path, temporary: str) -> Iterator[None]:
+    """What is said without a name, or of the temporary file, is about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, (NotWritten, BrokenPipeError)) or (
+            error.filename and temporary not in str(error.filename)
+        ):
+            raise
+        raise NotWritten(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def why_not_written(path: Path | str, error: Exception) -> str:
+    """One line: that `path` could not be written, why, and what to do.
+
+    error: the system's, or of a library that passes its number on in words, as safetensors does.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    if number == errno.ENOENT:
+        reason = f"there is no folder {Path(path).parent}; make it first"
+    else:
+        reason = REASONS.get(number or 0) or getattr(error, "strerror", None) or " ".join(str(error).split())
+    return f"cannot write {path}: {reason}"
+
+
+@contextlib.contextmanager
+def writing(path: Path | str, kind: type[MezzotintError], more: str = "") -> Iterator[None]:
+    """While `path` is written: what the system refuses becomes an error of `kind` in one line. more: what is left."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MezzotintError) or not (isinstance(error, OSError) or "os error" in str(error)):
+            raise
+        named = error.filename if isinstance(error, NotWritten) else path
+        raise kind(why_not_written(named, error) + more) from error
+
+
+@contextlib.contextmanager
+def reported(kind: type[MezzotintError]) -> Iterator[None]:
+    """Whatever file `atomic_file` or `atomic_folder` cannot write in here becomes an error of `kind`, as `writing` does."""
+    try:
+        yield
+    except NotWritten as error:
+        raise kind(why_not_written(error.filename, error)) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -30,12 +100,18 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     On any failure `path` is untouched and nothing is left behind. A symbolic link stays one: what it points to is
     written. What is no regular file (a device, a named pipe) is written to directly at the end, never replaced.
-    Raises OSError (for example when the disk is full).
+    Raises NotWritten (for example when the disk is full).
     """
     path = Path(os.path.realpath(path))
     direct = path.exists() and not path.is_file() and not path.is_dir()
     folder = None if direct else path.parent
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.", suffix=".tmp")
+    with _named(path, f".{path.name}."):
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.", suffix=".tmp")
+        yield from _written(path, descriptor, name, direct)
+
+
+def _written(path: Path, descriptor: int, name: str, direct: bool) -> Iterator[BinaryIO]:
+    """The temporary file `name`, which then becomes `path`."""
     try:
         with os.fdopen(descriptor, "w+b") as file:
             yield file
@@ -70,8 +146,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An existing folder at `path` is replaced. On failure nothing is left behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    with _named(path, f".{path.name}."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        yield from _filled(path, temporary)
+
+
+def _filled(path: Path, temporary: Path) -> Iterator[Path]:
+    """The folder `temporary`, which then becomes `path`."""
     try:
         yield temporary
         umask = os.umask(0)

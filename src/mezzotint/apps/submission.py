@@ -26,8 +26,8 @@ from typing import Any
 from mezzotint.config import to_dict
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.tokenizer import check_same_tokenizer
-from mezzotint.errors import ArtifactError, CheckpointError, DataError
-from mezzotint.files import atomic_folder
+from mezzotint.errors import ArtifactError, CheckpointError, DataError, MezzotintError
+from mezzotint.files import atomic_folder, writing
 from mezzotint.model import Model, count_parameters
 from mezzotint.packing.artifact import BUDGET, open_artifact
 from mezzotint.scoring import kinds, likelihood
@@ -415,7 +415,7 @@ def submit(
         "bytes_code": code,
     }
     say("writing the record")
-    with atomic_folder(out) as folder:
+    with writing(out, MezzotintError), atomic_folder(out) as folder:
         shutil.copyfile(artifact, folder / ARTIFACT)
         # The log as it is, but for where the data lay on the machine that trained.
         place = json.dumps(described.get("data_folder") or "")

@@ -19,7 +19,7 @@ from mezzotint.cli.console import Progress, emit, finite
 from mezzotint.cli.packing import print_pack
 from mezzotint.cli.scoring import print_scores, score_by
 from mezzotint.config import preset
-from mezzotint.errors import ConfigError
+from mezzotint.errors import ConfigError, Interrupted
 from mezzotint.files import atomic_write
 
 if TYPE_CHECKING:
@@ -47,7 +47,10 @@ def run_demo(arguments: argparse.Namespace, progress: Progress) -> None:
         progress.say(f"[{time.monotonic() - started:5.0f} s] {text}")
 
     result: dict[str, Any] = {"shipped": fill_with_shipped(step)}
-    result |= _train_and_pack(out, arguments.minutes, step, progress)
+    try:
+        result |= _train_and_pack(out, arguments.minutes, step, progress)
+    except Interrupted as stop:  # its own advice is for `train`
+        raise Interrupted(f"stopped; `mezzotint demo --out {out}` starts again from the beginning") from stop
     estimates, shown = _look_at(out, step, progress)
     step("done")
     result |= {**shown, "seconds": time.monotonic() - started}

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from mezzotint.cli.arguments import Parser, canonical, show_ranges
 from mezzotint.cli.console import Progress
 from mezzotint.errors import ConfigError, Interrupted, MezzotintError
+from mezzotint.files import NotWritten, why_not_written
 
 
 class Command(NamedTuple):
@@ -115,10 +116,8 @@ def _processes(command: Command, progress: Progress) -> Iterator[None]:
 
 def one_line(error: OSError) -> str:
     """What the system refused, for a person."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: could not write {error.filename or 'the output'}; free some space and run again"
-    if error.errno == errno.EFBIG:
-        return f"the file size limit was reached writing {error.filename or 'the output'}"
+    if isinstance(error, NotWritten) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return why_not_written(error.filename or "the output", error)
     reason = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {reason}" if error.filename else reason
 

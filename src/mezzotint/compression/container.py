@@ -38,7 +38,7 @@ from mezzotint.compression.coder import (
 from mezzotint.compression.exact import ExactNetwork
 from mezzotint.compression.frames import TextFrame, put_together, read_side, take_apart
 from mezzotint.errors import ConfigError, DataError
-from mezzotint.files import atomic_file
+from mezzotint.files import atomic_file, writing
 from mezzotint.model import Model
 from mezzotint.scoring.journal import model_digest
 
@@ -397,8 +397,5 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
             shutil.copyfileobj(file, sys.stdout.buffer)
             sys.stdout.buffer.flush()
         return
-    try:
-        with atomic_file(path) as file:
-            yield file
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path, DataError), atomic_file(path) as file:
+        yield file

@@ -34,7 +34,7 @@ from mezzotint.data.dataset import (
 from mezzotint.data.sources import Account, documents
 from mezzotint.data.tokenizer import LONG_TEXT, Tokenizer, train_tokenizer
 from mezzotint.errors import DataError, Interrupted
-from mezzotint.files import atomic_folder
+from mezzotint.files import atomic_folder, writing
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TOKENIZER_SAMPLE_BYTES = 16_000_000
@@ -230,7 +230,7 @@ def prepare(
         raise DataError("give --val or --val-fraction, not both")
     if vocab_size is not None and tokenizer is not None:
         raise DataError("give --tokenizer or --vocab-size, not both")
-    try:
+    with writing(out, DataError, "; nothing was left there"), _stoppable():
         if any(str(s).startswith("fineweb:") for s in sources):
             if len(sources) > 1 or val or tokenizer or vocab_size or val_fraction:
                 raise DataError("fineweb:... comes with its own tokenizer and validation split; give it alone")
@@ -247,10 +247,6 @@ def prepare(
             tokenizer = tokenizer or _choose_tokenizer(here, vocab_size)
             described = {"sources": [_source_name(source) for source in sources], "seed": seed}
             return _prepare_texts(here, there, out, tokenizer, val_fraction or 0.02, described)
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            raise DataError(f"the disk is full: could not write {out}; nothing was left there") from error
-        raise DataError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def _source_name(source: str | Path) -> str:
@@ -269,7 +265,7 @@ def _standard_input(sources: Sequence[str | Path]) -> Iterator[Path | None]:
         raise DataError("- (standard input) can be given once")
     with tempfile.TemporaryDirectory(prefix="mezzotint-") as folder:
         path = Path(folder, "standard input.txt")
-        with path.open("wb") as file:
+        with writing(path, DataError), path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         yield path
 
@@ -340,7 +336,7 @@ def _prepare_texts(
     if not val.sources and count > 1:
         held = min(count - 1, max(1, round(count * val_fraction)))
         chosen = set(np.random.default_rng(described["seed"]).choice(count, held, replace=False).tolist())
-    with _stoppable(), atomic_folder(out) as folder:
+    with atomic_folder(out) as folder:
         train_split = _SplitWriter(folder, "train", tokenizer)
         val_split = _SplitWriter(folder, "val", tokenizer)
         try:

@@ -6,7 +6,6 @@ Does not know the file's bytes; `artifact` does.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from mezzotint.data.dataset import TokenStream
 from mezzotint.distributed import rank_and_size
 from mezzotint.errors import ArtifactError
-from mezzotint.files import atomic_write
+from mezzotint.files import atomic_write, writing
 from mezzotint.model import Model, count_parameters
 from mezzotint.packing import entropy, grid, quantize
 from mezzotint.packing.artifact import (
@@ -439,11 +438,8 @@ def sweep(
 
 def _write_verified(out: Path, data: bytes, tensors: Mapping[str, Grid | np.ndarray]) -> None:
     """Write atomically, reopen, compare every weight bit for bit. Raises ArtifactError and leaves nothing if not."""
-    try:
+    with writing(out, ArtifactError):
         atomic_write(out, data)
-    except OSError as error:
-        reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise ArtifactError(f"cannot write {out}: {reason}") from error
     try:
         state = open_artifact(out).network.state_dict()
     except ArtifactError:

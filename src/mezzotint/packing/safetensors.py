@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from mezzotint.config import to_dict
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError, DataError
-from mezzotint.files import atomic_folder
+from mezzotint.files import atomic_folder, writing
 from mezzotint.model import Model
 from mezzotint.packing.artifact import MAX_HEADER, checked_config, layout, network_of
 
@@ -56,7 +56,7 @@ def export_folder(model: Model, out: Path | str) -> dict[str, Any]:
     out = Path(out)
     if out.exists() and not (out.is_dir() and (is_exported(out) or not any(out.iterdir()))):
         raise ArtifactError(f"{out} holds other files; name a new or empty folder for the export")
-    with atomic_folder(out) as folder:
+    with writing(out, ArtifactError), atomic_folder(out) as folder:
         files = write_files(model, folder)
         size = sum((folder / name).stat().st_size for name in files)
     return {"folder": str(out), "bytes": size, "files": files}

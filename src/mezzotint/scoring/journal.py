@@ -20,7 +20,7 @@ from mezzotint.data.dataset import Windows
 from mezzotint.data.texts import TextWindows
 from mezzotint.distributed import rank_and_size
 from mezzotint.errors import DataError
-from mezzotint.files import atomic_write
+from mezzotint.files import atomic_write, writing
 from mezzotint.model import Model
 
 
@@ -112,7 +112,8 @@ class Journal:
         if self.path is not None:
             buffer = io.BytesIO()
             np.savez(buffer, key=np.array(self.key), values=self.values)
-            atomic_write(self.path, buffer.getvalue())
+            with writing(self.path, DataError):
+                atomic_write(self.path, buffer.getvalue())
         self.saved = time.monotonic()
 
     def result(self) -> np.ndarray:

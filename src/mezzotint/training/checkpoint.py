@@ -6,7 +6,6 @@ Does not know how a step is made.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from mezzotint.config import ModelConfig, TrainConfig, from_dict, to_dict
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError
-from mezzotint.files import atomic_folder
+from mezzotint.files import atomic_folder, why_not_written, writing
 from mezzotint.model import Denoiser, Model
 from mezzotint.system import try_lock
 from mezzotint.training.step import Trainer
@@ -69,9 +68,7 @@ def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
             files = {name: _sha256(temporary / name) for name in (WEIGHTS, AVERAGE, OPTIMIZER, STATE)}
             (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        reason = "no space left on the disk" if full else str(error).splitlines()[0]
-        raise CheckpointError(f"cannot write checkpoint {folder}: {reason}; earlier checkpoints are kept") from error
+        raise CheckpointError(f"{why_not_written(folder, error)}; earlier checkpoints are kept") from error
     for old in _checkpoint_folders(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -169,8 +166,9 @@ def run_lock(run: Path) -> Iterator[None]:
     path = run / "train.lock"
     if run.exists() and not run.is_dir():
         raise CheckpointError(f"{run} is a file; name a folder for the run")
-    run.mkdir(parents=True, exist_ok=True)
-    descriptor = _open_lock(run, path)
+    with writing(run, CheckpointError):
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_lock(run, path)
     try:
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)

@@ -30,7 +30,7 @@ from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
 from mezzotint.distributed import agree_on, choose_device, process_group
 from mezzotint.errors import CheckpointError, ConfigError, Interrupted
-from mezzotint.files import atomic_write
+from mezzotint.files import atomic_write, reported
 from mezzotint.model import Denoiser, count_parameters
 from mezzotint.system import commit_id, peak_memory_bytes
 from mezzotint.training.checkpoint import (
@@ -151,6 +151,7 @@ def train(
         process_group(config.device) as (rank, world, local_rank),
         deterministic_sums(choose_device(config.device, local_rank)),
         run_lock(Path(out)) if rank == 0 else contextlib.nullcontext(),
+        reported(CheckpointError),
         _Signals().collected() as signals,
     ):
         job = _Job(
