@@ -79,7 +79,8 @@ class Rule:
         right = right and isinstance(value, bool) == (self.kind is bool)
         if right and self.kind in (int, float):
             number: Any = value
-            right = self.least <= number <= self.most
+            right = self.least <= number <= self.most and (self.kind is int or abs(number) < 2**1023)
+            right = right or number == self.most
             right = right and not (self.above and number == self.least) and not (self.below and number == self.most)
         if not right or (self.choices and value not in self.choices):
             none = " or None" if self.optional else ""
