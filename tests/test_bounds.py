@@ -10,9 +10,10 @@ from toy import TableModel, ToyTokenizer, ToyWindows, UniformModel, enumerated_n
 
 from mezzotint.errors import DataError
 from mezzotint.objective import lean_mask
+from mezzotint.scoring.compare import compare
 from mezzotint.scoring.journal import Journal
 from mezzotint.scoring.kinds import kind_of
-from mezzotint.scoring.likelihood import causal, chain_rule, nelbo, reconstruction_score
+from mezzotint.scoring.likelihood import causal, chain_rule, lower_bound, nelbo, reconstruction_score
 from mezzotint.seeding import generator
 
 V, T = 3, 3
@@ -95,9 +96,85 @@ class TestOrders:
             chain_rule(model, windows).bpb, rel=1e-12
         )
 
+    @pytest.mark.parametrize("slack", [0.0, 0.5, 1.0, 3.0])
+    def test_the_tangent_bounds_from_below_by_enumeration(self, slack):
+        """Its mean over all pairs of sets of orders is below -log p of the mixture, text by text; the estimate has that mean."""
+        model = TableModel(V, T, scale=2.5)
+        for x in TEXTS[::3]:
+            p = np.array([math.exp(-order_nll(model, x, o)) for o in ORDERS])
+            truth = -math.log(p.mean())
+            exact = []
+            for k in (1, 2, 3):
+                means = np.array([np.mean(c) for c in itertools.product(p, repeat=k)])
+                q = means * math.exp(slack)
+                exact.append(float(np.mean(-np.log(q)[:, None] + 1 - means[None, :] / q[:, None])))
+                assert exact[-1] <= truth + 1e-12
+            if slack <= 1:
+                assert exact == sorted(exact)  # closer with more orders, unless the slack is the larger loss
+        x = (1, 2, 1)
+        p = np.array([math.exp(-order_nll(model, x, o)) for o in ORDERS])
+        q = np.array([np.mean(c) for c in itertools.product(p, repeat=2)]) * math.exp(slack)
+        want = float(np.mean(-np.log(q) + 1 - p.mean() / q))
+        windows = ToyWindows(np.array(x), T, model.tokenizer)
+        found = lower_bound(model, windows, orders=2, slack=slack, repeats=400)
+        error = found.stderr_bpb * found.bytes * math.log(2)
+        assert abs(found.nats_per_token * T - want) < 4.5 * error
+        assert (found.kind, found.method) == ("lower bound", "lower orders(2)")
+        assert found.forward_passes == 400 * 4 * T
+
+    def test_bounds_bracket_the_leaning_mixture(self):
+        model = TableModel(V, T, seed=3, scale=2.0)
+        windows = toy_windows(model, 18)
+        truth = 0.0
+        for i in range(len(windows)):
+            x = tuple(int(t) for t in windows[i])
+            truth -= math.log(sum(law(o, 2.0) * math.exp(-order_nll(model, x, o)) for o in ORDERS))
+        low = lower_bound(model, windows, orders=8, repeats=40, order_lean=2.0)
+        high = nelbo(model, windows, orders=8, repeats=40, order_lean=2.0)
+        scale = low.bytes * math.log(2)
+        assert low.bpb * scale - 4 * low.stderr_bpb * scale < truth < high.bpb * scale + 4 * high.stderr_bpb * scale
+        assert low.bpb < high.bpb < low.bpb + 0.8 * len(windows) / scale  # the slack of 1 nat costs 0.37 a window
+        windows.lost = 1
+        assert lower_bound(model, windows).kind == "not a code length"
+
+    def test_bounds_of_no_probability_stay_numbers(self):
+        """A model that rules the text out: infinite from above and below, and no NaN on the way."""
+
+        class Certain(UniformModel):
+            def logits(self, ids, *, block_size=0, positions=None):
+                out = super().logits(ids, block_size=block_size, positions=positions)
+                out[..., 1] = -math.inf
+                return out
+
+        model = Certain(V, T)
+        windows = ToyWindows(np.array([1, 2, 1]), T, model.tokenizer)
+        for found in (
+            nelbo(model, windows, orders=2),
+            nelbo(model, windows),
+            nelbo(model, windows, order_lean=2.0),
+            chain_rule(model, windows),
+            causal(model, windows),
+        ):
+            assert found.bpb == found.stderr_bpb == math.inf and found.interval() == (-math.inf, math.inf)
+        low = lower_bound(model, windows, orders=2)
+        assert 1e5 < low.bpb < math.inf and not math.isnan(low.stderr_bpb)
+        with pytest.raises(DataError, match="no probability"):
+            compare(model, UniformModel(V, T), windows)
+
+    def test_what_is_no_number_is_no_figure(self):
+        class Damaged(UniformModel):
+            def logits(self, ids, *, block_size=0, positions=None):
+                return super().logits(ids, block_size=block_size, positions=positions) * math.nan
+
+        model = Damaged(V, T)
+        windows = toy_windows(model, 12)
+        for score in (nelbo, chain_rule, causal, reconstruction_score, lower_bound):
+            with pytest.raises(DataError, match="not numbers"):
+                score(model, windows)
+
     def test_a_lower_bound_needs_the_posterior(self):
-        """E over p(order | x) of -log p(x | order) is below -log p; over the law itself it is above. No estimate from
-        orders drawn without the posterior is offered as a lower bound."""
+        """The mean of -log p(x | order) over p(order | x) is below -log p, over the law itself above: no mean over orders
+        drawn without the posterior is a lower bound."""
         model = TableModel(V, T, scale=2.5)
         for x in TEXTS:
             nll = np.array([order_nll(model, x, o) for o in ORDERS])
@@ -110,6 +187,9 @@ class TestOrders:
         for more in ({"orders": 0}, {"orders": 2, "repeats": 1}, {"orders": 2, "block_size": 2}):
             with pytest.raises(DataError):
                 nelbo(model, toy_windows(model, 9), **more)
+        for more in ({"orders": 0}, {"repeats": 1}, {"slack": -1.0}, {"slack": math.nan}, {"order_lean": -1.0}):
+            with pytest.raises(DataError):
+                lower_bound(model, toy_windows(model, 9), **more)
 
 
 class TestStride:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mezzotint.sampling.generate import sample
     from mezzotint.sampling.infill import fill, infill
     from mezzotint.scoring.compare import compare, compare_documents
-    from mezzotint.scoring.likelihood import causal, chain_rule, nelbo, reconstruction_score
+    from mezzotint.scoring.likelihood import causal, chain_rule, lower_bound, nelbo, reconstruction_score
     from mezzotint.scoring.memorization import memorized
     from mezzotint.scoring.statistics import Comparison, Estimate
     from mezzotint.training.checkpoint import load_run
@@ -69,6 +69,7 @@ _HOME = {
     "inspect_artifact": "packing.artifact",
     "load": "pretrained",
     "load_run": "training.checkpoint",
+    "lower_bound": "scoring.likelihood",
     "memorized": "scoring.memorization",
     "nelbo": "scoring.likelihood",
     "open_artifact": "packing.artifact",
@@ -117,6 +118,7 @@ __all__ = [
     "inspect_artifact",
     "load",
     "load_run",
+    "lower_bound",
     "memorized",
     "nelbo",
     "open_artifact",

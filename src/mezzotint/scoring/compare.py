@@ -54,6 +54,7 @@ def compare(
         nats, estimate = _scored(model, plan, method)
         matrices.append(nats)
         estimates.append(estimate)
+    _check_finite(estimates)
     difference = assemble(plan, method, "pseudo", matrices[1] - matrices[0], 0)
     return _comparison(difference, estimates)
 
@@ -72,6 +73,12 @@ def _scored(model: Model, plan: Scoring, method: str) -> tuple[np.ndarray, Estim
     else:
         raise DataError(f"unknown method {method!r}: models are compared by nelbo or chain")
     return nats, assemble(plan, name, family, nats, passes)
+
+
+def _check_finite(sides: Sequence[Estimate]) -> None:
+    for name, side in zip("AB", sides, strict=True):
+        if not math.isfinite(side.bpb):
+            raise DataError(f"model {name} gives some of the text no probability at all: the difference is no number")
 
 
 def _comparison(difference: Estimate, sides: Sequence[Estimate]) -> Comparison:
@@ -135,6 +142,7 @@ def compare_documents(
         raise DataError("a comparison by document needs at least 2 documents")
     if any(e.bytes != sizes.sum() for e in estimates):
         raise DataError("a document has no token for one of the models: leave it out")
+    _check_finite(estimates)
     difference, total = (parts[1] - parts[0])[kept], float(sizes.sum())
     residual = difference - difference.sum() / total * sizes[kept]
     error = math.sqrt(n / (n - 1) * float(residual @ residual)) / total / math.log(2)

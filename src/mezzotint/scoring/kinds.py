@@ -7,6 +7,7 @@ from __future__ import annotations
 
 EXACT = "exact"
 UPPER_BOUND = "upper bound"
+LOWER_BOUND = "lower bound"
 NOT_A_BOUND = "not a bound"
 NO_CODE_LENGTH = "not a code length"
 
@@ -30,6 +31,11 @@ def kind_of(family: str, bytes_lost: int = 0) -> str:
     `orders`: upper bound, E[-log of the mean of p(x | order) over K orders] by the same inequality, falling with K (Burda
     et al. 2016, theorem 1). It needs p(x | order) as a whole: a mean over masks inside the logarithm is no bound.
 
+    `lower`: lower bound, E[-log q + 1 - p(x | order) / q] with q > 0 of any size that does not depend on this order: the
+    concave logarithm lies below its tangent, log p <= log q + p / q - 1, and the mean of p(x | order) is p (Ivanov et al.
+    2026, TUBE). With clean context each stride is bounded given the text before it, and the bounds add up. It is on -log p
+    of the mixture over orders, not of any one order.
+
     `reconstruction`, `pseudo` (each token given all others, or a token's parts weighted like a single event): not a bound.
     Two fair bits that are always equal cost nothing given each other, and one bit in truth; two independent ones, weighted
     as one event, cost one bit, and two in truth.
@@ -37,10 +43,12 @@ def kind_of(family: str, bytes_lost: int = 0) -> str:
     bytes_lost: bytes of the text that cannot be had back from its tokens. Where there are any, every family is `not a code
     length`: many texts have the same tokens, and what tells them apart is not charged for.
     """
-    if family not in (*CODE_LENGTHS, *MEANS_OVER_ORDERS, "reconstruction", "pseudo"):
+    if family not in (*CODE_LENGTHS, *MEANS_OVER_ORDERS, "lower", "reconstruction", "pseudo"):
         raise ValueError(f"nothing is proven about {family!r}")
     if family in ("reconstruction", "pseudo"):
         return NOT_A_BOUND
     if bytes_lost:
         return NO_CODE_LENGTH
+    if family == "lower":
+        return LOWER_BOUND
     return EXACT if family in CODE_LENGTHS else UPPER_BOUND

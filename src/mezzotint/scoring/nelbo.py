@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -162,6 +162,8 @@ def _controlled(
         return nelbo_per_window(torch.from_numpy(values)[None], k[None] if size else k, size).item()
 
     a, y = guess[masked], nll[masked]
+    if not np.isfinite(y).all():  # no probability at all: nothing to steady
+        return float(y.sum()), 0.0, 0.0, 0.0
     a = a - a.mean()
     return weighted(nll), weighted(guess * masked) - guess.sum(), float(a @ a), float(a @ y)
 
@@ -192,7 +194,8 @@ def lean_matrix(model: Model, plan: Scoring, lean: float) -> np.ndarray:
             zip(todo, masked_window_nll(model, draw(todo), batch=plan.batch), strict=True), 1
         ):
             weights = chances.popleft()
-            book.record(unit, float(weights @ nll[len(nll) - len(weights) :]))
+            charged = nll[len(nll) - len(weights) :]
+            book.record(unit, float((weights[weights > 0] * charged[weights > 0]).sum()))
             plan.progress(done, len(todo))
     return book.result().T.reshape(plan.repeats, n)
 
@@ -204,8 +207,47 @@ def orders_matrix(model: Model, plan: Scoring, orders: int, lean: float = 0.0) -
     as `orders` grow (Burda et al. 2016, "Importance weighted autoencoders", theorem 1, with the law of the orders as
     proposal; with lean, the mixture is that of the leaning law).
     """
+    return _over_orders(model, plan, "orders", orders, orders, lean, lambda nats: _mean_nats(nats).item())
+
+
+def lower_matrix(model: Model, plan: Scoring, orders: int, lean: float, slack: float) -> np.ndarray:
+    """Lower bounds on -log p of the mixture over orders, in nats, float64 [repeats, windows].
+
+    For any number q > 0, log p <= log q + p / q - 1: the logarithm lies below its tangent at q (TUBE, Ivanov et al. 2026,
+    "Tangent upper bound on evidence"). q is exp(slack) times the mean of p(x | order) over `orders` orders, and p / q is
+    estimated by that mean over as many others. These do not depend on q and have mean p, so that the expectation is at most
+    -log p for any slack. Both halves take either part, and the mean of the two is returned. slack costs slack - 1 +
+    exp(-slack) where q was p, and saves the estimate from the rare orders that carry most of p: with p / q far above 1 the
+    tangent is far below. A forward pass per token and order, of 2 * orders.
+    """
+    if not 0 <= slack < math.inf:
+        raise DataError(f"the slack of a lower bound is a number of nats, 0 or more, not {slack}")
+
+    def bound(nats: Tensor) -> float:
+        first, second = _mean_nats(nats[:orders]), _mean_nats(nats[orders:])
+        # q is above 0, even where no order that was drawn gives the text a chance.
+        pairs = ((first.clamp_max(LEAST_TANGENT) - slack, second), (second.clamp_max(LEAST_TANGENT) - slack, first))
+        return float(sum(q + 1 - torch.exp(q - p) for q, p in pairs)) / 2
+
+    return _over_orders(model, plan, f"lower {slack}", orders, 2 * orders, lean, bound)
+
+
+LEAST_TANGENT = 1e6  # nats
+
+
+def _mean_nats(nats: Tensor) -> Tensor:
+    """-log of the mean of exp(-nats)."""
+    return math.log(len(nats)) - torch.logsumexp(-nats, 0)
+
+
+def _over_orders(
+    model: Model, plan: Scoring, method: str, orders: int, drawn: int, lean: float, figure: Callable[[Tensor], float]
+) -> np.ndarray:
+    """`figure` of -log p(x | order), float64 [drawn], of random orders, for every repeat and window."""
     if orders < 1:
         raise DataError(f"a bound needs at least 1 order, not {orders}")
+    if not lean >= 0:
+        raise DataError(f"orders lean to the left by 0 or more, not by {lean}")
     if plan.repeats < 2:
         raise DataError("a standard error needs at least 2 repeats")
     n, lengths = len(plan.chosen), plan.lengths
@@ -218,7 +260,7 @@ def orders_matrix(model: Model, plan: Scoring, orders: int, lean: float = 0.0) -
         return [np.array([i]) for i in score.argsort(descending=True).tolist()]
 
     settings = {
-        "method": "orders",
+        "method": method,
         "repeats": plan.repeats,
         "seed": plan.seed,
         "orders": orders,
@@ -226,9 +268,9 @@ def orders_matrix(model: Model, plan: Scoring, orders: int, lean: float = 0.0) -
     }
     with plan.book(model, settings, plan.repeats * n) as book:
         todo = book.mine()
-        jobs = [(unit % n, order(unit // n, unit % n, k)) for unit in todo for k in range(orders)]
+        jobs = [(unit % n, order(unit // n, unit % n, k)) for unit in todo for k in range(drawn)]
         found = revealed_nats(model, plan, jobs)
         for unit in todo:
-            nats = torch.tensor([next(found) for _ in range(orders)], dtype=torch.float64)
-            book.record(unit, math.log(orders) - float(torch.logsumexp(-nats, 0)))
+            nats = torch.tensor([next(found) for _ in range(drawn)], dtype=torch.float64)
+            book.record(unit, figure(nats))
     return book.result().T.reshape(plan.repeats, n)

@@ -65,7 +65,7 @@ class Estimate:
     """A likelihood figure with its kind and error.
 
     kind: `exact` (a normalised distribution's own code length), `upper bound` (its expectation is at least the
-    model's -log p), `not a bound`, or `not a code length` (see `kinds.kind_of`). bpb: bits per byte. stderr_bpb: standard error in all; its parts are
+    model's -log p), `lower bound` (at most that), `not a bound`, or `not a code length` (see `kinds.kind_of`). bpb: bits per byte. stderr_bpb: standard error in all; its parts are
     mask_stderr_bpb (the masks drawn, given the windows) and window_stderr_bpb (which windows were scored; 0 when all
     were), nan where they were not told apart. forward_passes: how often the network ran over one window.
     bytes_lost: bytes of the scored text that its tokens do not give back.
@@ -97,6 +97,8 @@ class Estimate:
         """Two-sided interval in bits per byte, by Student's t."""
         if self.stderr_bpb == 0:
             return self.bpb, self.bpb
+        if math.isinf(self.stderr_bpb):
+            return -math.inf, math.inf
         half = student_t_quantile(confidence, self.degrees_of_freedom) * self.stderr_bpb
         return self.bpb - half, self.bpb + half
 
@@ -131,7 +133,7 @@ def _sampling_error(nats: np.ndarray, sizes: np.ndarray, total_windows: int) -> 
     share_left = 1 - n / total_windows
     if share_left <= 0:
         return 0.0
-    if n < 2:
+    if n < 2 or not np.isfinite(nats).all():
         return math.inf
     residual = nats - nats.sum() / sizes.sum() * sizes
     return math.sqrt(share_left * n / (n - 1) * float(residual @ residual)) / float(sizes.sum())
@@ -140,11 +142,16 @@ def _sampling_error(nats: np.ndarray, sizes: np.ndarray, total_windows: int) -> 
 def assemble(plan: Scoring, method: str, family: str, repeats: np.ndarray, forward_passes: int) -> Estimate:
     """An Estimate from nats [repeats, windows]; a single row means that no masks were drawn. family: see `kind_of`."""
     sizes, tokens, windows = plan.byte_counts, sum(plan.lengths), len(plan.windows)
+    if np.isnan(repeats).any():
+        raise DataError("the model's probabilities are not numbers (NaN): its weights or settings are damaged")
     per_window = repeats.mean(axis=0)
     totals = repeats.sum(axis=1)
     scale = 1 / (float(sizes.sum()) * math.log(2))
     r, n = repeats.shape
-    mask_error = 0.0 if r == 1 else float(totals.std(ddof=1)) / math.sqrt(r) * scale
+    if not np.isfinite(totals).all():
+        mask_error = math.inf  # a text without any probability
+    else:
+        mask_error = 0.0 if r == 1 else float(totals.std(ddof=1)) / math.sqrt(r) * scale
     degrees = math.inf if r == 1 else r - 1
     window_error = _sampling_error(per_window, sizes, windows) / math.log(2)
     error = mask_error
