@@ -260,6 +260,8 @@ class TestWriting:
         assert done.status_code == 200 and "event: done" in done.text
         done = client.post("/api/likelihood", json={"text": "abcca"})
         assert "event: done" in done.text and '"kind": "upper bound"' in done.text
+        done = client.post("/api/likelihood", json={"text": "abx"})
+        assert '"kind": "not a code length"' in done.text
         with pytest.raises(ConfigError, match="next tokens only"):
             create_app(from_transformers(small("gpt2"), tokenizer()))
 

@@ -43,6 +43,7 @@ from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, str
 from mezzotint.sampling.draft import parse_gaps
 from mezzotint.sampling.generate import Span
 from mezzotint.sampling.infill import Gap, check_fills, infill
+from mezzotint.scoring.kinds import kind_of
 
 try:
     import uvicorn
@@ -76,6 +77,7 @@ class TextLikelihood:
     """How likely a text is: the NELBO over random masks, an upper bound on its code length.
 
     bits_per_byte, stderr: of the whole text, None for a text of nothing. bytes: of its UTF-8. masks: drawn per window.
+    bytes_lost: those that its tokens do not give back; where there are any, the figure is no code length.
     """
 
     bits_per_byte: float | None
@@ -83,13 +85,14 @@ class TextLikelihood:
     bytes: int
     tokens: int
     masks: int
+    bytes_lost: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object."""
         return {
             "bits_per_byte": self.bits_per_byte,
             "stderr": self.stderr,
-            "kind": "upper bound",
+            "kind": kind_of("nelbo", self.bytes_lost),
             "bytes": self.bytes,
             "tokens": self.tokens,
             "masks": self.masks,
@@ -132,7 +135,8 @@ def text_likelihood(
         mean += float(each.mean())
         variance += float(each.var(ddof=1)) / masks
     scale = 1 / (size * math.log(2))
-    return TextLikelihood(mean * scale, float(np.sqrt(variance)) * scale, size, len(ids), masks)
+    lost = int(model.tokenizer.lost_bytes(text).sum())
+    return TextLikelihood(mean * scale, float(np.sqrt(variance)) * scale, size, len(ids), masks, lost)
 
 
 def _settings(body: dict[str, Any], window: int) -> dict[str, Any]:

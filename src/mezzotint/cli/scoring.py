@@ -26,6 +26,7 @@ METHODS = {
     "chain": ("chain_rule", ("order", "attention", "journal")),
     "causal": ("causal", ()),
     "reconstruction": ("reconstruction_score", ()),
+    "lower": ("lower_bound", ("repeats", "orders", "order_lean", "slack", "journal")),
 }
 """Each method's function of `scoring.likelihood`, and the options that it alone takes."""
 COMPARED_TOKENS = 32_768
@@ -36,7 +37,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "nelbo: unbiased estimate of an upper bound. chain: exact, left to right, a forward pass per token (in "
         "blocks: per token of a block). causal: exact, one pass, for models with a causal share. reconstruction: the "
-        "challenge entry's score, no bound.",
+        "challenge entry's score, no bound. lower: what nelbo bounds from above, from below, for short windows; not in all.",
     )
     add_model(parser)
     add_foreign(parser)
@@ -56,7 +57,10 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         help="charge S tokens a window, behind the text before [all of it]",
     )
     parser.add_argument(
-        "--orders", type=by_rule("orders"), metavar="K", help="nelbo over K orders: tighter, a pass per token and order"
+        "--orders",
+        type=by_rule("orders"),
+        metavar="K",
+        help="nelbo, lower over K orders: a pass per token and order [lower: 16]",
     )
     parser.add_argument(
         "--order-lean",
@@ -65,6 +69,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="nelbo of orders that lean to the left; inf: chain [0]",
     )
+    parser.add_argument("--slack", type=float, metavar="NATS", help="of lower, against rare orders [1]")
     parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the masks [0]")
     parser.add_argument(
         "--order", metavar="ORDER", help="order of chain: left, random(SEED), block(SIZE), spread(PASSES) [left]"
@@ -89,7 +94,7 @@ def run_score(arguments: argparse.Namespace, progress: Progress) -> None:
     methods = [arguments.method]
     if arguments.method == "all":
         causal = model.trained_causally
-        methods = [m for m in METHODS if m != "causal" or causal]
+        methods = [m for m in METHODS if m != "lower" and (m != "causal" or causal)]
     _check_options(arguments, methods)
     estimates: list[Estimate] = []
     failures: dict[str, str] = {}
@@ -124,10 +129,12 @@ def _check_options(arguments: argparse.Namespace, methods: Sequence[str]) -> Non
         raise ConfigError("next tokens, in one pass, are --method causal")
     if arguments.block_size is not None and "nelbo" not in methods:
         raise ConfigError("--block-size is that of the NELBO: add --method nelbo, or --attention to the chain rule")
-    if arguments.journal and arguments.method not in ("nelbo", "chain"):
+    if arguments.journal and arguments.method not in ("nelbo", "chain", "lower"):
         raise ConfigError("--journal keeps one figure: add --method nelbo or --method chain")
-    if (arguments.orders or arguments.order_lean) and "nelbo" not in methods:
-        raise ConfigError("--orders and --order-lean are those of the NELBO: add --method nelbo")
+    if (arguments.orders or arguments.order_lean) and not {"nelbo", "lower"} & {*methods}:
+        raise ConfigError("--orders and --order-lean are those of the NELBO: add --method nelbo, or lower")
+    if arguments.slack is not None and "lower" not in methods:
+        raise ConfigError("--slack is that of the lower bound: add --method lower")
 
 
 def score_by(method: str, model: Model, windows: Windows, options: Mapping[str, Any], progress: Progress) -> Estimate:
