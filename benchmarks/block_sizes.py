@@ -21,20 +21,17 @@ Every finished row is a line of DIR/rows.jsonl and is not computed again; an int
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mezzotint.config import PRESETS, ModelConfig, TrainConfig
+from common import Book, figure, new_parser, recipe, table, trained
+
+from mezzotint.config import PRESETS, Preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.model import Model
 from mezzotint.scoring.likelihood import causal, chain_rule, nelbo
-from mezzotint.scoring.statistics import Estimate
-from mezzotint.training.checkpoint import load_run
-from mezzotint.training.run import train
 
 
 def figures(model: Model, windows: Any, size: int, args: argparse.Namespace) -> Iterator[tuple[str, float, Any]]:
@@ -45,74 +42,61 @@ def figures(model: Model, windows: Any, size: int, args: argparse.Namespace) -> 
         yield "next tokens, where chains are", 1, lambda: causal(model, windows, tokens=args.chain_tokens)
     if size == 1:
         return
-    words = {"tokens": args.tokens, "repeats": args.repeats, "seed": args.seed}
-    yield "NELBO", 1, lambda: nelbo(model, windows, block_size=size % length, **words)
+    masks = {"tokens": args.tokens, "repeats": args.repeats, "seed": args.seed}
+    yield "NELBO", 1, lambda: nelbo(model, windows, block_size=size % length, **masks)
     attention = f"block({size})" if size < length else "full"
     for m in sorted({m for m in args.at_once if m < size and size % m == 0} | {size}):
-        words = {"tokens": args.chain_tokens, "order": f"block({m})", "attention": attention}
+        chain = {"tokens": args.chain_tokens, "order": f"block({m})", "attention": attention}
         # A last block that is shorter makes the passes fewer than length / m by a fraction.
         passes = sum(math.ceil(min(size, length - start) / m) for start in range(0, length, size))
-        yield f"{m} at once", length / passes, lambda words=words: chain_rule(model, windows, **words)
+        yield f"{m} at once", length / passes, lambda chain=chain: chain_rule(model, windows, **chain)
 
 
-def configs(data: Dataset, size: int, args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig]:
+def variant(data: Dataset, size: int, args: argparse.Namespace) -> Preset:
     """The preset's settings with the options given, for blocks of `size`."""
     chosen = PRESETS[args.preset]
     trunk = {k: getattr(args, k) for k in ("layers", "width", "sequence_length") if getattr(args, k)}
-    model = dataclasses.replace(chosen.model, vocab_size=data.tokenizer.vocab_size, **trunk)
     more = {k: getattr(args, k) for k in ("batch", "weighting") if getattr(args, k)}
-    learnt = 0 if size >= model.sequence_length else size
+    learnt = 0 if size >= trunk.get("sequence_length", chosen.model.sequence_length) else size
     more |= {"block_size": learnt, "seed": args.seed, "compile": args.compile}
     if learnt == 1:
         more |= {"causal_share": 1.0}
     elif learnt:
         more |= {"causal_share": args.causal_share, "causal_start": args.causal_start}
-    return model, dataclasses.replace(chosen.train, steps=args.steps, minutes=args.minutes, **more)
+    more |= {"steps": args.steps, "minutes": args.minutes}
+    return recipe(chosen, {"vocab_size": data.tokenizer.vocab_size, **trunk}, more)
 
 
-def run_size(data: Dataset, size: int, rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[str]:
-    """Train one size unless it is done, score what is missing; returns the keys of its rows in order."""
-    model_config, config = configs(data, size, args)
+def run_size(data: Dataset, size: int, book: Book, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train one size unless it is done, score what is missing; returns its rows in order."""
+    chosen = variant(data, size, args)
+    model_config, config = chosen.model, chosen.train
     size = config.block_size or model_config.sequence_length
     budget = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
     shape = f"{model_config.layers}x{model_config.width}x{model_config.sequence_length}"
     setting = f"{args.preset} {shape} {budget} batch {config.batch} {config.weighting} causal {config.causal_share:g}"
     setting += f" after {config.causal_start:g}" if config.causal_start else ""
     folder = args.out / f"{setting} seed {args.seed} block {size}".replace(" ", "_")
-    done = folder / "trained.json"
-    if not done.exists():
-        print(f"block size {size}: training {budget}", flush=True)
-        result = train(args.data, folder, model=model_config, config=config, resume=True)
-        done.write_text(json.dumps(result))
-    trained = json.loads(done.read_text())
-    model = load_run(folder)
+    print(f"block size {size}: {budget}", flush=True)
+    result, model = trained(args.data, folder, chosen)
     windows = data.split("val").windows(model.config.sequence_length)
-    keys = []
+    rows = []
     for name, per_pass, score in figures(model, windows, size, args):
         tokens = args.tokens if name in ("NELBO", "next tokens") else args.chain_tokens
         key = f"{folder.name} {name} {tokens} tokens" + (f" {args.repeats} repeats" if name == "NELBO" else "")
-        keys.append(key)
-        if key in rows:
-            continue
-        estimate: Estimate = score()
-        rows[key] = {
-            "key": key,
-            "block size": size,
-            "figure": name,
-            "tokens per pass": per_pass,
-            "steps": trained["steps"],
-            "tokens per second": trained["tokens_per_second"],
-            **estimate.to_dict(),
-        }
-        with (args.out / "rows.jsonl").open("a") as file:
-            file.write(json.dumps(rows[key]) + "\n")
-        print(f"  {name}: {estimate.bpb:.4f} ± {estimate.stderr_bpb:.4f} ({estimate.kind})", flush=True)
-    return keys
+        row = book.find(key=key)
+        if row is None:
+            row = {"key": key, "block size": size, "figure": name, "tokens per pass": per_pass}
+            row |= {"steps": result["steps"], "tokens per second": result["tokens_per_second"], **score().to_dict()}
+            book.add(row)
+            print(f"  {name}: {figure(row)} ({row['kind']})", flush=True)
+        rows.append(row)
+    return rows
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Parse, run what is missing, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64, 0], help="block sizes, 0: the window")
@@ -134,26 +118,18 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4, 8], help="neighbours decoded in a pass")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    book = args.out / "rows.jsonl"
-    rows = {}
-    if book.exists():
-        rows = {row["key"]: row for row in map(json.loads, book.read_text().splitlines())}
+    args = parser.parse_args(words)
+    book = Book(args.out / "rows.jsonl")
     data = Dataset.open(args.data)
     length = args.sequence_length or PRESETS[args.preset].model.sequence_length
     sizes = dict.fromkeys(min(size, length) or length for size in args.sizes)  # in the order given, each once
-    keys = [key for size in sizes for key in run_size(data, size, rows, args)]
-    print(
-        "\n| block size | figure | kind | bits per byte ± s.e. | tokens per forward pass | steps | trained tokens/s |"
-    )
-    print("| --: | -- | -- | --: | --: | --: | --: |")
-    for row in (rows[key] for key in keys):
-        error = math.nan if row["stderr_bpb"] is None else row["stderr_bpb"]
-        print(
-            f"| {row['block size']} | {row['figure']} | {row['kind']} | {row['bpb']:.4f} ± {error:.4f} | "
-            f"{row['tokens per pass']:.2f} | {row['steps']} | {row['tokens per second']:,.0f} |"
-        )
+    titles = ["block size", "figure", "kind", "bits per byte ± s.e.", "tokens per forward pass", "steps"]
+    cells = [
+        [r["block size"], r["figure"], r["kind"], figure(r), f"{r['tokens per pass']:.2f}", r["steps"],
+         f"{r['tokens per second']:,.0f}"]
+        for size in sizes for r in run_size(data, size, book, args)
+    ]  # fmt: skip
+    print("\n" + table([*titles, "trained tokens/s"], cells))
 
 
 if __name__ == "__main__":

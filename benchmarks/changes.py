@@ -10,17 +10,16 @@ first row. Equal steps, not equal minutes: what a step costs is for `throughput.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
+from collections.abc import Sequence
 from pathlib import Path
+
+from common import Book, figure, new_parser, plus_minus, recipe, scores, table, trained
 
 from mezzotint.config import ModelConfig, Preset, TrainConfig, preset
 from mezzotint.data.dataset import Dataset
-from mezzotint.scoring import likelihood
 from mezzotint.scoring.compare import compare
 from mezzotint.training.checkpoint import load_run
-from mezzotint.training.run import train
 
 
 def changed(base: Preset, settings: str) -> Preset:
@@ -34,51 +33,45 @@ def changed(base: Preset, settings: str) -> Preset:
         values[name] = value == "True" if kinds[name] is bool else kinds[name](value)
     model = {f.name: values[f.name] for f in dataclasses.fields(ModelConfig) if f.name in values}
     rest = {name: value for name, value in values.items() if name not in model}
-    return Preset(dataclasses.replace(base.model, **model), dataclasses.replace(base.train, **rest))
+    return recipe(base, model, rest)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse, train and score what is missing, print."""
+    parser = new_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for runs")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--tokens", type=int, default=49_152, help="tokens scored [49152]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="train without torch.compile")
     parser.add_argument("--change", action="append", default=[], metavar="SETTING=VALUE,...")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     dataset = Dataset.open(options.data)
-    chosen = preset(options.preset)
-    base = Preset(
-        dataclasses.replace(chosen.model, vocab_size=dataset.tokenizer.vocab_size),
-        dataclasses.replace(chosen.train, steps=options.steps, seed=options.seed),
+    base = recipe(
+        preset(options.preset),
+        {"vocab_size": dataset.tokenizer.vocab_size},
+        {"steps": options.steps, "seed": options.seed, "compile": not options.eager},
     )
-    first = None
-    print("| change | parameters | NELBO | causal | difference of the NELBO |\n| --- | --- | --- | --- | --- |")
+    book, first, rows = Book(options.out / "rows.jsonl"), None, []
     for change in ("", *options.change):
-        name = f"{options.preset}_{options.steps}_{options.seed}_{change or 'none'}"
-        run, row = options.out / name, options.out / name / f"row_{options.tokens}.json"
-        recipe = changed(base, change)
-        if not row.exists():
-            made = train(options.data, run, model=recipe.model, config=recipe.train, resume=True)
-            model = load_run(run)
+        run = options.out / f"{options.preset}_{options.steps}_{options.seed}_{change or 'none'}"
+        row = book.find(run=run.name, tokens=options.tokens)
+        if row is None:
+            result, model = trained(options.data, run, changed(base, change))
             windows = dataset.split("val").windows(model.config.sequence_length)
-            causal = likelihood.causal(model, windows, tokens=options.tokens) if recipe.train.causal_share else None
-            figures = {
-                "parameters": made["parameters"],
-                "nelbo": likelihood.nelbo(model, windows, tokens=options.tokens, repeats=2).to_dict(),
-                "causal": causal and causal.to_dict(),
-            }
+            row = {"run": run.name, "tokens": options.tokens, "parameters": result["parameters"]}
+            row |= scores(model, windows, metrics=("nelbo", "causal"), tokens=options.tokens)
             if first:
-                there = compare(first, model, windows, tokens=options.tokens, repeats=2)
-                figures["difference"] = there.to_dict()
-            row.write_text(json.dumps(figures))
-        figures = json.loads(row.read_text())
+                row["difference"] = compare(first, model, windows, tokens=options.tokens, repeats=2).to_dict()
+            book.add(row)
         first = first or load_run(run)
-        cells = [f"{figures[m]['bpb']:.3f} ± {figures[m]['stderr_bpb']:.3f}" if figures[m] else "" for m in ("nelbo", "causal")]  # fmt: skip
-        there = figures.get("difference")
-        cells.append(f"{there['difference_bpb']:+.4f} ± {there['stderr_bpb']:.4f}" if there else "")
-        print(f"| {change or 'none'} | {figures['parameters']:,} | {' | '.join(cells)} |", flush=True)
+        there = row.get("difference")
+        paired = plus_minus(there["difference_bpb"], there["stderr_bpb"], "+.4f") if there else ""
+        figures = [figure(row.get(metric), ".3f") for metric in ("nelbo", "causal")]
+        rows.append([change or "none", f"{row['parameters']:,}", *figures, paired])
+    print(table(["change", "parameters", "NELBO", "causal", "difference of the NELBO"], rows))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import hashlib
 import io
 import itertools
 import json
-import lzma
 import os
 import resource
 import struct
@@ -30,9 +29,11 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from common import compressors, new_parser, table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CHINESE = (
@@ -95,22 +96,6 @@ def files(prose: bytes) -> dict[str, bytes]:
     }
 
 
-def rivals() -> dict[str, Callable[[bytes], bytes]]:
-    """The general-purpose compressors at hand, at their strongest."""
-    found: dict[str, Callable[[bytes], bytes]] = {
-        "xz -9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
-    }
-    try:
-        import brotli
-        import zstandard
-
-        found["zstd -19"] = zstandard.ZstdCompressor(level=19).compress
-        found["brotli -q 11"] = lambda data: brotli.compress(data, quality=11)
-    except ImportError:
-        print("zstandard and brotli are not installed: left out", file=sys.stderr)
-    return found
-
-
 def run_files(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a file."""
     import torch
@@ -120,7 +105,7 @@ def run_files(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     torch.set_num_threads(1)
     prose = "\n".join(documents(args.text)).encode()[: args.bytes].decode("utf-8", "ignore").encode()
-    model, rows = mezzotint.load(args.model), []
+    model, rivals, rows = mezzotint.load(args.model), compressors(), []
     for name, data in files(prose).items():
         started = time.process_time()
         blob = mezzotint.compress(data, model)
@@ -128,10 +113,11 @@ def run_files(args: argparse.Namespace) -> list[dict[str, Any]]:
         same = mezzotint.decompress(blob, model) == data
         decoded = time.process_time()
         row: dict[str, Any] = {"file": name, "bytes": len(data), "mezzotint": len(blob)}
-        row |= {rival: len(squeeze(data)) for rival, squeeze in rivals().items()}
+        row |= {rival: len(squeeze(data)) for rival, squeeze in rivals.items()}
         row |= {"restored": same, "seconds": round(encoded - started, 2), "seconds back": round(decoded - encoded, 2)}
         rows.append(row)
-        print("| " + " | ".join(f"{v:,}" if type(v) is int else str(v) for v in row.values()) + " |", flush=True)
+        print(f"{name}: {len(data):,} -> {len(blob):,} bytes", flush=True)
+    print(table(list(rows[0]), [[f"{v:,}" if type(v) is int else v for v in row.values()] for row in rows]))
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
     return rows
 
@@ -151,35 +137,29 @@ def run_matrix(args: argparse.Namespace) -> list[dict[str, Any]]:
             environment["PYTHONPATH"] = str(ROOT / "src")
             command = [interpreter, "-c", COLUMN, str(text), str(first)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            words = done.stdout.split() or ["failed", done.stderr.strip().split("\n")[-1]]
-            rows.append({**chosen, "sha256": words[0], "versions": " ".join(words[1:])})
+            printed = done.stdout.split() or ["failed", done.stderr.strip().split("\n")[-1]]
+            rows.append({**chosen, "sha256": printed[0], "versions": " ".join(printed[1:])})
             print(*rows[-1].values(), flush=True)
     digests = {row["sha256"] for row in rows}
     print(f"{len(rows)} combinations, {len(digests)} different files")
     return rows
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Parse, run, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("part", choices=["files", "matrix"])
     parser.add_argument("--text", type=Path, help="Parquet or text whose first bytes are the prose")
     parser.add_argument("--bytes", type=int, default=0, help="of prose [300,000], or of the matrix's text [6,000]")
     parser.add_argument("--model", help="model to use [the shipped prose]")
     parser.add_argument("--interpreters", nargs="+", default=[sys.executable], help="Pythons of the matrix")
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     args.bytes = args.bytes or (300_000 if args.part == "files" else 6_000)
     rows = run_files(args) if args.part == "files" else run_matrix(args)
-    if args.json:
-        command = " ".join(["python", "benchmarks/compression.py", args.part])
-        content = {"command": command, "model_sha256": _shipped_digest(), "rows": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _shipped_digest() -> str:
-    return hashlib.sha256((ROOT / "src/mezzotint/models/prose.mzt").read_bytes()).hexdigest()
+    digest = hashlib.sha256((ROOT / "src/mezzotint/models/prose.mzt").read_bytes()).hexdigest()
+    command = f"python benchmarks/compression.py {args.part}"
+    write_json(args.json, {"command": command, "model_sha256": digest, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ Knows of the format what FORMAT.md says.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import ctypes
@@ -35,7 +34,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from unittest import mock
 import numpy as np
 import sentencepiece
 import torch
+from common import new_parser, say, table
 
 from mezzotint.config import ModelConfig, to_dict
 from mezzotint.data.tokenizer import Tokenizer
@@ -430,15 +430,17 @@ class Report:
 
     def table(self) -> str:
         total = Row()
-        lines = ["| kind | files | refused | opened | most seconds | most MiB over the need |", "|" + " --- |" * 6]
+        cells = []
         for name, row in [*self.rows.items(), ("all", total)]:
-            lines.append(f"| {name} | {row.files:,} | {row.refused:,} | {row.opened:,} | {row.seconds:.2f} {row.slowest} "
-                         f"| {max(0, row.memory) / (1 << 20):.0f} {row.largest} |")  # fmt: skip
+            memory = f"{max(0, row.memory) / (1 << 20):.0f} {row.largest}"
+            counts = (f"{n:,}" for n in (row.files, row.refused, row.opened))
+            cells.append([name, *counts, f"{row.seconds:.2f} {row.slowest}", memory])
             total.files, total.refused, total.opened = (
                 total.files + row.files, total.refused + row.refused, total.opened + row.opened
             )  # fmt: skip
             total.seconds, total.memory = max(total.seconds, row.seconds), max(total.memory, row.memory)
-        return "\n".join(lines)
+        titles = ["kind", "files", "refused", "opened", "most seconds", "most MiB over the need"]
+        return table(titles, cells)
 
 
 def _status(name: str) -> int:
@@ -564,20 +566,21 @@ def fuzz(
     return trial.report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse, open, report."""
+    parser = new_parser(__doc__)
     parser.add_argument("artifacts", nargs="*", type=Path, help="more artifacts to damage (large ones take long)")
     parser.add_argument("--files", type=int, default=20_000, help="files in all [20000]")
     parser.add_argument("--seed", type=int, default=0, help="of the damage [0]")
     parser.add_argument("--keep", type=Path, default=Path("fuzz"), help="folder for files that break a rule [fuzz]")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     torch.set_num_threads(1)
     faulthandler.enable()
     options.keep.mkdir(parents=True, exist_ok=True)
     begin = time.process_time()
     report = fuzz(
         options.files, options.keep, seed=options.seed, bases={p.name: p.read_bytes() for p in options.artifacts},
-        progress=lambda text: print(text, file=sys.stderr, flush=True),
+        progress=say,
     )  # fmt: skip
     (options.keep / "at_hand.mzt").unlink(missing_ok=True)
     print(report.table())

@@ -18,9 +18,10 @@ One forward pass has at most 48 windows of 2,048 tokens on a GPU: the activation
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 
 import torch
+from common import new_parser, table
 from throughput import model_flops
 
 from mezzotint.config import PRESETS, preset
@@ -54,21 +55,19 @@ def estimate(name: str, gpus: int, utilisation: float) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse, estimate, print."""
+    parser = new_parser(__doc__)
     parser.add_argument("--preset", default="reference", choices=PRESETS)
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that products reach [0.4]")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     chosen = preset(options.preset)
     tokens = chosen.train.batch * chosen.model.sequence_length
     parts = estimate(options.preset, options.gpus, options.utilisation)
     total = sum(parts.values())
-    print(
-        f"{options.preset}: {tokens:,} tokens a step on {options.gpus} H100s, estimated\n\n| part | ms |\n| --- | --- |"
-    )
-    for name, seconds in [*parts.items(), ("in all", total)]:
-        print(f"| {name} | {1000 * seconds:.1f} |")
+    print(f"{options.preset}: {tokens:,} tokens a step on {options.gpus} H100s, estimated\n")
+    print(table(["part", "ms"], [[n, f"{1000 * s:.1f}"] for n, s in [*parts.items(), ("in all", total)]]))
     print(f"\n{tokens / total / 1e6:.1f} million tokens/s. The challenge entry: 103.5 ms, 7.6 million tokens/s.")
 
 

@@ -11,7 +11,6 @@ the table says which. Exit status 1 if anything does not hold.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -19,8 +18,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from common import new_parser, table
 
 LIMIT = 16_000_000
 CODE = (".py", ".sh", ".c", ".cc", ".cpp", ".cu", ".h", ".pyx", ".rs", ".so")
@@ -130,24 +132,22 @@ def judge(
     return rows
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Parse, judge, print."""
-    parser = argparse.ArgumentParser(description="Check a record folder as the challenge's judge would.")
+    parser = new_parser(__doc__)
     parser.add_argument("record", type=Path, help="folder that `mezzotint submit` made")
     parser.add_argument("--data", type=Path, required=True, help="the data to score on")
     parser.add_argument("--tokens", type=int, help="score so many tokens [as many as the record did]")
     parser.add_argument(
         "--python", default=sys.executable, help="interpreter with the record's requirements [this one]"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     try:
         rows = judge(options.record, options.data, options.tokens, options.python)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         print(f"judge: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print("| what | finding | holds |\n| --- | --- | --- |")
-    for what, finding, holds in rows:
-        print(f"| {what} | {finding} | {'yes' if holds else 'NO'} |")
+    print(table(["what", "finding", "holds"], [[*row[:2], "yes" if row[2] else "NO"] for row in rows]))
     return 0 if all(holds for *_, holds in rows) else 1
 
 

@@ -8,7 +8,7 @@ Parquet (`text` column) or plain file. Sizes are options so that a slow machine 
 variance  forward passes to a standard error of 0.005 bits per byte over 64 windows, for the usual estimator (one
           uniform-t Bernoulli mask per window and pass) and each thing that Mezzotint does about it
 orders    the NELBO and the exact code length of each order on the same windows, with the passes each takes
-compress  real file sizes and speeds beside the chain figure, xz -9, zstd -19 and brotli -q 11
+compress  real file sizes and speeds beside the chain figure, xz -9e, zstd -19 and brotli -q 11
 bounds    strides on whole windows; K orders and leaning orders, on windows of `--short` tokens; with the passes each takes
 compare   a planted difference: the same model with Gaussian noise on its weights, paired and unpaired
 """
@@ -18,15 +18,15 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import json
-import lzma
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import compressors, new_parser, table, write_json
 
 from mezzotint.compression.container import compress_stream, decompress
 from mezzotint.data.dataset import Dataset, Windows
@@ -41,16 +41,6 @@ from mezzotint.scoring.plan import MaskedWindow, choose_windows, masked_window_n
 from mezzotint.scoring.statistics import Estimate
 
 TARGET = 0.005
-
-
-def table(rows: list[dict[str, Any]]) -> None:
-    """Print rows as a Markdown table."""
-    names = list(rows[0])
-    cells = [[f"{row[n]:.4f}" if isinstance(row[n], float) else str(row[n]) for n in names] for row in rows]
-    widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
-    for line in [names, ["-" * w for w in widths], *cells]:
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |")
-    print(flush=True)
 
 
 def bernoulli(ids: torch.Tensor, random: torch.Generator) -> tuple[MaskedWindow, float]:
@@ -99,9 +89,9 @@ def variance(model: Model, windows: Windows, args: argparse.Namespace) -> list[d
         bpb[names[2]].append(total(nats))
         columns = []
         for item, y in zip(passes, rows, strict=True):
-            hidden = item.masked.numpy()
+            masked = item.masked.numpy()
             guess = surprisal[item.ids.numpy()]
-            a, b = guess[hidden], y[hidden]
+            a, b = guess[masked], y[masked]
             control = len(y) / len(a) * a.sum() - guess.sum()
             centred = a - a.mean()
             columns.append((control, centred @ centred, centred @ b))
@@ -117,7 +107,7 @@ def variance(model: Model, windows: Windows, args: argparse.Namespace) -> list[d
                 mask[chosen_positions] = True
                 pairs.append(MaskedWindow(x, mask, mask))
         for m, y in enumerate(masked_window_nll(model, pairs)):
-            both[m // 2] += float(y.sum()) * len(y) / int(pairs[m].hidden.sum()) / 2
+            both[m // 2] += float(y.sum()) * len(y) / int(pairs[m].masked.sum()) / 2
         bpb[names[3]].append(total(both))
 
     rows_out = []
@@ -146,15 +136,7 @@ def orders(model: Model, windows: Windows, args: argparse.Namespace) -> list[dic
     rows = []
     estimates = [nelbo(model, windows, tokens=tokens, repeats=args.chain_repeats, seed=args.seed)]
     length = model.config.sequence_length
-    names = [
-        "left",
-        "random(0)",
-        f"spread({length // 2})",
-        f"spread({length // 8})",
-        "block(2)",
-        "block(4)",
-        "block(8)",
-    ]
+    names = ["left", "random(0)", *(f"spread({length // n})" for n in (2, 8)), *(f"block({n})" for n in (2, 4, 8))]
     estimates += [chain_rule(model, windows, tokens=tokens, order=name) for name in names]
     for name, e in zip(["", *names], estimates, strict=True):
         rows.append(
@@ -199,18 +181,9 @@ def compression(model: Model, _: Windows, args: argparse.Namespace) -> list[dict
         rows.append({"": name, "bytes": size, "bpb": 8 * size / len(data), "seconds": round(seconds, 1), "note": note})
 
     add("input", len(data), 0.0)
-    started = time.perf_counter()
-    add("xz -9", len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)), time.perf_counter() - started)
-    try:
-        import brotli
-        import zstandard
-
+    for name, squeeze in compressors().items():
         started = time.perf_counter()
-        add("zstd -19", len(zstandard.ZstdCompressor(level=19).compress(data)), time.perf_counter() - started)
-        started = time.perf_counter()
-        add("brotli -q 11", len(brotli.compress(data, quality=11)), time.perf_counter() - started)
-    except ImportError:
-        print("zstandard and brotli are not installed: left out")
+        add(name, len(squeeze(data)), time.perf_counter() - started)
     target = io.BytesIO()
     started = time.perf_counter()
     report = compress_stream(io.BytesIO(data), target, model)
@@ -296,9 +269,9 @@ def bounds(model: Model, windows: Windows, args: argparse.Namespace) -> list[dic
 PARTS = {"variance": variance, "orders": orders, "bounds": bounds, "compress": compression, "compare": planted}
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
@@ -315,16 +288,15 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=100_000, help="how much of it (0: all)")
     parser.add_argument("--check", action="store_true", help="decompress as well")
     parser.add_argument("--json", type=Path, help="also write the tables here")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     model = load(args.model)
     windows = Dataset.open(args.data).split("val").windows(model.config.sequence_length)
     found = {}
     for part in PARTS if args.part == "all" else [args.part]:
         print(f"## {part}\n")
         found[part] = PARTS[part](model, windows, args)
-        table(found[part])
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        print(table(list(found[part][0]), [row.values() for row in found[part]]) + "\n", flush=True)
+    write_json(args.json, found)
 
 
 if __name__ == "__main__":

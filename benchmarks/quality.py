@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import METRICS, Book, figure, new_parser, recipe, scores, table, trained
 
 from mezzotint.config import ModelConfig, Preset, TrainConfig, preset
 from mezzotint.data.dataset import Dataset, Windows
@@ -38,12 +39,9 @@ from mezzotint.data.prepare import prepare
 from mezzotint.data.sources import documents
 from mezzotint.errors import DataError
 from mezzotint.files import atomic_write
-from mezzotint.scoring import likelihood
-from mezzotint.training.checkpoint import load_run
-from mezzotint.training.run import train
 
 RECIPES = ("reference", "mdlm", "ar", "mezzotint")
-METRICS = ("nelbo", "chain", "causal")
+TITLES = {"nelbo": "NELBO", "chain": "chain", "causal": "causal"}
 BATCHES = (8, 16, 32)
 SCALES = (0.5, 2.0)
 
@@ -94,82 +92,59 @@ def scored_windows(name: str, source: str, data: Path, size: int, out: Path, len
     return Dataset.open(folder).split("val").windows(length)
 
 
-def score(run: Path, windows: Windows, metrics: Sequence[str] = METRICS) -> dict[str, Any]:
-    """NELBO and chain of what is trained on masks, causal code length of what is trained left to right."""
-    model = load_run(run)
-    share = model.info["train"]["causal_share"]
-    figures: dict[str, Any] = {}
-    if share < 1 and "nelbo" in metrics:
-        figures["nelbo"] = likelihood.nelbo(model, windows, repeats=4).to_dict()
-    if share < 1 and "chain" in metrics:
-        figures["chain"] = likelihood.chain_rule(model, windows).to_dict()
-    if share > 0 and "causal" in metrics:
-        figures["causal"] = likelihood.causal(model, windows).to_dict()
-    return figures
-
-
-class Book:
-    """Rows of a JSONL file, each made once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The row with all of `key`, if there is one."""
-        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
-
-    def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Keep a finished row."""
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return row
-
-
-def run_for(minutes: float, data: Path, recipe: Preset, run: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train `recipe` for `minutes` on the threads asked for."""
-    config = dataclasses.replace(recipe.train, minutes=minutes, steps=0, compile=not options.eager)
-    return train(data, run, model=recipe.model, config=config, resume=True)
+def run_and_score(
+    minutes: float,
+    data: Path,
+    chosen: Preset,
+    run: Path,
+    texts: dict[str, Windows],
+    options: argparse.Namespace,
+    metrics: Sequence[str] = METRICS,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Train for `minutes` on the threads asked for, and score every text: what `train` returns, metrics of each text."""
+    timed = recipe(chosen, {}, {"minutes": minutes, "steps": 0, "compile": not options.eager})
+    result, model = trained(data, run, timed)
+    return result, {name: scores(model, windows, metrics=metrics, repeats=4) for name, windows in texts.items()}
 
 
 def search(
-    name: str, recipe: Preset, data: Path, windows: Windows, options: argparse.Namespace, book: Book
+    name: str, chosen: Preset, data: Path, windows: Windows, options: argparse.Namespace, book: Book
 ) -> TrainConfig:
     """The best batch and rates of a rival on short runs; every trial is a row of `book`."""
-    judged = "causal" if recipe.train.causal_share == 1 else "nelbo"
+    judged = "causal" if chosen.train.causal_share == 1 else "nelbo"
 
     def trial(batch: int, scale: float) -> float:
-        key = {"recipe": name, "vocab_size": recipe.model.vocab_size, "minutes": options.search_minutes,
+        key = {"recipe": name, "vocab_size": chosen.model.vocab_size, "minutes": options.search_minutes,
                "threads": options.threads, "batch": batch, "scale": scale}  # fmt: skip
-        row = book.find(key)
-        if row is None:
-            run = options.out / "search" / f"{name}_{recipe.model.vocab_size}_{batch}x{scale:g}"
-            config = tuned(recipe.train, batch, scale)
-            made = run_for(options.search_minutes, data, Preset(recipe.model, config), run, options)
-            row = book.add({**key, "steps": made["steps"], **score(run, windows, [judged])})
-        return row[judged]["bpb"]
+
+        def measured() -> dict[str, Any]:
+            run = options.out / "search" / f"{name}_{chosen.model.vocab_size}_{batch}x{scale:g}"
+            tried = Preset(chosen.model, tuned(chosen.train, batch, scale))
+            result, found = run_and_score(
+                options.search_minutes, data, tried, run, {"first": windows}, options, [judged]
+            )
+            return {"steps": result["steps"], **found["first"]}
+
+        return book.get(measured, **key)[judged]["bpb"]
 
     batch = min(BATCHES, key=lambda b: trial(b, 1.0))
     scale = min((1.0, *SCALES), key=lambda s: trial(batch, s))
-    return tuned(recipe.train, batch, scale)
+    return tuned(chosen.train, batch, scale)
 
 
-def table(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
+def report(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
     """Markdown, a row for each run."""
-    names = {"nelbo": "NELBO", "chain": "chain", "causal": "causal"}
     titles = ["recipe", "vocabulary", "seed", "parameters", "batch", "Muon's rate", "steps", "tokens"]
-    titles += [f"{names[metric]}, {text}" for text in texts for metric in METRICS]
-    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
-    for r in rows:
-        cells = [r["recipe"], f"{r['vocab_size']:,}", f"{r['seed']}", f"{r['parameters']:,}", f"{r['batch']}"]
-        cells += [f"{r['matrix_lr']:g}", f"{r['steps']:,}", f"{r['tokens']:,}"]
-        for text in texts:
-            for metric in METRICS:
-                figure = r["scores"].get(text, {}).get(metric)
-                cells.append(f"{figure['bpb']:.3f} ± {figure['mask_stderr_bpb']:.3f}" if figure else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    titles += [f"{TITLES[metric]}, {text}" for text in texts for metric in METRICS]
+    cells = [
+        [
+            *(r["recipe"], f"{r['vocab_size']:,}", r["seed"], f"{r['parameters']:,}", r["batch"]),
+            *(f"{r['matrix_lr']:g}", f"{r['steps']:,}", f"{r['tokens']:,}"),
+            *(figure(r["scores"].get(text, {}).get(m), ".3f", "mask_stderr_bpb") for text in texts for m in METRICS),
+        ]
+        for r in rows
+    ]
+    return table(titles, cells)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -181,7 +156,7 @@ def _named(text: str) -> tuple[str, str]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, train and score what is missing, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("data", type=Path, nargs="+", help="prepared folders, one for each vocabulary")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and rows")
     parser.add_argument(
@@ -197,34 +172,33 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--eager", action="store_true", help="train without torch.compile")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
     trials, book = Book(options.out / "search.jsonl"), Book(options.out / "rows.jsonl")
     shown = []
     for data in options.data:
         vocab_size = Dataset.open(data).tokenizer.vocab_size
-        for name, recipe in recipes(options.preset, vocab_size).items():
+        for name, chosen in recipes(options.preset, vocab_size).items():
             if name not in options.recipes:
                 continue
-            length = recipe.model.sequence_length
+            length = chosen.model.sequence_length
             texts = {t: scored_windows(t, p, data, options.bytes, options.out, length) for t, p in options.text}
-            config = recipe.train
+            config = chosen.train
             if name != "mezzotint" and options.search_minutes:
-                config = search(name, recipe, data, texts[options.text[0][0]], options, trials)
+                config = search(name, chosen, data, texts[options.text[0][0]], options, trials)
             for seed in options.seeds:
                 key = {"recipe": name, "vocab_size": vocab_size, "seed": seed, "minutes": options.minutes,
                        "threads": options.threads, "batch": config.batch, "matrix_lr": config.matrix_lr}  # fmt: skip
-                row = book.find(key)
+                row = book.find(**key)
                 if row is None:
                     run = options.out / f"{name}_{vocab_size}_{options.minutes:g}min_seed{seed}"
-                    seeded = Preset(recipe.model, dataclasses.replace(config, seed=seed))
-                    made = run_for(options.minutes, data, seeded, run, options)
-                    row = {**key, **{k: made[k] for k in ("steps", "tokens", "parameters", "seconds")}}
-                    row = book.add({**row, "scores": {t: score(run, windows) for t, windows in texts.items()}})
+                    seeded = Preset(chosen.model, dataclasses.replace(config, seed=seed))
+                    result, found = run_and_score(options.minutes, data, seeded, run, texts, options)
+                    figures = {k: result[k] for k in ("steps", "tokens", "parameters", "seconds")}
+                    row = book.add({**key, **figures, "scores": found})
                     print(f"done: {name}, {vocab_size:,} pieces, seed {seed}", flush=True)
                 shown.append(row)
     print(f"\n{options.minutes:g} minutes each on {options.threads} threads, bits per byte. NELBO: upper bound. Chain (left "
           "to right) and causal: exact.\n")  # fmt: skip
-    print(table(shown, [name for name, _ in options.text]))
+    print(report(shown, [name for name, _ in options.text]))
 
 
 if __name__ == "__main__":

@@ -26,20 +26,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
-import json
-import lzma
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from common import Book, compressors, new_parser, plus_minus, say, table
 
 from mezzotint.config import ModelConfig, preset, to_dict
 from mezzotint.data.dataset import Dataset
@@ -47,15 +47,6 @@ from mezzotint.model import Denoiser, Model
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
 from mezzotint.packing import artifact, entropy, grid, pack, quantize
 from mezzotint.training.checkpoint import load_run
-
-try:
-    import brotli
-except ImportError:
-    brotli = None
-try:
-    import zstandard
-except ImportError:
-    zstandard = None
 
 FULL = "mezzotint"
 RECIPE = "std-clip int6 + general purpose"
@@ -65,6 +56,8 @@ DEVIATIONS = (6.0, 9.0, 12.0, 24.0, 48.0)
 DROPS = (0.0, 1.0)
 SHARE = 0.42  # bytes per parameter at which the cost is given
 Point = dict[str, Any]
+STRONGEST = compressors(zstd=22, window=24)
+Packed = tuple[int, dict[str, Any], dict[str, Any]]
 
 
 class Score:
@@ -115,16 +108,6 @@ class Score:
         return self._by_window(rises), self._by_window(divergences)
 
 
-def compressors() -> dict[str, Callable[[bytes], bytes]]:
-    """The general-purpose compressors at hand, at their strongest."""
-    found: dict[str, Callable[[bytes], bytes]] = {"lzma": lambda d: lzma.compress(d, preset=9 | lzma.PRESET_EXTREME)}
-    if brotli is not None:
-        found["brotli"] = lambda d: brotli.compress(d, quality=11, lgwin=24)
-    if zstandard is not None:
-        found["zstd-22"] = lambda d: zstandard.ZstdCompressor(level=22).compress(d)
-    return found
-
-
 def general_purpose(tensors: dict[str, Any]) -> tuple[int, str]:
     """Size of the raw codes and scales under the best general-purpose compressor, and its name."""
     parts = []
@@ -136,7 +119,7 @@ def general_purpose(tensors: dict[str, Any]) -> tuple[int, str]:
         if wide:
             parts.append((codes >> 8).astype(np.int8).tobytes())
     data = b"".join(parts)
-    sizes = {name: len(compress(data)) for name, compress in compressors().items()}
+    sizes = {name: len(compress(data)) for name, compress in STRONGEST.items()}
     best = min(sizes, key=lambda name: sizes[name])
     return sizes[best], best
 
@@ -348,27 +331,20 @@ def resampled(windows: int, statistic: Callable[[np.ndarray], float]) -> tuple[f
 
 
 def _pair(values: np.ndarray) -> str:
-    return f"{values.mean():+.5f} ± {values.std(ddof=1) / math.sqrt(len(values)):.5f}"
+    return plus_minus(values.mean(), values.std(ddof=1) / math.sqrt(len(values)), "+.5f")
 
 
-def tables(points: list[Point], facts: dict[str, Any], parameters: int) -> list[str]:
-    """The report, in Markdown."""
-    curve = _curve([p for p in points if p["packing"] == FULL])
-    windows = len(curve[0]["rise"])
+def packing_rows(points: list[Point], curve: list[Point], parameters: int) -> list[list[Any]]:
+    """A row for each way of packing and knob: its costs, and Mezzotint's bytes at the same cost."""
     within = min(np.mean(p["divergence"]) for p in curve), max(np.mean(p["divergence"]) for p in curve)
-    lines = [
-        f"Unpacked NELBO {facts['nelbo']:.4f} bits per byte on {windows} windows, {facts['tokens']:,} tokens; "
-        f"{parameters:,} parameters. Costs in bits per byte. General-purpose compressors: {', '.join(compressors())}.",
-        "", "| packing | knob | bytes | bits/param | NELBO cost | divergence | Mezzotint's bytes at equal divergence "
-        "| saved | NELBO less baseline's at 20% fewer bytes | at 8% fewer |", "|" + " --- |" * 10,
-    ]  # fmt: skip
+    rows = []
     for point in points:
-        if point["packing"].startswith("without"):
-            continue
-        line = (f"| {point['packing']} | {point['knob']:g} | {point['bytes']:,} | {8 * point['bytes'] / parameters:.3f} "
-                f"| {_pair(np.asarray(point['rise']))} | {_pair(np.asarray(point['divergence']))} |")  # fmt: skip
+        rise, size = np.asarray(point["rise"]), point["bytes"]
+        costs = [_pair(rise), _pair(np.asarray(point["divergence"]))]
+        row = [point["packing"], f"{point['knob']:g}", f"{size:,}", f"{8 * size / parameters:.3f}", *costs]
+        rows.append(row)
         if point["packing"] == FULL:
-            lines.append(line + " | | | |")
+            row += [""] * 4
             continue
 
         def saving(picked: np.ndarray, point: Point = point) -> float:
@@ -376,41 +352,58 @@ def tables(points: list[Point], facts: dict[str, Any], parameters: int) -> list[
 
         cost = np.mean(point["divergence"])
         if within[0] <= cost <= within[1]:
-            share, error = resampled(windows, saving)
-            line += f" {(1 - share) * point['bytes']:,.0f} | {share:.1%} ± {error:.1%} |"
+            share, error = resampled(len(rise), saving)
+            row += [f"{(1 - share) * size:,.0f}", plus_minus(share, error, ".1%")]
         else:  # no guess at what lies beyond the curve: its end, and the difference there
             end = curve[0] if cost > within[1] else curve[-1]
-            difference = _pair(np.asarray(end["rise"]) - np.asarray(point["rise"]))
-            line += (
-                f" {end['bytes']:,}, NELBO {difference} | {1 - end['bytes'] / point['bytes']:.1%}, the curve's end |"
-            )
-        for part in (0.8, 0.92):
-            ours = rises_at(curve, part * point["bytes"])
-            line += f" {_pair(ours - np.asarray(point['rise']))} |" if ours is not None else " beyond the curve |"
-        lines.append(line)
-    by_name: dict[str, list[Point]] = {}
-    for point in points:
-        if point["packing"].startswith("without"):
-            by_name.setdefault(point["packing"].removeprefix("without "), []).append(point)
-    if by_name:
-        lines += ["", "| taken away | bytes at equal divergence, % |" + " |" * (len(VARIANT_STEPS) - 1),
-                  "|" + " --- |" * (1 + len(VARIANT_STEPS))]  # fmt: skip
-    for name, variant in by_name.items():
-        cells = []
-        for point in _curve(variant)[::-1]:
+            row += [f"{end['bytes']:,}, NELBO {_pair(np.asarray(end['rise']) - rise)}"]
+            row += [f"{1 - end['bytes'] / size:.1%}, the curve's end"]
+        for share in (0.8, 0.92):
+            ours = rises_at(curve, share * size)
+            row.append(_pair(ours - rise) if ours is not None else "beyond the curve")
+    return rows
 
-            def more(picked: np.ndarray, point: Point = point) -> float:
-                return point["bytes"] / bytes_at(curve, _mean(point, "divergence", picked), picked) - 1
 
-            value, error = resampled(windows, more)
-            cells.append(f"{value:+.2%} ± {error:.2%}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+def ingredient_rows(points: list[Point], curve: list[Point]) -> list[list[Any]]:
+    """A row for each ingredient taken away: more bytes at equal divergence, at each knob."""
+    rows: dict[str, list[Any]] = {}
+    for point in sorted(points, key=lambda p: -p["bytes"]):
+
+        def more(picked: np.ndarray, point: Point = point) -> float:
+            return point["bytes"] / bytes_at(curve, _mean(point, "divergence", picked), picked) - 1
+
+        name = point["packing"].removeprefix("without ")
+        rows.setdefault(name, [name]).append(plus_minus(*resampled(len(point["rise"]), more), "+.2%"))
+    return [rows[name] for name in INGREDIENTS if name in rows]
+
+
+def report(points: list[Point], facts: dict[str, Any], parameters: int) -> list[str]:
+    """The report, in Markdown."""
+    curve = _curve([p for p in points if p["packing"] == FULL])
+    variants = [p for p in points if p["packing"].startswith("without")]
+    titles = [
+        "packing",
+        "knob",
+        "bytes",
+        "bits/param",
+        "NELBO cost",
+        "divergence",
+        "Mezzotint's bytes at equal divergence",
+    ]
+    titles += ["saved", "NELBO less baseline's at 20% fewer bytes", "at 8% fewer"]
+    lines = [
+        f"Unpacked NELBO {facts['nelbo']:.4f} bits per byte on {len(curve[0]['rise'])} windows, {facts['tokens']:,} tokens; "
+        f"{parameters:,} parameters. Costs in bits per byte. General-purpose compressors: {', '.join(STRONGEST)}.",
+        "", table(titles, packing_rows([p for p in points if p not in variants], curve, parameters)),
+    ]  # fmt: skip
+    if variants:
+        titles = ["taken away", "bytes at equal divergence, %", *[""] * (len(VARIANT_STEPS) - 1)]
+        lines += ["", table(titles, ingredient_rows(variants, curve))]
     size = SHARE * parameters
     rise, divergence = rises_at(curve, size), rises_at(curve, size, "divergence")
     if rise is not None and divergence is not None:
         lines += ["", f"At {SHARE} bytes a parameter: NELBO cost {_pair(rise)}, divergence {_pair(divergence)}."]
-    lines += ["", *facts["notes"]]
-    return lines
+    return [*lines, "", *facts["notes"]]
 
 
 def plot(points: list[Point], out: Path) -> None:
@@ -436,7 +429,7 @@ def timed(model: Model, data: Dataset, path: Path, codec: str = FULL) -> str:
     """Seconds to pack a model on all threads and to open the file on one, in words."""
     threads = torch.get_num_threads()
     begin = time.perf_counter()
-    packed = pack.pack(model, data.split("train"), path, codec=codec, progress=_say)
+    packed = pack.pack(model, data.split("train"), path, codec=codec, progress=say)
     seconds = time.perf_counter() - begin
     torch.set_num_threads(1)
     begin = time.process_time()
@@ -465,12 +458,137 @@ def time_reference(model: Model, data: Dataset, out: Path) -> None:
         print(f"reference preset, random weights: {found}", flush=True)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+class Packings:
+    """Every way of packing one run, measured at its knobs; a point that a book has is not made again.
+
+    A way of packing gives (bytes, tensors, more of the point's fields).
+    """
+
+    def __init__(self, options: argparse.Namespace, model: Model, data: Dataset) -> None:
+        self.options, self.model = options, model
+        self.state = pack.weights_of(model)
+        self.parameters = sum(v.size for v in self.state.values())
+        weights = hashlib.sha256(b"".join(v.tobytes() for v in self.state.values())).hexdigest()[:16]
+        self.setting = {"weights": weights, "windows": options.windows, "repeats": options.repeats,
+                        "price": pack.RATE_LAMBDA, "calibration": options.calibration}  # fmt: skip
+        self.book = Book(options.out / "points.jsonl")
+        if any({k: p.get(k) for k in self.setting} != self.setting for p in self.book.rows):
+            sys.exit(
+                f"{self.book.path} holds points of other weights, windows, masks or settings of packing: name another "
+                "folder with --out"
+            )
+        self.pruners: dict[str, pack.PruningPacker] = {}
+        self.started = time.perf_counter()
+        self.score = Score(model, data, options.windows, options.repeats)
+        self.windows, self.check = pack.calibration_split(model, data.split("train"), options.calibration)
+        # The header that an artifact would have.
+        self.overhead = len(artifact.Writer(model, artifact.LZMA).tokenizer) + 600
+
+    @functools.cached_property
+    def hessians(self) -> dict[str, torch.Tensor]:
+        """Second moments of all layers' inputs."""
+        return quantize.calibration_hessians(self.model, self.windows)
+
+    @functools.cached_property
+    def _packer(self) -> pack.RateDistortionPacker:
+        cost = pack.MeasuredCost(self.model, self.check, 0)
+        return pack.RateDistortionPacker(self.model, self.windows, 0, pack.TOLERANCE, cost, lambda _: None)
+
+    @property
+    def packer(self) -> pack.RateDistortionPacker:
+        """Mezzotint's packing, with nothing carried over from the point before."""
+        self._packer.writer.classes = None
+        return self._packer
+
+    def point(self, name: str, knob: float, way: Callable[[float], Packed]) -> None:
+        """Measure one way of packing at one knob, unless that is done or not asked for."""
+        if self.book.find(packing=name, knob=knob) or not any(text in name for text in self.options.only):
+            return
+        begin = time.perf_counter()
+        size, tensors, more = way(knob)
+        seconds = time.perf_counter() - begin
+        rise, divergence = self.score(pack.with_packed_weights(self.model, pack.PackedModel(b"", tensors, 0.0, 0)))
+        self.book.add({"packing": name, "knob": knob, "bytes": size, "seconds": seconds, **self.setting,
+                       "rise": rise.tolist(), "divergence": divergence.tolist(), **more})  # fmt: skip
+        took = time.perf_counter() - self.started
+        say(f"{took:5.0f} s  {name} {knob:g}: {size:,} bytes  {_pair(rise)}  {_pair(divergence)}")
+
+    def mezzotint(self, knob: float) -> Packed:
+        """Mezzotint's own at `knob` times the predicted step; at some knobs what was not built is measured too."""
+        packer = self.packer
+        packed = packer.pack_at(packer.predicted * knob)
+        more: dict[str, Any] = {}
+        if knob in VARIANT_STEPS:
+            classes = packer.writer.classes or {}
+            ideal, coded = code_lengths(packed, classes)
+            more = {"ideal": ideal, "coded": coded}
+            if not self.options.short:
+                saved, by = ordering_gain(packed, classes)
+                more |= {"contexts": context_gain(packed, classes), "ordering": saved, "ordered_by": by,
+                         "general": general_purpose(packed.tensors)[0]}  # fmt: skip
+        return len(packed.data), packed.tensors, more
+
+    def without(self, ingredient: str, knob: float) -> Packed:
+        """As `mezzotint`, with one ingredient taken away."""
+        packer = self.packer
+        with without(ingredient, packer, self.hessians):
+            packed = packer.pack_at(packer.predicted * knob)
+        return len(packed.data), packed.tensors, {}
+
+    def codec(self, codec: str, share: float) -> Packed:
+        """`--codec`, with a share of the codes of +-1 dropped."""
+        if codec not in self.pruners:
+            self.pruners[codec] = pack.PruningPacker(self.model, self.windows, 0, codec, lambda _: None)
+        pruner = self.pruners[codec]
+        packed = pruner.pack_dropping(int(share * len(pruner.costs)))
+        return len(packed.data), packed.tensors, {}
+
+    def recipe(self, deviations: float, ranged: bool = False) -> Packed:
+        """The field's recipe; ranged: with our range coder in place of general-purpose compressors."""
+        tensors = clipped(self.state, self.hessians, deviations)
+        if ranged:
+            return len(artifact.Writer(self.model, artifact.RANGE).write(tensors)), tensors, {}
+        size, best = general_purpose(tensors)
+        return size + self.overhead, tensors, {"compressor": best}
+
+    def run(self) -> list[Point]:
+        """All points, in the order in which they were made."""
+        for knob in self.options.steps:
+            self.point(FULL, knob, self.mezzotint)
+        for codec in ("reference", "int6"):
+            for share in self.options.drop:
+                self.point(f"--codec {codec}", share, functools.partial(self.codec, codec))
+        for deviations in self.options.deviations:
+            self.point(RECIPE, deviations, self.recipe)
+        self.point("std-clip int6 + range coder", 12, functools.partial(self.recipe, ranged=True))
+        for ingredient in INGREDIENTS:
+            for knob in VARIANT_STEPS:
+                self.point(f"without {ingredient}", knob, functools.partial(self.without, ingredient))
+        return self.book.rows
+
+    def notes(self, points: list[Point]) -> list[str]:
+        """What the points at which more was measured say of the coder and of what was not built."""
+        lines = []
+        for p in (p for p in points if "ideal" in p):
+            lines += [
+                f"At {p['bytes']:,} bytes ({8 * p['bytes'] / self.parameters:.2f} bits a parameter):",
+                f"- codes take {p['coded']:,} bytes, {p['coded'] / p['ideal'] - 1:+.3%} over their cross-entropy under "
+                "the tables;",
+            ]
+            if "contexts" in p:
+                best = max(p["contexts"], key=lambda name: p["contexts"][name])
+                lines += [
+                    f"- without the {CODER}: {(p['general'] + self.overhead) / p['bytes'] - 1:+.1%};",
+                    f"- contexts of neighbouring magnitudes would save {p['contexts'][best] / p['bytes']:.3%} ({best}), "
+                    "tables not counted;",
+                    f"- sorting MLP units by the {p['ordered_by']} would save at most {p['ordering'] / p['bytes']:.2%}.",
+                ]
+        return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse, pack what is missing, report."""
+    parser = new_parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for points.jsonl, table.md and the plot")
@@ -484,143 +602,26 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="leave out contexts, orderings and our codes' compressors")
     parser.add_argument("--time", action="store_true", help="time packing and opening of the run instead")
     parser.add_argument("--time-reference", action="store_true", help="time the reference preset instead")
-    options = parser.parse_args()
-
+    options = parser.parse_args(words)
     model, data = load_run(options.run), Dataset.open(options.data)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.time_reference:
         return time_reference(model, data, options.out)
     if options.time:
         return print(timed(model, data, options.out / "timed.mzt"))
-    state = pack.weights_of(model)
-    parameters = sum(v.size for v in state.values())
-    weights = hashlib.sha256(b"".join(v.tobytes() for v in state.values())).hexdigest()[:16]
-    setting = {"weights": weights, "windows": options.windows, "repeats": options.repeats,
-               "price": pack.RATE_LAMBDA, "calibration": options.calibration}  # fmt: skip
-    kept = options.out / "points.jsonl"
-    points: list[Point] = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    if any({k: p.get(k) for k in setting} != setting for p in points):
-        sys.exit(
-            f"{kept} holds points of other weights, windows, masks or settings of packing: name another folder with --out"
-        )
-
-    started = time.perf_counter()
-    score = Score(model, data, options.windows, options.repeats)
-    windows, check = pack.calibration_split(model, data.split("train"), options.calibration)
-    made: dict[str, Any] = {}
-
-    def hessians() -> dict[str, torch.Tensor]:
-        if "hessians" not in made:
-            made["hessians"] = quantize.calibration_hessians(model, windows)
-        return made["hessians"]
-
-    def packer() -> pack.RateDistortionPacker:
-        if "packer" not in made:
-            cost = pack.MeasuredCost(model, check, 0)
-            made["packer"] = pack.RateDistortionPacker(model, windows, 0, pack.TOLERANCE, cost, lambda _: None)
-        made["packer"].writer.classes = None  # no point depends on those before it
-        return made["packer"]
-
-    def pruner(codec: str) -> pack.PruningPacker:
-        if codec not in made:
-            made[codec] = pack.PruningPacker(model, windows, 0, codec, lambda _: None)
-        return made[codec]
-
-    def point(name: str, knob: float, pack: Callable[[], tuple[int, dict[str, Any], dict[str, Any]]]) -> None:
-        if any((p["packing"], p["knob"]) == (name, knob) for p in points):
-            return
-        if not any(text in name for text in options.only):
-            return
-        begin = time.perf_counter()
-        size, tensors, more = pack()
-        seconds = time.perf_counter() - begin
-        rise, divergence = score(pack.with_packed_weights(model, pack.PackedModel(b"", tensors, 0.0, 0)))
-        row = {"packing": name, "knob": knob, "bytes": size, "seconds": seconds, **setting,
-               "rise": rise.tolist(), "divergence": divergence.tolist(), **more}  # fmt: skip
-        points.append(row)
-        with kept.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        _say(
-            f"{time.perf_counter() - started:5.0f} s  {name} {knob:g}: {size:,} bytes  {_pair(rise)}  {_pair(divergence)}"
-        )
-
-    overhead = len(artifact.Writer(model, artifact.LZMA).tokenizer) + 600  # the header an artifact would have
-
-    def mezzotint(knob: float) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        made_by = packer()
-        tried = made_by.pack_at(made_by.predicted * knob)
-        more: dict[str, Any] = {}
-        if knob in VARIANT_STEPS:
-            classes = made_by.writer.classes or {}
-            ideal, coded = code_lengths(tried, classes)
-            more = {"ideal": ideal, "coded": coded}
-            if not options.short:
-                saved, by = ordering_gain(tried, classes)
-                more |= {"contexts": context_gain(tried, classes), "ordering": saved, "ordered_by": by,
-                         "general": general_purpose(tried.tensors)[0]}  # fmt: skip
-        return len(tried.data), tried.tensors, more
-
-    for knob in options.steps:
-        point(FULL, knob, lambda knob=knob: mezzotint(knob))
-
-    def recipe(deviations: float, ranged: bool) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        tensors = clipped(state, hessians(), deviations)
-        if ranged:
-            return len(artifact.Writer(model, artifact.RANGE).write(tensors)), tensors, {}
-        size, best = general_purpose(tensors)
-        return size + overhead, tensors, {"compressor": best}
-
-    for codec in ("reference", "int6"):
-        for share in options.drop:
-
-            def pruned(codec: str = codec, share: float = share) -> tuple[int, dict[str, Any], dict[str, Any]]:
-                made_by = pruner(codec)
-                tried = made_by.pack_dropping(int(share * len(made_by.costs)))
-                return len(tried.data), tried.tensors, {}
-
-            point(f"--codec {codec}", share, pruned)
-    for deviations in options.deviations:
-        point(RECIPE, deviations, lambda d=deviations: recipe(d, False))
-    point("std-clip int6 + range coder", 12, lambda: recipe(12, True))
-
-    for ingredient in INGREDIENTS:
-        for knob in VARIANT_STEPS:
-
-            def variant(ingredient: str = ingredient, knob: float = knob) -> tuple[int, dict[str, Any], dict[str, Any]]:
-                with without(ingredient, packer(), hessians()):
-                    tried = packer().pack_at(packer().predicted * knob)
-                return len(tried.data), tried.tensors, {}
-
-            point(f"without {ingredient}", knob, variant)
-
+    packings = Packings(options, model, data)
+    points = packings.run()
     own = [p for p in points if p["packing"] == FULL]
     if len(own) < 2:
         return
-    notes = []
-    for p in own:
-        if "ideal" not in p:
-            continue
-        bits = 8 * p["bytes"] / parameters
-        notes += [
-            f"At {p['bytes']:,} bytes ({bits:.2f} bits a parameter):",
-            f"- codes take {p['coded']:,} bytes, {p['coded'] / p['ideal'] - 1:+.3%} over their cross-entropy under the "
-            "tables;",
-        ]
-        if "contexts" not in p:
-            continue
-        best = max(p["contexts"], key=lambda name: p["contexts"][name])
-        notes += [
-            f"- without the {CODER}: {(p['general'] + overhead) / p['bytes'] - 1:+.1%};",
-            f"- contexts of neighbouring magnitudes would save {p['contexts'][best] / p['bytes']:.3%} ({best}), tables "
-            "not counted;",
-            f"- sorting MLP units by the {p['ordered_by']} would save at most {p['ordering'] / p['bytes']:.2%}.",
-        ]
-    facts = {"nelbo": float(score.unpacked().mean()), "tokens": score.ids.numel() * options.repeats, "notes": notes}
-    text = "\n".join(tables(points, facts, parameters))
+    score = packings.score
+    facts = {"nelbo": float(score.unpacked().mean()), "tokens": score.ids.numel() * options.repeats}
+    text = "\n".join(report(points, {**facts, "notes": packings.notes(own)}, packings.parameters))
     (options.out / "table.md").write_text(text + "\n")
     plot(points, options.out / "rate_distortion.png")
     print(text)
-    _say(f"{sum(p['seconds'] for p in points):.0f} s of packing in all, {time.perf_counter() - started:.0f} s now")
+    took = time.perf_counter() - packings.started
+    say(f"{sum(p['seconds'] for p in points):.0f} s of packing in all, {took:.0f} s now")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ are replaced by the words RUN and DATA.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shlex
@@ -19,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from common import new_parser, say, table
 
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig
 from mezzotint.data.dataset import Dataset, Windows
@@ -79,12 +80,12 @@ def measure(
 
 
 def _table(estimates: Sequence[Estimate]) -> str:
-    rows = ["| method | kind | seed | bits per byte | standard error | tokens | bytes |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    titles = ["method", "kind", "seed", "bits per byte", "standard error", "tokens", "bytes"]
+    rows = []
     for e in estimates:
-        error = "unknown" if e.to_dict()["stderr_bpb"] is None else f"{e.stderr_bpb:.4f}"
-        rows.append(f"| {e.method} | {e.kind} | {e.seed} | {e.bpb:.4f} | {error} | {e.tokens:,} | {e.bytes:,} |")
-    return "\n".join(rows)
+        error = "unknown" if e.to_dict()["stderr_bpb"] is None else e.stderr_bpb
+        rows.append([e.method, e.kind, e.seed, e.bpb, error, f"{e.tokens:,}", f"{e.bytes:,}"])
+    return table(titles, rows)
 
 
 def _quoted(text: str) -> str:
@@ -131,21 +132,21 @@ not in the training text at all:
 
 def _readme(
     name: str,
-    looked: dict[str, Any],
+    contents: dict[str, Any],
     estimates: Sequence[Estimate],
-    described: dict[str, Any],
+    settings: dict[str, Any],
     found: dict[str, Any] | None,
     unseen: Sequence[Estimate] = (),
 ) -> str:
     most = max(e.tokens for e in estimates)
     bounds = [e.bpb for e in estimates if e.method == "nelbo" and e.tokens == most]
     spread = f"; over {len(bounds)} seeds {min(bounds):.4f} to {max(bounds):.4f}" if len(bounds) > 1 else ""
-    config = described["model"]
+    config = settings["model"]
     return f"""# {name}
 
-{looked["parameters"]:,} parameters ({config.layers} layers, {config.width} wide, {config.vocab_size:,} tokens, windows of
-{config.sequence_length:,}) in {looked["bytes"]:,} of {BUDGET:,} bytes, {looked["bits_per_parameter"]:.3f} bits per parameter.
-SHA-256 of the artifact: `{looked["sha256"]}`. Trained at commit `{described.get("commit") or "unknown"}`.
+{contents["parameters"]:,} parameters ({config.layers} layers, {config.width} wide, {config.vocab_size:,} tokens, windows of
+{config.sequence_length:,}) in {contents["bytes"]:,} of {BUDGET:,} bytes, {contents["bits_per_parameter"]:.3f} bits per parameter.
+SHA-256 of the artifact: `{contents["sha256"]}`. Trained at commit `{settings.get("commit") or "unknown"}`.
 
 NELBO {statistics.fmean(bounds):.4f} bits per byte{spread}. All figures are of the reopened artifact, on held-out text:
 
@@ -182,8 +183,8 @@ def make_record(
     """
     if out.exists():
         raise ArtifactError(f"{out} is already there; records are not overwritten")
-    described, model, dataset = read_run(run), open_artifact(artifact), Dataset.open(data)
-    if model.config != described["model"]:
+    settings, model, dataset = read_run(run), open_artifact(artifact), Dataset.open(data)
+    if model.config != settings["model"]:
         raise ArtifactError(f"{artifact} was not packed from {run}: their model settings differ")
     others = None if unseen is None else Dataset.open(unseen)
     for folder, opened in ((data, dataset), (unseen, others)):
@@ -207,18 +208,18 @@ def make_record(
     found = None
     if memorization:
         found = memorized(model, dataset, samples=memorization, length=string_bytes, progress=say)
-    looked = inspect_artifact(artifact)
+    contents = inspect_artifact(artifact)
     figures = {
-        "model_sha256": looked["sha256"],
-        "artifact_bytes": looked["bytes"],
-        "parameters": looked["parameters"],
-        "bits_per_parameter": looked["bits_per_parameter"],
+        "model_sha256": contents["sha256"],
+        "artifact_bytes": contents["bytes"],
+        "parameters": contents["parameters"],
+        "bits_per_parameter": contents["bits_per_parameter"],
         "results": [e.to_dict() for e in estimates],
         "unseen": [e.to_dict() for e in elsewhere],
         "memorization": found,
     }
     # Longest first, as one folder may lie in another.
-    places = {str(Path(described.get("data_folder") or data)): "DATA", str(data): "DATA", str(run.resolve()): "RUN"}
+    places = {str(Path(settings.get("data_folder") or data)): "DATA", str(data): "DATA", str(run.resolve()): "RUN"}
 
     def without_places(text: str) -> str:
         for place in sorted(places, key=len, reverse=True):
@@ -229,7 +230,7 @@ def make_record(
     some = [] if tokens is None else ["--tokens", str(tokens)]
     few = [] if chain_tokens is None else ["--tokens", str(chain_tokens)]
     lines = [
-        training_command(described["model"], described["train"]),
+        training_command(settings["model"], settings["train"]),
         ["mezzotint", "pack", "RUN", "--out", "MODEL.mzt"],
         *([*scoring, "nelbo", *some, "--seed", str(seed)] for seed in seeds),
         [*scoring, "chain", *few],
@@ -246,7 +247,7 @@ def make_record(
         (folder / "data.md").write_text(statement.read_text("utf-8"), "utf-8")
         (folder / "figures.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", "utf-8")
         (folder / "samples.md").write_text(written, "utf-8")
-        (folder / "README.md").write_text(_readme(out.name, looked, estimates, described, found, elsewhere), "utf-8")
+        (folder / "README.md").write_text(_readme(out.name, contents, estimates, settings, found, elsewhere), "utf-8")
     return figures
 
 
@@ -254,9 +255,9 @@ def _tokens(text: str) -> int | None:
     return None if text == "all" else int(text.replace(",", ""))
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Parse, make, print."""
-    parser = argparse.ArgumentParser(description="Make the record folder of a run.")
+    parser = new_parser(__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("model", type=Path, help="the artifact packed from it")
     parser.add_argument("data", type=Path, help="the prepared data it was trained on")
@@ -267,12 +268,12 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=4, help="texts from nothing [4]")
     parser.add_argument("--memorization", type=int, default=256, help="texts for the memorization check, or 0 [256]")
     parser.add_argument("--unseen", type=Path, metavar="DATA", help="prepared text of other sources, scored as well")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     try:
         figures = make_record(
             options.run, options.model, options.data, options.out, options.statement, tokens=options.tokens,
             chain_tokens=options.chain_tokens, samples=options.samples,
-            memorization=options.memorization, unseen=options.unseen, say=lambda line: print(line, file=sys.stderr),
+            memorization=options.memorization, unseen=options.unseen, say=say,
         )  # fmt: skip
     except MezzotintError as error:
         print(f"record: {error}", file=sys.stderr)

@@ -25,11 +25,13 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import Book, new_parser, plus_minus, table
 from torch import Tensor
 
 from mezzotint import seeding
@@ -111,25 +113,16 @@ def starts(model: Model, data: Dataset, count: int, length: int, skip: int = 0) 
     return torch.from_numpy(np.stack([ids[h + skip : h + skip + length] for h in chosen]))
 
 
-class Book:
-    """Points already computed, one JSON line each."""
+class Points(Book):
+    """Points already computed, by `key`; prints each new one."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.points: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                point = json.loads(line)
-                self.points[point["key"]] = point
-
-    def get(self, key: str, compute: Any) -> dict[str, Any]:
-        if key not in self.points:
-            point = {"key": key, **compute()}
-            with self.path.open("a") as file:
-                file.write(json.dumps(point) + "\n")
-            self.points[key] = point
-            print(json.dumps(point), flush=True)
-        return self.points[key]
+    def point(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The point of `key`, computed where there is none yet."""
+        known = self.find(key=key)
+        if known is None:
+            known = self.add({"key": key, **compute()})
+            print(json.dumps(known), flush=True)
+        return known
 
 
 def measure(
@@ -165,19 +158,14 @@ def measure(
         seconds += time.perf_counter() - started
         passes += result.forward_passes * len(result.ids) / options.n
         ids.append(result.ids)
-    return {
-        "name": name,
-        "temperature": temperature,
-        **more,
-        "passes": passes,
-        "tokens_per_second": options.n * (length - 1) / seconds,
-        **judged(judge, torch.cat(ids)),
-    }
+    rate = options.n * (length - 1) / seconds
+    point = {"name": name, "temperature": temperature, **more, "passes": passes, "tokens_per_second": rate}
+    return point | judged(judge, torch.cat(ids))
 
 
-def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: argparse.Namespace) -> None:
+def frontier(model: Model, judge: Model, data: Dataset, book: Points, options: argparse.Namespace) -> None:
     length = options.length or model.config.sequence_length
-    book.get("real", lambda: {"name": "real text", **judged(judge, starts(model, data, 64, length))})
+    book.point("real", lambda: {"name": "real text", **judged(judge, starts(model, data, 64, length))})
     for name in SAMPLERS:
         if options.samplers and name not in options.samplers.split(","):
             continue
@@ -191,11 +179,11 @@ def frontier(model: Model, judge: Model, data: Dataset, book: Book, options: arg
                 grid = [{"entropy_budget": b} for b in BUDGETS]
             for more in grid:
                 key = f"{name} T={temperature:g} " + " ".join(f"{k}={v:g}" for k, v in more.items())
-                book.get(key, lambda n=name, t=temperature, m=more: measure(model, judge, options, n, t, m))
+                book.point(key, lambda n=name, t=temperature, m=more: measure(model, judge, options, n, t, m))
 
 
 def infilling(
-    model: Model, judge: Model, continuer: Model, data: Dataset, book: Book, options: argparse.Namespace
+    model: Model, judge: Model, continuer: Model, data: Dataset, book: Points, options: argparse.Namespace
 ) -> list[dict]:
     length = model.config.sequence_length
     texts = starts(model, data, options.n_infill, length)
@@ -217,13 +205,8 @@ def infilling(
             # The model itself, left to right and blind to the suffix.
             own = denoise(model, canvas[:, : at + span], sampler="blocks", block=1, **how)
             blind = torch.cat((own.ids, texts[:, at + span :]), 1)
-            fills = {
-                "original": texts,
-                "surest": surest.ids,
-                "in_order": in_order.ids,
-                "continuation": theirs,
-                "blind": blind,
-            }
+            fills = {"original": texts, "surest": surest.ids, "in_order": in_order.ids}
+            fills |= {"continuation": theirs, "blind": blind}
             off: dict[str, np.ndarray] = {}
             for name, ids in fills.items():
                 nats = judged_nats(judge, ids)[:, at:end].sum(1).numpy() / math.log(2)
@@ -241,7 +224,7 @@ def infilling(
             return found
 
         against = f" against {options.continuer.name}" if options.continuer else ""
-        points.append(book.get(f"infill {span} T={options.fill_temperature:g}{against}", compute))
+        points.append(book.point(f"infill {span} T={options.fill_temperature:g}{against}", compute))
     return points
 
 
@@ -263,7 +246,7 @@ def gaps_of_one_word(path: Path, count: int, characters: int = 640, skip: int = 
     return [found[i * len(found) // count] for i in range(min(count, len(found)))]
 
 
-def words(model: Model, path: Path, count: int, how: str) -> dict[str, Any]:
+def single_words(model: Model, path: Path, count: int, how: str) -> dict[str, Any]:
     """Single words of real text taken out, length not told: how often the fill is the word, among five, of its length."""
     options: dict[str, Any] = {"n": 5} if how == "ranked" else {"temperature": 0.0}
     size = model.tokenizer.encode_continuation
@@ -292,7 +275,7 @@ def sentences(model: Model) -> dict[str, Any]:
     return {"name": "sentences", "filled": [infill(model, line).text for line in lines]}
 
 
-def latency(path: Path, book: Book) -> list[dict]:
+def latency(path: Path, book: Points) -> list[dict]:
     def compute() -> dict[str, Any]:
         started = time.perf_counter()
         model = load(path)
@@ -311,7 +294,7 @@ def latency(path: Path, book: Book) -> list[dict]:
             "threads": torch.get_num_threads(),
         }
 
-    return [book.get(f"latency threads={torch.get_num_threads()}", compute)]
+    return [book.point(f"latency threads={torch.get_num_threads()}", compute)]
 
 
 def no_worse(point: dict, than: dict) -> bool:
@@ -327,7 +310,7 @@ def no_worse(point: dict, than: dict) -> bool:
 
 
 def confirm(
-    model: Model, judge: Model, data: Dataset, book: Book, points: list[dict], options: argparse.Namespace
+    model: Model, judge: Model, data: Dataset, book: Points, points: list[dict], options: argparse.Namespace
 ) -> None:
     """For ancestral sampling at each temperature: the point with the fewest passes that is no worse, on two seeds.
 
@@ -337,13 +320,13 @@ def confirm(
 
     def again(point: dict) -> dict:
         more = {k: point[k] for k in ("steps", "entropy_budget") if k in point}
-        return book.get(
+        return book.point(
             f"fresh seed: {point['key']}",
             lambda: measure(model, judge, options, point["name"], point["temperature"], more, 1),
         )
 
     drawn = [p for p in points if "passes" in p]
-    print("\n| ancestral | judged as well by itself | by any | passes | holds on a fresh seed |\n" + "| --- " * 5 + "|")
+    rows = []
     for temperature in options.temperatures:
         own = [p for p in drawn if p["name"] == "ancestral" and p["temperature"] == temperature]
         if not own:
@@ -353,8 +336,10 @@ def confirm(
         itself = next(p for p in equal if p["name"] == "ancestral")
         fewest = equal[0]
         holds = no_worse(again(fewest), again(most))
-        print(f"| {most['key']} | {itself['key']} | {fewest['key']} | {itself['passes'] / fewest['passes']:.1f} times fewer "
-              f"| {'yes' if holds else 'no'} |", flush=True)  # fmt: skip
+        fewer = f"{itself['passes'] / fewest['passes']:.1f} times fewer"
+        rows.append([most["key"], itself["key"], fewest["key"], fewer, "yes" if holds else "no"])
+    titles = ["ancestral", "judged as well by itself", "by any", "passes", "holds on a fresh seed"]
+    print("\n" + table(titles, rows), flush=True)
 
 
 def plot(points: list[dict], path: Path) -> None:
@@ -393,8 +378,9 @@ def plot(points: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse, draw and judge what is missing, print."""
+    parser = new_parser(__doc__)
     parser.add_argument("model", type=Path, help="run folder, .mzt artifact or the name of a shipped model")
     parser.add_argument("--judge", type=Path, help="run folder of the autoregressive judge")
     parser.add_argument(
@@ -413,9 +399,8 @@ def main() -> None:
     parser.add_argument("--fill-temperature", type=float, default=0.7)
     parser.add_argument("--samplers", default="")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    book = Book(options.out / "points.jsonl")
+    options = parser.parse_args(words)
+    book = Points(options.out / "points.jsonl")
     parts = options.parts.split(",")
     if "latency" in parts:
         latency(options.model, book)
@@ -423,44 +408,35 @@ def main() -> None:
         model = load(options.model)
         for path in options.texts:
             for how in ("greedy", "ranked"):
-                book.get(f"words {path.name} {how}", lambda p=path, h=how: words(model, p, options.n_words, h))
-        book.get("sentences", lambda: sentences(model))
+                book.point(f"words {path.name} {how}", lambda p=path, h=how: single_words(model, p, options.n_words, h))
+        book.point("sentences", lambda: sentences(model))
     if "frontier" in parts or ("infill" in parts and options.judge):
         if options.judge is None or options.data is None:
             parser.error("frontier, and spans judged, need --judge and --data")
         model, judge, data = load(options.model), load(options.judge), Dataset.open(options.data)
         if "frontier" in parts:
             frontier(model, judge, data, book, options)
-            points = [p for key, p in book.points.items() if "judged_bpb" in p and not key.startswith("fresh seed")]
+            points = [p for p in book.rows if "judged_bpb" in p and not p["key"].startswith("fresh seed")]
             plot(points, options.out / "frontier.png")
             confirm(model, judge, data, book, points, options)
         if "infill" in parts:
             continuer = load(options.continuer) if options.continuer else judge
             infilling(model, judge, continuer, data, book, options)
-    print(
-        "\n| point | passes | judged bpb | entropy | distinct 4-grams | tokens/s |\n| --- | --- | --- | --- | --- | --- |"
-    )
-    for p in book.points.values():
-        if "judged_bpb" in p:
-            print(
-                f"| {p['key']} | {p.get('passes', 0):.1f} | {p['judged_bpb']:.3f} ± {p['stderr']:.3f} | {p['entropy']:.3f} "
-                f"| {p['distinct4']:.3f} | {p.get('tokens_per_second', 0):.0f} |"
-            )
-    print(
-        "\n| span | original | surest first | left to right | continuation | own continuation "
-        "| surest less continuation | left to right less continuation |\n" + "| --- " * 8 + "|"
-    )
-    for p in book.points.values():
-        if p["name"] == "infill":
-            cells = [
-                f"{p[k]:.3f} ± {p[k + '_stderr']:.3f}"
-                for k in ("original", "surest", "in_order", "continuation", "blind")
-            ]
-            cells += [
-                f"{p[f'difference_{k}']:+.3f} ± {p[f'difference_{k}_stderr']:.3f}, exact {p[f'exact_{k}']:.0%}"
-                for k in ("surest", "in_order")
-            ]
-            print(f"| {p['span']} | {' | '.join(cells)} |")
+    cells = [
+        [p["key"], f"{p.get('passes', 0):.1f}", plus_minus(p["judged_bpb"], p["stderr"], ".3f"), f"{p['entropy']:.3f}",
+         f"{p['distinct4']:.3f}", f"{p.get('tokens_per_second', 0):.0f}"]
+        for p in book.rows if "judged_bpb" in p
+    ]  # fmt: skip
+    print("\n" + table(["point", "passes", "judged bpb", "entropy", "distinct 4-grams", "tokens/s"], cells))
+    cells = []
+    for p in (p for p in book.rows if p["name"] == "infill"):
+        fills = ("original", "surest", "in_order", "continuation", "blind")
+        cells.append([p["span"], *(plus_minus(p[k], p[f"{k}_stderr"], ".3f") for k in fills)])
+        for k in ("surest", "in_order"):
+            paired = plus_minus(p[f"difference_{k}"], p[f"difference_{k}_stderr"], "+.3f")
+            cells[-1].append(f"{paired}, exact {p[f'exact_{k}']:.0%}")
+    titles = ["span", "original", "surest first", "left to right", "continuation", "own continuation"]
+    print("\n" + table([*titles, "surest less continuation", "left to right less continuation"], cells))
 
 
 if __name__ == "__main__":

@@ -27,14 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import Book, new_parser, scores, table, trained
 from scipy.optimize import least_squares
 
 from mezzotint.config import Preset, preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.files import atomic_write
-from mezzotint.scoring import likelihood
-from mezzotint.training.checkpoint import load_run
-from mezzotint.training.run import train
 
 METRICS = {"nelbo": "NELBO (upper bound)", "chain": "chain (exact)", "causal": "causal (exact)"}
 HEAD_WIDTH = 64  # of the heads of every size, or half the width where that is less
@@ -130,24 +128,14 @@ def sized(base: Preset, size: str, tokens: int, vocab_size: int, seed: int) -> P
     return Preset(model, dataclasses.replace(base.train, steps=steps, seed=seed))
 
 
-def measure(data: Path, dataset: Dataset, size: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(dataset: Dataset, size: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train and score one point of the grid."""
     recipe = sized(preset(options.preset), size, tokens, dataset.tokenizer.vocab_size, options.seed)
-    train_config = dataclasses.replace(recipe.train, compile=not options.eager)
-    made = train(
-        data, options.out / f"{size}_{tokens}_{options.seed}", model=recipe.model, config=train_config, resume=True
-    )
-    model = load_run(options.out / f"{size}_{tokens}_{options.seed}")
+    recipe = Preset(recipe.model, dataclasses.replace(recipe.train, compile=not options.eager))
+    result, model = trained(options.data, options.out / f"{size}_{tokens}_{options.seed}", recipe)
     windows = dataset.split("val").windows(model.config.sequence_length)
-    figures = {
-        "nelbo": likelihood.nelbo(model, windows, tokens=options.score_tokens, repeats=2),
-        "chain": likelihood.chain_rule(model, windows, tokens=options.chain_tokens),
-    }
-    if recipe.train.causal_share > 0:
-        figures["causal"] = likelihood.causal(model, windows, tokens=options.score_tokens)
-    row = {"size": size, "asked": tokens, "seed": options.seed, "preset": options.preset}
-    row |= {"parameters": made["parameters"], "tokens": made["tokens"], "seconds": made["seconds"]}
-    return row | {name: figure.to_dict() for name, figure in figures.items()}
+    found = scores(model, windows, tokens=options.score_tokens, chain_tokens=options.chain_tokens)
+    return {**{name: result[name] for name in ("parameters", "tokens", "seconds")}, **found}
 
 
 def fitted(rows: Sequence[dict[str, Any]], predict: Sequence[tuple[float, float]], times: int) -> dict[str, Any]:
@@ -201,7 +189,7 @@ def _pair(text: str) -> tuple[float, float]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, run what is missing, fit, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for runs, rows, the fit and the plot")
     parser.add_argument("--sizes", nargs="+", default=["3x96", "4x128", "5x192", "6x256"], metavar="LAYERSxWIDTH")
@@ -215,31 +203,22 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--eager", action="store_true", help="train without torch.compile")
     options = parser.parse_args(words)
     dataset = Dataset.open(options.data)
-    options.out.mkdir(parents=True, exist_ok=True)
-    book = options.out / "rows.jsonl"
-    kept = [json.loads(line) for line in book.read_text().splitlines()] if book.exists() else []
-    rows = []
+    book, rows = Book(options.out / "rows.jsonl"), []
     for tokens in sorted(options.tokens):
         for size in options.sizes:
-            key = (size, tokens, options.seed, options.preset)
-            row = next((r for r in kept if (r["size"], r["asked"], r["seed"], r["preset"]) == key), None)
-            if row is None:
-                row = measure(options.data, dataset, size, tokens, options)
-                with book.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            key = {"size": size, "asked": tokens, "seed": options.seed, "preset": options.preset}
+            row = book.get(lambda size=size, tokens=tokens: measure(dataset, size, tokens, options), **key)
             rows.append(row)
             bits = ", ".join(f"{m} {row[m]['bpb']:.3f}" for m in METRICS if m in row)
             print(f"{size}, {row['parameters']:,} parameters, {row['tokens']:,} tokens: {bits}", flush=True)
     found = fitted(rows, options.predict, options.bootstrap)
     atomic_write(options.out / "fit.json", json.dumps(found, indent=1))
     draw(rows, found, options.out / "scaling.svg")
-    print("\n| figure | floor | alpha | beta |\n| --- | --- | --- | --- |")
+    cells = []
     for metric, described in found.items():
-        cells = []
-        for name in ("floor", "alpha", "beta"):
-            low, high = described["interval95"][name]
-            cells.append(f"{described['law'][name]:.3f} ({low:.3f} to {high:.3f})")
-        print(f"| {METRICS[metric]} | {' | '.join(cells)} |")
+        constants = [(described["law"][name], *described["interval95"][name]) for name in ("floor", "alpha", "beta")]
+        cells.append([METRICS[metric], *(f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in constants)])
+    print("\n" + table(["figure", "floor", "alpha", "beta"], cells))
     for metric, described in found.items():
         for p in described["predictions"]:
             low, high = p["interval95"]

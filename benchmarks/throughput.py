@@ -12,16 +12,16 @@ The peak is the best bfloat16 rate of a few products, the model's own shapes amo
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import new_parser, table, write_json
 from torch import Tensor
 from torch.nn import functional
 
@@ -53,11 +53,11 @@ class EveryPosition(MaskedLoss):
         return nll * masked
 
 
-def kernel_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """PyTorch's fused kernel in place of `model.attend`."""
     grouped = q.shape[1] != k.shape[1]
-    mask = None if mask is None or causal else mask.to(q.dtype)
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    attn_mask = None if attn_mask is None or causal else attn_mask.to(q.dtype)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
 
 
 def model_flops(model: ModelConfig, config: TrainConfig, network: Denoiser) -> float:
@@ -86,17 +86,19 @@ def peak(model: ModelConfig, tokens: int, seconds: float = 0.5) -> float:
     return best
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse, time, print."""
+    parser = new_parser(__doc__)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each row [5]")
     parser.add_argument("--steps", type=int, default=8, help="steps in a turn [8]")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     chosen = preset(options.preset)
     model = chosen.model
     # The end of a run: whole windows, all mask rates.
-    base = dataclasses.replace(chosen.train, steps=1000, short_share=0.0, narrow_share=0.0)
+    base = dataclasses.replace(chosen.train, steps=1000, short_share=0.0, narrow_share=0.0, compile=not options.eager)
     rows: list[dict[str, Any]] = [
         {"step": f"{options.preset}, as trained", "config": base, "reference": False},
         {"step": "masked windows only", "config": dataclasses.replace(base, causal_share=0.0), "reference": False},
@@ -133,18 +135,16 @@ def main() -> None:
     tokens = base.batch * model.sequence_length
     print(f"{count_parameters(rows[0]['trainer'].network):,} parameters, batch {base.batch} x {model.sequence_length}, "
           f"{torch.get_num_threads()} threads; measured peak {best / 1e9:.0f} GFLOP/s\n")  # fmt: skip
-    print("| step | ms | tokens/s | model GFLOP/s | of the peak |\n| --- | --- | --- | --- | --- |")
-    out = []
+    out, cells = [], []
     for row in rows:
         seconds = statistics.median(row["times"])
         rate = row["flops"] / seconds
-        print(
-            f"| {row['step']} | {1000 * seconds:.0f} | {tokens / seconds:,.0f} | {rate / 1e9:.0f} | {rate / best:.0%} |"
-        )
+        figures = [f"{1000 * seconds:.0f}", f"{tokens / seconds:,.0f}", f"{rate / 1e9:.0f}", f"{rate / best:.0%}"]
+        cells.append([row["step"], *figures])
         out.append({"step": row["step"], "ms": 1000 * seconds, "tokens_per_second": tokens / seconds,
                     "model_flops_per_second": rate, "peak_flops_per_second": best, "share": rate / best})  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(out, indent=1))
+    print(table(["step", "ms", "tokens/s", "model GFLOP/s", "of the peak"], cells))
+    write_json(options.json, out)
 
 
 if __name__ == "__main__":

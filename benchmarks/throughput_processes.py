@@ -14,7 +14,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from common import new_parser, table
 
 
 def tokens_per_second(options: argparse.Namespace, processes: int, threads: int) -> float:
@@ -23,27 +26,30 @@ def tokens_per_second(options: argparse.Namespace, processes: int, threads: int)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         train = ["-m", "mezzotint", "train", str(options.data), "--out", f"{folder}/run", "--preset", options.preset]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        words = [*launch, *train, "--steps", str(options.steps), "--json"]
-        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        command = [*launch, *train, "--steps", str(options.steps), "--json"]
+        command += ["--no-compile"] if options.eager else []
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             sys.exit(done.stderr[-2000:])
         return json.loads(done.stdout)["tokens_per_second"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse, time, print."""
+    parser = new_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     rates: dict[tuple[int, int], list[float]] = {(1, 2): [], (2, 1): []}
     for _ in range(options.rounds):
         for (processes, threads), found in rates.items():
             found.append(tokens_per_second(options, processes, threads))
     one, two = (statistics.median(found) for found in rates.values())
-    print("| processes x threads | tokens/s, median |\n| --- | --- |")
-    print(f"| 1 x 2 | {one:,.0f} |\n| 2 x 1 | {two:,.0f} |\n\nratio {two / one:.2f}")
+    print(table(["processes x threads", "tokens/s, median"], [["1 x 2", f"{one:,.0f}"], ["2 x 1", f"{two:,.0f}"]]))
+    print(f"\nratio {two / one:.2f}")
 
 
 if __name__ == "__main__":

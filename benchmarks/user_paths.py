@@ -11,7 +11,6 @@ count: PIP_EXTRA_INDEX_URL chooses where PyTorch comes from.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,10 +19,12 @@ import sysconfig
 import tempfile
 import time
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from common import new_parser, say, table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = ("install", "demo", "train", "fill", "compress", "submit")
@@ -164,20 +165,18 @@ def walk(paths: list[str], quick: bool, wheel: Path | None, say: Callable[[str],
     return rows
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Parse, walk, print."""
-    parser = argparse.ArgumentParser(description="Time the most common ways to use Mezzotint from a clean environment.")
+    parser = new_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="borrow dependencies, train for seconds")
     parser.add_argument("--only", nargs="+", choices=PATHS, default=list(PATHS), help="go only these (and install)")
     parser.add_argument("--wheel", type=Path, help="use this wheel instead of building one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    options = parser.parse_args()
-    rows = walk(options.only, options.quick, options.wheel, lambda line: print(line, file=sys.stderr))
-    print("| path | seconds | found |\n| --- | ---: | --- |")
-    for row in rows:
-        print(f"| {row['path']} | {row['seconds']:.1f} | {'' if row['ok'] else 'FAILED: '}{row['found']} |")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    options = parser.parse_args(words)
+    rows = walk(options.only, options.quick, options.wheel, say)
+    cells = [[r["path"], f"{r['seconds']:.1f}", ("" if r["ok"] else "FAILED: ") + r["found"]] for r in rows]
+    print(table(["path", "seconds", "found"], cells))
+    write_json(options.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -21,12 +22,13 @@ import mezzotint
 from mezzotint.apps import submission
 from mezzotint.cli import main
 from mezzotint.cli.training import train_configs
-from mezzotint.config import ModelConfig, TrainConfig
+from mezzotint.config import ModelConfig, Preset, TrainConfig
 from mezzotint.errors import ArtifactError, DataError
 from mezzotint.scoring import likelihood
 from mezzotint.training.checkpoint import read_run
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # they find one another as `python benchmarks/NAME.py` does
 
 
 def script(name: str) -> ModuleType:
@@ -310,6 +312,158 @@ def test_rivals_are_searched_and_all_columns_stand_on_the_same_text(trained, tmp
     quality.main(words)  # nothing is made again
     assert (tmp_path / "out" / "rows.jsonl").read_text().count("\n") == 2
     assert capsys.readouterr().out.count("\n| ") == 4  # title, rule, two rows
+
+
+# --- the others, run small -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both_ways(trained, tmp_path_factory) -> Path:
+    """A run that learnt masks and next tokens."""
+    out = tmp_path_factory.mktemp("both_ways") / "run"
+    model = ModelConfig(vocab_size=290, sequence_length=32, layers=1, width=32, heads=2, kv_heads=1)
+    config = TrainConfig(steps=4, batch=4, compile=False, causal_share=0.5, dtype="float32", device="cpu")
+    mezzotint.train(trained.data, out, model=model, config=config)
+    return out
+
+
+@pytest.fixture
+def prose(tmp_path) -> Path:
+    path = tmp_path / "prose.txt"
+    path.write_text("The old plate was dark until a burnisher drew light out of it. " * 12)
+    return path
+
+
+def rows_of(printed: str) -> list[list[str]]:
+    """Cells of all rows of the Markdown tables in what was printed."""
+    return [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+
+
+def test_finished_rows_are_kept_and_figures_have_errors(tmp_path):
+    common = script("common")
+    book, made = common.Book(tmp_path / "new" / "rows.jsonl"), []
+    for _ in range(2):
+        book.get(lambda: made.append(1) or {"bpb": 1.5, "stderr_bpb": 0.25}, seed=0, size="2x8")
+    assert len(made) == 1 and common.Book(book.path).find(seed=0)["bpb"] == 1.5
+    assert common.Book(book.path).find(seed=1) is None
+    assert common.figure(book.rows[0]) == "1.5000 ± 0.2500" and common.figure(None) == ""
+    assert common.plus_minus(0.5, math.nan, "+.1f") == "+0.5 ± unknown"
+    assert common.table(["a", "b"], [[1, 0.25]]) == "| a | b |\n| --- | --- |\n| 1 | 0.2500 |"
+
+
+def test_changes_trains_each_once_and_pairs_them(trained, tmp_path, capsys):
+    words = [str(trained.data), "--out", str(tmp_path), "--preset", "tiny", "--steps", "2", "--tokens", "128", "--eager",
+             "--change", "matrix_lr=0.01,causal_share=0.0"]  # fmt: skip
+    script("changes").main(words)
+    _, _, first, other = rows_of(printed := capsys.readouterr().out)
+    assert first[0] == "none" and " ± " in first[2] and first[3] and other[0] == "matrix_lr=0.01,causal_share=0.0"
+    assert not other[3] and other[4][0] in "+-"
+    script("changes").main(words)
+    assert capsys.readouterr().out == printed and (tmp_path / "rows.jsonl").read_text().count("\n") == 2
+    with pytest.raises(SystemExit, match="unknown setting 'widht'"):
+        script("changes").main([*words, "--change", "widht=8"])
+
+
+def test_block_sizes_scores_every_size_it_trains(trained, tmp_path, capsys):
+    words = [str(trained.data), "--out", str(tmp_path), "--preset", "tiny", "--steps", "2", "--layers", "1", "--width",
+             "32", "--sequence-length", "16", "--batch", "4", "--sizes", "1", "4", "0", "--no-compile", "--tokens", "64",
+             "--chain-tokens", "32", "--at-once", "1", "2", "--repeats", "2"]  # fmt: skip
+    script("block_sizes").main(words)
+    rows = rows_of(capsys.readouterr().out)[2:]
+    figures = {(size, name) for size, name, *_ in rows}
+    assert {("1", "next tokens"), ("4", "NELBO"), ("4", "2 at once"), ("4", "4 at once"), ("16", "NELBO")} <= figures
+    script("block_sizes").main(words)
+    assert rows_of(capsys.readouterr().out)[2:] == rows
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == len(rows)
+
+
+def test_likelihood_answers_every_question(both_ways, trained, prose, tmp_path, capsys):
+    words = [str(both_ways), str(trained.data), "--windows", "2", "--repeats", "2", "--chain-windows", "1",
+             "--chain-repeats", "2", "--short", "8", "--stride-tokens", "64", "--compare-repeats", "2", "--noise", "0.5",
+             "--text", str(prose), "--bytes", "300", "--check", "--json", str(tmp_path / "l.json")]  # fmt: skip
+    script("likelihood").main(words)
+    found = json.loads((tmp_path / "l.json").read_text())
+    assert set(found) == {"variance", "orders", "bounds", "compress", "compare"} and len(found["variance"]) == 5
+    assert [r["figure"] for r in found["orders"]][:2] == ["NELBO", "left"]
+    ours = next(row for row in found["compress"] if row[""] == "mezzotint")
+    assert "decompressed identical" in ours["note"] and "## bounds" in capsys.readouterr().out
+
+
+def test_sampling_has_its_parts(both_ways, trained, tmp_path, monkeypatch, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = tmp_path / "texts.parquet"
+    long = "the old plate was dark until a burnisher drew light out of it " * 50
+    pyarrow.parquet.write_table(pyarrow.table({"text": [long]}), texts)
+    module = script("sampling")
+    monkeypatch.setattr(module, "SPANS", (2,))
+    words = [str(both_ways), "--judge", str(both_ways), "--data", str(trained.data), "--out", str(tmp_path / "out"), "--n",
+             "2", "--n-infill", "2", "--length", "12", "--passes", "2", "--temperatures", "1.0", "--samplers",
+             "ancestral,entropy,next tokens", "--texts", str(texts), "--n-words", "1"]  # fmt: skip
+    module.main(words)
+    points = [json.loads(line) for line in (tmp_path / "out" / "points.jsonl").read_text().splitlines()]
+    names = {p["name"] for p in points}
+    assert {"real text", "ancestral", "entropy", "next tokens", "infill", "words", "sentences", "latency"} <= names
+    assert all(p["judged_bpb"] > 0 and 0 <= p["distinct4"] <= 1 for p in points if "judged_bpb" in p)
+    assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
+    assert ["ancestral T=1 steps=2", "2.0"] in [row[:2] for row in rows_of(capsys.readouterr().out)]
+
+
+def test_compression_restores_every_file(both_ways, prose, tmp_path, monkeypatch, capsys):
+    module = script("compression")
+    whole = module.files
+    monkeypatch.setattr(module, "files", lambda text: {"prose": text, ".gz": whole(text)[".gz"][:200], "empty": b""})
+    module.main(
+        ["files", "--text", str(prose), "--bytes", "300", "--model", str(both_ways), "--json", str(tmp_path / "c")]
+    )
+    rows = json.loads((tmp_path / "c").read_text())["rows"]
+    assert [(r["file"], r["bytes"], r["restored"]) for r in rows][::2] == [("prose", 300, True), ("empty", 0, True)]
+    assert all(row["xz -9e"] > 0 for row in rows) and rows[1]["restored"]
+    monkeypatch.setattr(module, "SETTINGS", {"OMP_NUM_THREADS": ("1",)})
+    module.main(["matrix", "--bytes", "60"])
+    assert "1 combinations, 1 different files" in capsys.readouterr().out
+
+
+def test_rate_distortion_measures_every_packing(trained, tmp_path, monkeypatch, capsys):
+    module = script("rate_distortion")
+    monkeypatch.setattr(module, "VARIANT_STEPS", (0.8,))
+    words = [str(trained.run), str(trained.data), "--out", str(tmp_path), "--windows", "4", "--calibration", "512",
+             "--steps", "0.8", "2", "--deviations", "9", "--drop", "0"]  # fmt: skip
+    module.main(words)
+    points = [json.loads(line) for line in (tmp_path / "points.jsonl").read_text().splitlines()]
+    assert len(points) == 2 + 2 + 1 + 1 + len(module.INGREDIENTS)
+    assert all(p["bytes"] > 1000 and np.isfinite(p["rise"]).all() and min(p["divergence"]) > -1e-6 for p in points)
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out and "| price of bits | " in text and "sorting MLP units" in text
+    module.main(words)
+    assert (tmp_path / "points.jsonl").read_text().count("\n") == len(points)
+    with pytest.raises(SystemExit, match="name another folder"):
+        module.main([*words, "--windows", "5"])
+
+
+def test_throughput_times_every_row(trained, tmp_path, monkeypatch, capsys):
+    module = script("throughput")
+    small = ModelConfig(vocab_size=290, sequence_length=32, layers=1, width=32, heads=2, kv_heads=1)
+    recipe = Preset(small, TrainConfig(batch=4, causal_share=0.5))
+    monkeypatch.setattr(module, "peak", lambda *_: 1e9)
+    monkeypatch.setattr(module, "preset", lambda _: recipe)
+    module.main(["--preset", "tiny", "--rounds", "1", "--steps", "1", "--eager", "--json", str(tmp_path / "t.json")])
+    rows = json.loads((tmp_path / "t.json").read_text())
+    assert len(rows) == 3 and all(row["tokens_per_second"] > 0 for row in rows)
+    processes = script("throughput_processes")
+    options = argparse.Namespace(data=trained.data, preset="tiny", steps=1, eager=True)
+    assert processes.tokens_per_second(options, 1, 1) > 0
+    monkeypatch.setattr(processes, "tokens_per_second", lambda _, processes, threads: 1000 * processes)
+    processes.main([str(trained.data), "--rounds", "1"])
+    assert "ratio 2.00" in capsys.readouterr().out
+    script("h100_estimate").main(["--gpus", "4"])
+    assert "on 4 H100s, estimated" in capsys.readouterr().out
+
+
+def test_user_paths_are_open(capsys):
+    assert script("user_paths").main(["--quick", "--only", "install"]) == 0
+    assert rows_of(capsys.readouterr().out)[2][0] == "install"
 
 
 # --- a GPU's check, on a CPU --------------------------------------------------------------------------------------------
