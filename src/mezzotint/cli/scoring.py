@@ -6,8 +6,9 @@ Knows nothing of how a figure comes about.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,10 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="nelbo of blocks of K tokens from left to right, 0 of whole windows [what the model was trained on]",
     )
+    parser.add_argument(
+        "--card", type=Path, metavar="README.md", help="also write the figures into this model card (extra hub)"
+    )
+    parser.add_argument("--dataset", metavar="NAME", help="what the card calls the data [its file names]")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
 
 
@@ -96,6 +101,7 @@ def run_score(arguments: argparse.Namespace, progress: Progress) -> None:
         causal = model.trained_causally
         methods = [m for m in METHODS if m != "lower" and (m != "causal" or causal)]
     _check_options(arguments, methods)
+    card = None if arguments.card is None else _card(arguments, model)
     estimates: list[Estimate] = []
     failures: dict[str, str] = {}
     for method in methods:
@@ -112,6 +118,8 @@ def run_score(arguments: argparse.Namespace, progress: Progress) -> None:
         print(f"mezzotint: no figure for {method}: {reason}", file=sys.stderr)
     if not estimates:
         raise DataError("no method gave a figure")
+    if card is not None and os.environ.get("RANK", "0") == "0":
+        card(estimates)
     if arguments.json:
         result = {"results": [e.to_dict() for e in estimates], "model_sha256": model.sha256}
         result |= {"commit": model.info.get("commit")} | ({"failures": failures} if failures else {})
@@ -135,6 +143,26 @@ def _check_options(arguments: argparse.Namespace, methods: Sequence[str]) -> Non
         raise ConfigError("--orders and --order-lean are those of the NELBO: add --method nelbo, or lower")
     if arguments.slack is not None and "lower" not in methods:
         raise ConfigError("--slack is that of the lower bound: add --method lower")
+    if arguments.dataset is not None and arguments.card is None:
+        raise ConfigError("--dataset is what a model card calls the data: add --card README.md")
+
+
+def _card(arguments: argparse.Namespace, model: Model) -> Callable[[Sequence[Estimate]], None]:
+    """What puts figures on the card that was named, which is looked at before hours are spent on them."""
+    from mezzotint.integrations.card import read_card, write_figures
+    from mezzotint.pretrained import is_foreign
+
+    library = "transformers" if is_foreign(arguments.model) else "mezzotint"
+    conditions = {"window": model.config.sequence_length, "stride": arguments.stride or 0}
+    words: dict[str, Any] = {
+        "dataset": arguments.dataset or ", ".join(source.name or str(source) for source in arguments.data),
+        "split": arguments.split if is_data(arguments.data) else "text",
+        "conditions": {**conditions, "model_sha256": model.sha256} if model.sha256 else conditions,
+        "name": arguments.model.name,
+        "library": library,
+    }
+    read_card(arguments.card, arguments.model.name, library)
+    return lambda estimates: write_figures(arguments.card, estimates, **words)
 
 
 def score_by(method: str, model: Model, windows: Windows, options: Mapping[str, Any], progress: Progress) -> Estimate:

@@ -6,21 +6,20 @@ puts the ones it is given on the card, each with its kind and its standard error
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mezzotint.errors import ConfigError, MezzotintError
+from mezzotint.integrations.card import Figure, results, table
 from mezzotint.integrations.network import reachable
 from mezzotint.model import Model, count_parameters
 from mezzotint.packing import safetensors
 from mezzotint.packing.artifact import inspect_artifact, open_artifact
-from mezzotint.scoring.statistics import Estimate
 
 try:
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+    from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 except ImportError as error:
     raise ConfigError("the Hub's client is not installed: pip install 'mezzotint[hub]'") from error
@@ -29,8 +28,6 @@ except ImportError as error:
 ARTIFACT = "model.mzt"
 # What the client raises when the Hub refuses or cannot be reached; HTTPError is its HTTP library's, which has changed.
 REFUSALS = (EntryNotFoundError, HFValidationError, HTTPError, OSError)
-Figure = Estimate | Mapping[str, Any]
-"""An Estimate, or one of the `results` that `mezzotint score --json` prints."""
 
 
 _CARD = """\
@@ -70,48 +67,6 @@ stand beside an autoregressive model's; an `upper bound` is one from above; what
 
 {{ statement }}
 {% endif %}"""
-
-
-def _plain(figure: Figure) -> dict[str, Any]:
-    return figure.to_dict() if isinstance(figure, Estimate) else dict(figure)
-
-
-def _known(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _results(figures: Sequence[Figure], dataset: str, split: str) -> list[EvalResult]:
-    """The model card's model-index: a metric each, with what makes it comparable as its arguments."""
-    results = []
-    for figure in map(_plain, figures):
-        arguments = {
-            "kind": figure["kind"],
-            "standard_error": figure["stderr_bpb"] if _known(figure.get("stderr_bpb")) else "unknown",
-            **{key: figure[key] for key in ("tokens", "bytes", "seed") if key in figure},
-        }
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="text",
-                dataset_name=dataset,
-                dataset_split=split,
-                metric_type="bits_per_byte",
-                metric_name=f"{figure['method']}, bits per byte ({figure['kind']})",
-                metric_value=figure["bpb"],
-                metric_args=arguments,
-            )
-        )
-    return results
-
-
-def _table(figures: Sequence[Figure]) -> str:
-    if not figures:
-        return "None were given with this upload."
-    rows = ["| method | kind | bits per byte | standard error | tokens |", "| --- | --- | ---: | ---: | ---: |"]
-    for figure in map(_plain, figures):
-        error = f"{figure['stderr_bpb']:.4f}" if _known(figure.get("stderr_bpb")) else "unknown"
-        rows.append(f"| {figure['method']} | {figure['kind']} | {figure['bpb']:.4f} | {error} | {figure['tokens']:,} |")
-    return "\n".join(rows)
 
 
 class HubModel(ModelHubMixin, library_name="mezzotint", tags=["masked-diffusion", "text-infilling"]):
@@ -184,7 +139,7 @@ class HubModel(ModelHubMixin, library_name="mezzotint", tags=["masked-diffusion"
             pipeline_tag="text-generation",
             tags=self._hub_mixin_info.model_card_data.tags,
             model_name=self.name,
-            eval_results=_results(self.figures, self.dataset, self.split) or None,
+            eval_results=results(self.figures, self.dataset, self.split) or None,
         )
         return ModelCard.from_template(
             card_data=data,
@@ -195,7 +150,7 @@ class HubModel(ModelHubMixin, library_name="mezzotint", tags=["masked-diffusion"
             repo_id=repo_id,
             described=f"{count_parameters(self.model.network):,} parameters: {config.layers} layers, {config.width} wide, "
             f"{config.vocab_size:,} tokens, windows of {config.sequence_length:,}{steps}.",
-            figures=_table(self.figures),
+            figures=table(self.figures),
             artifact_bytes=f"{looked['bytes']:,}",
             sha256=looked["sha256"],
         )

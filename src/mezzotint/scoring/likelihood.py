@@ -230,8 +230,6 @@ def reconstruction_score(
     residual = (weight / masked_tokens) @ (sums - ce[:, None] * counts)
     n = len(chosen)
     error = math.sqrt(n / (n - 1) * float(residual @ residual)) if n > 1 else math.inf
-    if math.isnan(score):
-        raise DataError("the model's probabilities are not numbers (NaN): its weights or settings are damaged")
     scale = size / shifted / math.log(2)
     return Estimate(
         method="reconstruction",

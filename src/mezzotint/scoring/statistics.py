@@ -142,8 +142,6 @@ def _sampling_error(nats: np.ndarray, sizes: np.ndarray, total_windows: int) -> 
 def assemble(plan: Scoring, method: str, family: str, repeats: np.ndarray, forward_passes: int) -> Estimate:
     """An Estimate from nats [repeats, windows]; a single row means that no masks were drawn. family: see `kind_of`."""
     sizes, tokens, windows = plan.byte_counts, sum(plan.lengths), len(plan.windows)
-    if np.isnan(repeats).any():
-        raise DataError("the model's probabilities are not numbers (NaN): its weights or settings are damaged")
     per_window = repeats.mean(axis=0)
     totals = repeats.sum(axis=1)
     scale = 1 / (float(sizes.sum()) * math.log(2))
