@@ -43,7 +43,7 @@ def running(model, **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = make_server(model, port=port, name="toy", **options)
+    server = make_server(model, port=port, name=options.pop("name", "toy"), **options)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -220,6 +220,8 @@ def test_the_page_in_a_browser():
         page.focus("#text")
         page.keyboard.press("Control+A")
         page.keyboard.type("London is the ____ of England. <b>Paris</b> & co.")
+        page.click("#more summary")
+        page.select_option("#sampler", "confidence")
         page.focus("#temperature")
         for _ in range(20):
             page.keyboard.press("ArrowLeft")

@@ -11,6 +11,7 @@ takes only JSON, which no other site's page can send.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.resources
 import json
 import math
@@ -40,9 +41,11 @@ from mezzotint.config import SAMPLERS
 from mezzotint.errors import MezzotintError
 from mezzotint.model import Model, count_parameters
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
+from mezzotint.pretrained import shipped_file, shipped_models
+from mezzotint.sampling.constraints import WORD
 from mezzotint.sampling.draft import parse_gaps
-from mezzotint.sampling.generate import Span
-from mezzotint.sampling.infill import Gap, check_fills, infill
+from mezzotint.sampling.generate import Span, check_text
+from mezzotint.sampling.infill import CANDIDATES, Alternative, Gap, check_fills, infill
 from mezzotint.scoring.kinds import kind_of
 
 try:
@@ -59,6 +62,10 @@ except ImportError as error:
 
 
 MAX_GAPS = 64  # of a text
+MOST_SIZES = 4  # lengths of a gap that are compared for whoever looks at it
+TRAINED_ON = {
+    "prose": "97 public-domain English novels of the 19th and early 20th century and four OpenStax textbooks.",
+}
 CONNECTIONS = 160
 IDLE_SECONDS = 10  # for a client to ask something, and for one who takes nothing any more
 LIKELIHOOD_MASKS = 32
@@ -139,8 +146,8 @@ def text_likelihood(
     return TextLikelihood(mean * scale, float(np.sqrt(variance)) * scale, size, len(ids), masks, lost)
 
 
-def _settings(body: dict[str, Any], window: int) -> dict[str, Any]:
-    """Options of `infill` from a request. Raises Refused naming what is wrong.
+def _settings(body: dict[str, Any], window: int) -> tuple[dict[str, Any], int]:
+    """Options of `infill` from a request, and alternatives wanted. Raises Refused naming what is wrong.
 
     sampler: a name of `SAMPLERS`, or `search`: texts are sought by a beam and the likeliest is taken, which nothing else
     steers. n: alternatives that are wanted for each gap.
@@ -149,10 +156,10 @@ def _settings(body: dict[str, Any], window: int) -> dict[str, Any]:
     if sampler == SEARCH:
         if wrong := DRAWING & body.keys():
             raise Refused(f"{SEARCH} draws nothing: leave out {', '.join(sorted(wrong))}")
-        return {"n": n}
+        return {"n": max(n, CANDIDATES)}, n  # all, so that lengths can be compared
     if sampler not in SAMPLERS:
         raise Refused(f"sampler must be one of {', '.join((SEARCH, *SAMPLERS))}", param="sampler")
-    return {
+    drawing = {
         "n": n,
         "sampler": sampler,
         "steps": None if body.get("steps") is None else number(body, "steps", 1, window, 1),
@@ -160,6 +167,7 @@ def _settings(body: dict[str, Any], window: int) -> dict[str, Any]:
         "top_p": number(body, "top_p", 0.01, 1, 1.0),
         "no_repeat": number(body, "no_repeat", 0, 16, 0),
     }
+    return drawing, n
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -169,20 +177,52 @@ async def _body(request: Request) -> dict[str, Any]:
         raise Refused('the request must be a JSON object with a string "text"')
     if len(body["text"]) > MAX_CHARACTERS:
         raise Refused(f"the text is longer than {MAX_CHARACTERS:,} characters: send less")
-    _, counts = parse_gaps(body["text"])
-    if len(counts) > MAX_GAPS:
-        raise Refused(f"the text has {len(counts):,} gaps: at most {MAX_GAPS} are filled at once")
+    check_text(body["text"])
     return body
 
 
-def _gap(gap: Gap) -> dict[str, Any]:
-    """A filled gap for the page. bits of the gap: of its tokens where they were drawn; of an alternative: of the text."""
+def _gap(gap: Gap, asked: int | None, n: int) -> dict[str, Any]:
+    """A filled gap for the page, with `n` alternatives and the best text of each length in words (the best MOST_SIZES).
+
+    asked: tokens that the text asks for. bits of the gap: of its tokens where they were drawn; of a text: its code length.
+    """
+    best: dict[int, Alternative] = {}
+    for other in gap.alternatives:  # the likeliest first
+        best.setdefault(len(WORD.findall(other.text)), other)
+    sizes = sorted(list(best.items())[:MOST_SIZES], key=lambda size: size[0])
     return {
         "text": gap.text,
         "tokens": gap.tokens,
         "bits": gap.nats / math.log(2),
-        "alternatives": [{"text": a.text, "bits": a.bits, "probability": a.probability} for a in gap.alternatives],
+        "asked": asked,
+        "alternatives": [{"text": a.text, "bits": a.bits, "probability": a.probability} for a in gap.alternatives[:n]],
+        "lengths": [{"words": words, "text": a.text, "bits": a.bits} for words, a in sizes],
     }
+
+
+def _is_shipped(model: Model, name: str) -> bool:
+    if name not in shipped_models():
+        return False
+    with shipped_file(name) as path:
+        return model.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def about_model(model: Model, name: str) -> str:
+    """What a model is and what it was trained on, as far as is known, in a few sentences for the page."""
+    told = f"“{name}” is a language model of {count_parameters(model.network) / 1e6:.1f} million parameters that reads "
+    told += "the text on both sides of a gap, as far as its window goes. "
+    steps, train = model.info.get("steps"), model.info.get("train")
+    minutes = train.get("minutes") if isinstance(train, dict) else None
+    trained = f" for {minutes:g} minutes" if isinstance(minutes, (int, float)) and minutes > 0 else ""
+    trained += f", {steps:,} steps" if isinstance(steps, int) else ""
+    if name in TRAINED_ON and _is_shipped(model, name):
+        told += f"It was trained{trained} on {TRAINED_ON[name]} "
+    else:
+        told += f"It was trained{trained} on texts that its file does not name. " if trained else ""
+    return told + (
+        "It writes what is likely in such texts and looks nothing up: names, dates and facts in its answers are made up. "
+        "Nothing that you write leaves the machine that serves this page."
+    )
 
 
 def _span(span: Span) -> list[Any]:
@@ -216,6 +256,7 @@ def create_app(
     """
     check_fills(model)
     page = importlib.resources.files("mezzotint.apps").joinpath("serve.html").read_text("utf-8")
+    description = about_model(model, name)
     desks: list[Desk] = []  # made in the running loop
 
     def desk() -> Desk:
@@ -236,14 +277,18 @@ def create_app(
                 "samplers": list(SAMPLERS),
                 "max_characters": MAX_CHARACTERS,
                 "max_gaps": MAX_GAPS,
+                "about": description,
             }
         )
 
     @PAGE.answers
     async def fill(request: Request) -> Response:
         body = await _body(request)
-        settings = _settings(body, model.config.sequence_length)
+        settings, wanted = _settings(body, model.config.sequence_length)
         seed = int(number(body, "seed", 0, 2**53, 0))
+        parts, counts = parse_gaps(body["text"])
+        if len(counts) > MAX_GAPS:
+            raise Refused(f"the text has {len(counts):,} gaps: at most {MAX_GAPS} are filled at once")
 
         def work(emit: Emit, give_way: Callable[[], None]) -> None:
             def on_step(step: int, spans: list[Span]) -> None:
@@ -254,7 +299,8 @@ def create_app(
                 "done",
                 {
                     "text": filled.text,
-                    "gaps": [_gap(g) for g in filled.gaps],
+                    "parts": parts,
+                    "gaps": [_gap(g, count, wanted) for g, count in zip(filled.gaps, counts, strict=True)],
                     "forward_passes": filled.forward_passes,
                     "seconds": filled.seconds,
                 },
