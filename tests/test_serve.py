@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import math
+import re
 import shutil
 import socket
 import threading
@@ -20,8 +22,10 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from test_sample import TEXT, Recall, own_tokenizer, random_model
 
 from mezzotint.apps.desk import MAX_BODY, MAX_CHARACTERS
-from mezzotint.apps.serve import make_server, serve, text_likelihood
+from mezzotint.apps.serve import about_model, make_server, serve, text_likelihood
 from mezzotint.errors import MezzotintError
+from mezzotint.pretrained import load
+from mezzotint.sampling.infill import infill
 
 
 class Slow(Recall):
@@ -255,3 +259,40 @@ def test_a_real_network_is_served():
         assert json.loads(ask(port, "/api/model")[1])["parameters"] > 1000
         found = events(ask(port, "/api/fill", {"text": "a ____ b [MASK*2]", "sampler": "entropy", "steps": 3})[1])
         assert found[-1][0] == "done" and found[-1][1]["text"].startswith("a ")
+
+
+def test_the_search_is_that_of_infill_and_its_lengths_are_told(port):
+    text = "London is the ____ of England. Paris is [MASK*2] capital."
+    found = events(ask(port, "/api/fill", {"text": text, "sampler": "search", "n": 3})[1])[-1][1]
+    expected = infill(Slow(), text, n=64)
+    assert found["text"] == expected.text
+    assert found["parts"] == ["London is the ", " of England. Paris is ", " capital."]
+    for gap, want, asked in zip(found["gaps"], expected.gaps, (None, 2), strict=True):
+        assert gap["alternatives"] == [dataclasses.asdict(a) for a in want.alternatives[:3]] and gap["asked"] == asked
+        words = {}
+        for other in want.alternatives[::-1]:  # the likeliest of each length is written last
+            words[len(re.findall(r"\w+", other.text))] = other.bits
+        assert [row["words"] for row in gap["lengths"]] == sorted(row["words"] for row in gap["lengths"])
+        assert len(gap["lengths"]) <= 4 and all(row["bits"] == words[row["words"]] for row in gap["lengths"])
+        assert min(row["bits"] for row in gap["lengths"]) == want.alternatives[0].bits
+
+
+def test_a_search_takes_no_settings_of_drawing(port):
+    status, raw = ask(port, "/api/fill", {"text": "____", "sampler": "search", "temperature": 0})
+    assert status == 400 and "leave out temperature" in json.loads(raw)["error"]
+
+
+def test_text_that_only_looks_like_a_gap_is_weighed(port):
+    assert events(ask(port, "/api/likelihood", {"text": "[MASK*0] ____"})[1])[-1][0] == "done"
+    assert ask(port, "/api/likelihood", {"text": "\ud800"})[0] == 400
+
+
+def test_what_a_model_is_and_was_trained_on():
+    model = Slow()
+    assert "trained" not in about_model(model, "toy") and "“toy” is a language model" in about_model(model, "toy")
+    model.info = {"steps": 1200, "train": {"minutes": 5.0}}
+    assert "trained for 5 minutes (1,200 steps) on texts that its file does not name" in about_model(model, "toy")
+    model.sha256 = "0"
+    assert "novels" not in about_model(model, "prose")  # another model of that name
+    shipped = load("prose")
+    assert "English novels" in about_model(shipped, "prose")

@@ -214,7 +214,7 @@ def about_model(model: Model, name: str) -> str:
     steps, train = model.info.get("steps"), model.info.get("train")
     minutes = train.get("minutes") if isinstance(train, dict) else None
     trained = f" for {minutes:g} minutes" if isinstance(minutes, (int, float)) and minutes > 0 else ""
-    trained += f", {steps:,} steps" if isinstance(steps, int) else ""
+    trained += f" ({steps:,} steps)" if isinstance(steps, int) else ""
     if name in TRAINED_ON and _is_shipped(model, name):
         told += f"It was trained{trained} on {TRAINED_ON[name]} "
     else:
