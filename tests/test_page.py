@@ -233,7 +233,7 @@ def test_weighing_does_not_keep_from_filling(visit, monkeypatch):
         while not released.wait(0.01):
             check()
             model._before_pass()
-        return TextLikelihood(1.0, 0.1, 1, 1, 1)
+        return TextLikelihood(1.0, 0.1, 1, 1, 1, 0)
 
     monkeypatch.setattr(serve, "text_likelihood", slow)
     with running(Slow()) as port:
