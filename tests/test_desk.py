@@ -1,5 +1,8 @@
 """The desk: turns by a clock that the test winds, places and queues behind a gate that the test opens."""
 
+# Toys stand in for models here.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,8 @@
 """The page in a real browser, by keyboard, on a phone, in forced colours; and what it says when something is not as hoped."""
 
+# Toys stand in for models here.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,8 @@
 """The page: its API over a real socket, and the page itself in a real browser."""
 
+# Toys stand in for models here.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import contextlib
