@@ -31,6 +31,7 @@ from common import compressors, new_parser, table, write_json
 from mezzotint.compression.container import compress_stream, decompress
 from mezzotint.data.dataset import Dataset, Windows
 from mezzotint.data.sources import documents
+from mezzotint.data.texts import TextWindows
 from mezzotint.model import Model
 from mezzotint.objective import stratified_counts
 from mezzotint.pretrained import load
@@ -152,23 +153,6 @@ def orders(model: Model, windows: Windows, args: argparse.Namespace) -> list[dic
     return rows
 
 
-class _Ids:
-    """Windows over ids in memory, charged the bytes of the text they came from."""
-
-    def __init__(self, ids: np.ndarray, length: int, size: int) -> None:
-        self.ids, self.length, self.size = ids, length, size
-
-    def __len__(self) -> int:
-        return -(-len(self.ids) // self.length)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.ids[i * self.length : (i + 1) * self.length]
-
-    def byte_count(self, i: int) -> int:
-        """All bytes on the first window: only the sum over all is used."""
-        return self.size if i == 0 else 0
-
-
 def compression(model: Model, _: Windows, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The text's first bytes under the model and under general-purpose compressors."""
     if args.text is None:
@@ -194,10 +178,8 @@ def compression(model: Model, _: Windows, args: argparse.Namespace) -> list[dict
         took = time.perf_counter() - started
         rows[-1]["note"] += f", decompressed {'identical' if same else 'DIFFERENT'} in {took:.1f} s"
     if not report.rest_bytes:
-        ids = np.array([model.tokenizer.bos_id, *model.tokenizer.encode(data.decode())])
         started = time.perf_counter()
-        held: Any = _Ids(ids, model.config.sequence_length, len(data))
-        figure = causal(model, held)
+        figure = causal(model, TextWindows([data.decode()], model.tokenizer, model.config.sequence_length))
         size = math.ceil(figure.bpb * len(data) / 8)
         add("figure of causal, windows that do not overlap", size, time.perf_counter() - started)
         rows[-1]["note"] = f"file is {100 * (report.output_bytes * 8 / len(data) / figure.bpb - 1):+.2f}% of this"

@@ -32,7 +32,11 @@ CODE = re.compile(r"^```.*?^```$|`[^`\n]+`|\]\([^)]*\)|<!--.*?-->|\d{4}-\d\d-\d\
 
 def pages(root: Path) -> list[Path]:
     """The pages whose numbers are checked."""
-    return [root / "README.md", root / "CONTRIBUTING.md", *sorted(p for p in (root / "docs").glob("*.md") if p.name != "scaling.md")]
+    return [
+        root / "README.md",
+        root / "CONTRIBUTING.md",
+        *sorted(p for p in (root / "docs").glob("*.md") if p.name != "scaling.md"),
+    ]
 
 
 def find(template: str, text: str) -> re.Match[str]:
@@ -47,12 +51,18 @@ def find(template: str, text: str) -> re.Match[str]:
 
 
 def look_up(path: str, record: Any) -> Decimal:
-    """The number at `path`: names joined by dots, each with `[key=value,...]` where it is one of a list's objects."""
+    """The number at `path`: names joined by dots, each with `[key=value,...]` where it is one of a list's objects.
+
+    Of several such objects the one with the most `tokens`. Raises KeyError where there is none.
+    """
     for name, choice in re.findall(r"([^.\[\]]+)(?:\[([^\]]*)\])?", path):
         record = record[name]
         if choice:
             wanted = dict(pair.split("=") for pair in choice.split(","))
-            (record,) = [row for row in record if all(str(row[k]) == v for k, v in wanted.items())]
+            rows = [row for row in record if all(str(row[k]) == v for k, v in wanted.items())]
+            if not rows:
+                raise KeyError(f"no row with {choice}")
+            record = max(rows, key=lambda row: row.get("tokens", 0))
     return Decimal(str(record))
 
 

@@ -41,9 +41,12 @@ def copy(tmp_path):
     (tmp_path / "LOG.md").write_text(
         "# Log\n\n## 2026: speed (kept)\n\nIt took 7 runs and 1.245 s.\n\n## 2026: more\n\n1 s\n"
     )
-    (tmp_path / "record.json").write_text(
-        '{"n": 1234, "rows": [{"k": "a", "x": 2.4951, "se": 0.1}, {"k": "b", "x": 1}]}'
-    )
+    rows = [
+        {"k": "a", "x": 2.4951, "se": 0.1, "tokens": 9},
+        {"k": "a", "x": 3, "se": 0, "tokens": 2},
+        {"k": "b", "x": 1},
+    ]
+    (tmp_path / "record.json").write_text(json.dumps({"n": 1234, "rows": rows}))
     table = {
         "records": {"r": "record.json"},
         "figures": [

@@ -74,16 +74,6 @@ def _codec(tensor: Grid | np.ndarray) -> str:
     return FLOAT16 if tensor.dtype == np.float16 else FLOAT32
 
 
-@dataclass
-class Coded:
-    """All of a model as sections of bytes, and what is known of their sizes."""
-
-    header: dict[str, Any]
-    sections: list[bytes]
-    code_bits: float
-    codes: int
-
-
 def table_banks(tensors: Mapping[str, Grid | np.ndarray]) -> list[list[str]]:
     """Which quantized tensors share probability tables: embeddings (wide alphabets) and matrices form one bank each."""
     names = [name for name, tensor in tensors.items() if isinstance(tensor, Grid)]
