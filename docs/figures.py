@@ -10,8 +10,8 @@ README.md, docs/*.md and CONTRIBUTING.md are the pages. `docs/figures.json` has
 be joined by ` * ` and ` / `), or {"entry", "text"} for the entry of LOG.md whose heading begins so, and a text of it with a
 number at each `{}`; at `{-}` it has a number that the page leaves out. A number keeps the decimals that it has on the page.
 
-Every number of a page with a decimal point, a percent sign or a thousands separator must be named by one of the two lists,
-and in a table every number of two digits or more. Code is left out. Knows JSON and Markdown, and nothing of the package.
+Every number of a page with a decimal point or a percent sign must be named by one of the two lists, and in a table every
+number of two digits or more. Code is left out. Knows JSON and Markdown, and nothing of the package.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def loose_numbers(text: str, named: list[tuple[int, int]]) -> Iterator[str]:
     for match in re.finditer(rf"(?<![\w.])(?<![A-Za-z]-){NUMBER}%?(?!\w)", blank):
         line = blank[blank.rfind("\n", 0, match.start()) + 1 :].split("\n", 1)[0]
         in_table = line.startswith("|") and len(match[0]) > 1
-        if (in_table or re.search(r"[.,%]", match[0])) and not any(a <= match.start() < b for a, b in named):
+        if (in_table or re.search(r"[.%]", match[0])) and not any(a <= match.start() < b for a, b in named):
             yield f"line {text.count(chr(10), 0, match.start()) + 1}: {match[0]} has no source in docs/figures.json"
 
 

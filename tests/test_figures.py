@@ -74,7 +74,7 @@ def test_right_numbers_pass_and_keep_their_decimals(copy):
         ("1.25 s", "1.3 s", "1.3 should be 1.2"),
         ("\n\nBetween", "\n| b | 12 |\n\nBetween", "line 4: 12 has no source"),
         ("Between", "Half of it, 50%, and 3.5 more. Between", "50% has no source"),
-        ("1,234", "1,234 or 5,678", "5,678 has no source"),
+        ("1,234", "1,234 or 56.78", "56.78 has no source"),
         ("Takes", "It takes", "0 times instead of once: Takes"),
         ("Between 0.1", "Between 0.2", "0 times instead of once: Between 0.1"),
     ],
