@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = r"\d(?:[\d,]*\d)?(?:\.\d+)?"
-CODE = re.compile(r"^```.*?^```$|`[^`\n]+`|\]\([^)]*\)|<!--.*?-->|\d{4}-\d\d-\d\d", re.M | re.S)
+CODE = re.compile(r"^```.*?^```$|`[^`\n]+`|\]\([^)]*\)|<!--.*?-->|arXiv:?\s\d+\.\d+|\d{4}-\d\d-\d\d", re.M | re.S)
 
 
 def pages(root: Path) -> list[Path]:
