@@ -7,4 +7,3 @@ mezzotint score MODEL.mzt UNSEEN --method causal --tokens 65536
 mezzotint score MODEL.mzt DATA --method nelbo --tokens 32768 --repeats 4 --seed 0
 mezzotint score MODEL.mzt UNSEEN --method nelbo --tokens 32768 --repeats 4 --seed 0
 mezzotint score MODEL.mzt DATA --method chain --tokens 2048
-mezzotint score MODEL.mzt UNSEEN --method chain --tokens 2048
