@@ -104,7 +104,7 @@ def train(home: Home) -> str:
 
 def _model(home: Home) -> list[str]:
     """The shipped model (by naming none) where there is one, else the one trained above, made if need be."""
-    if home.run(home.python, "-c", "import mezzotint; print(*mezzotint.shipped_models())").split():
+    if home.run(home.python, "-c", "import mezzotint; print(*mezzotint.pretrained_models())").split():
         return []
     if not (home.folder / "mine.mzt").exists():
         train(home)

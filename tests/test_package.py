@@ -65,7 +65,7 @@ def test_installed_wheel_loads_its_model(built, tmp_path):
         file.extractall(tmp_path / "site")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import mezzotint; print(mezzotint.__file__); "
-        "print(mezzotint.shipped_models()); print(mezzotint.load('prose').config.vocab_size)"
+        "print(mezzotint.pretrained_models()); print(mezzotint.load('prose').config.vocab_size)"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

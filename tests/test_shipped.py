@@ -30,7 +30,7 @@ def printed(capsys, *words) -> dict:
 
 def test_by_name_and_by_path(package, trained):
     expected = mezzotint.open_artifact(trained.artifact).sha256
-    assert mezzotint.shipped_models() == ["prose"]
+    assert mezzotint.pretrained_models() == ["prose"]
     assert mezzotint.load("prose").sha256 == mezzotint.load().sha256 == expected
     assert mezzotint.load(trained.artifact).sha256 == mezzotint.load(str(trained.artifact)).sha256 == expected
     steps = mezzotint.load(trained.run).info["steps"]
@@ -130,8 +130,8 @@ def test_export_and_import_by_command(package, trained, capsys):
 def test_demo_shows_the_shipped_model_first(package, trained):
     """Its text with the gap filled, as `fill` does; an installation without it goes on without."""
     said: list[str] = []
-    shown = demo.fill_with_shipped(said.append)
+    shown = demo.fill_with_pretrained(said.append)
     expected = mezzotint.fill(mezzotint.open_artifact(trained.artifact), demo.SHIPPED_TEXT, seed=0)
     assert shown == {"model": "prose", "text": expected} and said[-1] == expected and "____" not in expected
     (package / "package" / "models" / "prose.mzt").unlink()
-    assert demo.fill_with_shipped(said.append) is None and len(said) == 2
+    assert demo.fill_with_pretrained(said.append) is None and len(said) == 2

@@ -29,7 +29,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def killed(part: str, data: Path, home: Path) -> dict:
-    words = [sys.executable, str(Path(__file__).with_name("killed.py")), part, str(data), str(home)]
+    words = [sys.executable, str(Path(__file__).parent / "helpers" / "killed.py"), part, str(data), str(home)]
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     if "tracing is not allowed here" in done.stderr:
         pytest.skip("this machine allows no tracing of system calls")
@@ -57,7 +57,13 @@ def test_a_compiled_run_on_two_threads_killed_and_gone_on_with_is_the_same_run(d
     """SIGKILL after a step, or amid the first one's compilation; each part is a process of its own."""
     whole = killed("compiled", data, tmp_path / "whole")
     assert whole["compiled"] and whole["threads"] == 2
-    words = [sys.executable, str(Path(__file__).with_name("killed.py")), "compiled", str(data), str(tmp_path / "run")]
+    words = [
+        sys.executable,
+        str(Path(__file__).parent / "helpers" / "killed.py"),
+        "compiled",
+        str(data),
+        str(tmp_path / "run"),
+    ]
     for when in ("compiling", "3"):
         done = subprocess.run([*words, when], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
         assert done.returncode == -9, done.stderr[-2000:]

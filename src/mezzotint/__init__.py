@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mezzotint.packing.artifact import inspect_artifact, open_artifact
     from mezzotint.packing.pack import pack, store
     from mezzotint.packing.safetensors import export_folder, import_folder
-    from mezzotint.pretrained import load, shipped_models
+    from mezzotint.pretrained import load, pretrained_models
     from mezzotint.sampling.denoise import denoise
     from mezzotint.sampling.generate import sample
     from mezzotint.sampling.infill import fill, infill
@@ -80,7 +80,7 @@ _HOME = {
     "reconstruction_score": "scoring.likelihood",
     "report": "apps.report",
     "sample": "sampling.generate",
-    "shipped_models": "pretrained",
+    "pretrained_models": "pretrained",
     "store": "packing.pack",
     "submit": "apps.submission",
     "train": "training.run",
@@ -125,11 +125,11 @@ __all__ = [
     "pack",
     "prepare",
     "preset",
+    "pretrained_models",
     "push_to_hub",
     "reconstruction_score",
     "report",
     "sample",
-    "shipped_models",
     "store",
     "submit",
     "train",

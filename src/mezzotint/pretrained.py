@@ -22,7 +22,7 @@ from mezzotint.training.checkpoint import load_run
 DEFAULT = "prose"
 
 
-def shipped_models() -> list[str]:
+def pretrained_models() -> list[str]:
     """Names of the models that came with this installation."""
     folder = importlib.resources.files("mezzotint").joinpath("models")
     if not folder.is_dir():
@@ -31,11 +31,11 @@ def shipped_models() -> list[str]:
 
 
 @contextlib.contextmanager
-def shipped_file(name: str) -> Iterator[Path]:
+def pretrained_file(name: str) -> Iterator[Path]:
     """The artifact of a shipped model, as a file for as long as the context lasts. Raises CheckpointError."""
-    shipped = shipped_models()
-    if name not in shipped:
-        known = ", ".join(shipped) or "none in this installation"
+    known_models = pretrained_models()
+    if name not in known_models:
+        known = ", ".join(known_models) or "none in this installation"
         raise CheckpointError(
             f"{name} does not exist; name a .mzt artifact, a run folder or a shipped model (shipped: {known})"
         )
@@ -70,7 +70,7 @@ def load(model: str | Path | None = None, *, objective: str | None = None, trust
     if objective is not None:
         raise ConfigError("an objective is that of a model of transformers: this package's models know their own")
     if model is None:
-        with shipped_file(DEFAULT) as file:
+        with pretrained_file(DEFAULT) as file:
             return open_artifact(file)
     path = Path(model)
     if safetensors.is_exported(path):
@@ -79,9 +79,9 @@ def load(model: str | Path | None = None, *, objective: str | None = None, trust
         return open_artifact(path)
     if (path / "config.json").is_file():
         return load_run(path)
-    if path.is_dir() and str(model) not in shipped_models():
+    if path.is_dir() and str(model) not in pretrained_models():
         return load_run(path)  # says what the folder lacks
-    with shipped_file(str(model)) as file:
+    with pretrained_file(str(model)) as file:
         return open_artifact(file)
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from mezzotint.data.dataset import Windows
-from mezzotint.errors import CheckpointError, DataError
+from mezzotint.errors import CheckpointError
 from mezzotint.model import Model
 from mezzotint.scoring import kinds
 from mezzotint.scoring.nelbo import nelbo_masks
-from mezzotint.scoring.plan import Scoring, masked_window_nll
+from mezzotint.scoring.plan import Scoring, masked_window_nll, some_bytes
 from mezzotint.scoring.statistics import Estimate
 
 # Colours that stand for the page's CSS variables, so that the charts follow the reader's light or dark scheme.
@@ -81,9 +81,7 @@ def mask_rate_curve(
     lengths = np.array([len(windows[i]) for i in chosen] * repeats)
     share = np.array(rates)
     nats = np.array(means) / np.rint(share * lengths)
-    size = sum(windows.byte_count(i) for i in chosen)
-    if size == 0:
-        raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
+    size = some_bytes(sum(windows.byte_count(i) for i in chosen))
     scale = len(chosen) * float(lengths.mean()) / size / math.log(2)
     found = []
     for b in range(bins):
@@ -223,14 +221,14 @@ def rate_chart(curve: Sequence[RateBin]) -> str:
 _PARTS = ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down")
 
 
-def bytes_by_group(looked: dict[str, Any]) -> dict[str, dict[str, int]]:
+def bytes_by_group(contents: dict[str, Any]) -> dict[str, dict[str, int]]:
     """An artifact's bytes by place and part: {place: {part: bytes}}, every byte of the file exactly once.
 
     Places are `embedding`s, `layer i`, `other tensors` and `file` (header, tokenizer, tables, digest). Where tensors
     are compressed together, their bytes are shares of the common stream.
     """
-    tensors = looked["tensors"]
-    sections = dict(looked["sections"])
+    tensors = contents["tensors"]
+    sections = dict(contents["sections"])
     stored = sections.pop("LZMA stream", None)
     scale = 1.0 if stored is None else stored / max(1, sum(t["bytes"] for t in tensors))
     places: dict[str, dict[str, int]] = {}
@@ -245,13 +243,13 @@ def bytes_by_group(looked: dict[str, Any]) -> dict[str, dict[str, int]]:
             place, part = "other tensors", "rest"
         group = places.setdefault(place, {})
         group[part] = group.get(part, 0) + round(tensor["bytes"] * scale)
-    places["file"] = {"rest": looked["bytes"] - sum(sum(parts.values()) for parts in places.values())}
+    places["file"] = {"rest": contents["bytes"] - sum(sum(parts.values()) for parts in places.values())}
     return places
 
 
-def bytes_chart(looked: dict[str, Any]) -> str:
+def bytes_chart(contents: dict[str, Any]) -> str:
     """Where an artifact's bytes are: one stacked bar for each layer and other place. SVG."""
-    places = bytes_by_group(looked)
+    places = bytes_by_group(contents)
     labels = {"file": "header, tokenizer, tables"}
     names = list(places)
     figure, axes = _figure(8.6, 0.9 + 0.3 * len(names))

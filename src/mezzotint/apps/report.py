@@ -84,15 +84,15 @@ def _settings(name: str, config: ModelConfig | TrainConfig) -> dict[str, Any]:
     return {"name": name, "rows": rows}
 
 
-def _tensor_table(looked: dict[str, Any]) -> dict[str, Any]:
+def _tensor_table(contents: dict[str, Any]) -> dict[str, Any]:
     rows = [
         (t["name"], " × ".join(map(str, t["shape"])), t["codec"], f"{t['bytes']:,}", f"{t['bits_per_weight']:.2f}",
          f"{100 * t['zeros']:.1f}%")
-        for t in looked["tensors"]
+        for t in contents["tensors"]
     ]  # fmt: skip
-    rows += [(name, "", "", f"{size:,}", "", "") for name, size in looked["sections"].items()]
+    rows += [(name, "", "", f"{size:,}", "", "") for name, size in contents["sections"].items()]
     heads = ("tensor or section", "shape", "codec", "bytes", "bits per weight", "zeros")
-    return {"summary": f"All {len(looked['tensors'])} tensors", "heads": heads, "rows": rows}
+    return {"summary": f"All {len(contents['tensors'])} tensors", "heads": heads, "rows": rows}
 
 
 def _duration(seconds: float) -> str:
@@ -125,9 +125,9 @@ def report(
 
     say = progress or (lambda _: None)
     run, out = Path(run), Path(out)
-    described = read_run(run)
+    run_config = read_run(run)
     rows = read_metrics(run)
-    looked = inspect_artifact(Path(artifact)) if artifact is not None else None
+    contents = inspect_artifact(Path(artifact)) if artifact is not None else None
     model = open_artifact(artifact) if artifact is not None else load_run(run)
     estimates = list(estimates)
     curve: list[RateBin] = []
@@ -160,12 +160,12 @@ def report(
     exact = next((e for e in estimates if e.kind == kinds.EXACT), None)
     if exact is not None:
         tiles.append({"value": f"{exact.bpb:.3f}", "label": f"bits per byte, exact ({exact.method})"})
-    if looked is not None:
-        tiles.append({"value": f"{looked['bytes']:,}", "label": f"bytes in the artifact, of {BUDGET:,} allowed"})
+    if contents is not None:
+        tiles.append({"value": f"{contents['bytes']:,}", "label": f"bytes in the artifact, of {BUDGET:,} allowed"})
     tiles.append({"value": f"{parameters:,}", "label": "parameters"})
-    if looked is not None:
+    if contents is not None:
         tiles.append(
-            {"value": f"{looked['bits_per_parameter']:.2f}", "label": "bits per parameter, everything counted"}
+            {"value": f"{contents['bits_per_parameter']:.2f}", "label": "bits per parameter, everything counted"}
         )
     if last:
         tiles.append({"value": f"{last['step']:,}", "label": f"steps in {_duration(float(last.get('seconds', 0)))}"})
@@ -173,10 +173,10 @@ def report(
 
     scores = []
     for e in estimates:
-        comparable, words = comparison(e.kind)
+        comparable, sentence = comparison(e.kind)
         error = f"{e.stderr_bpb:.4f}" if math.isfinite(e.stderr_bpb) else "unknown"
         scores.append({"method": e.method, "kind": e.kind, "bpb": f"{e.bpb:.4f}", "stderr": error,
-                       "tokens": f"{e.tokens:,}", "comparable": comparable, "comparison": words})  # fmt: skip
+                       "tokens": f"{e.tokens:,}", "comparable": comparable, "comparison": sentence})  # fmt: skip
 
     charts = []
     if any(isinstance(r.get("train_nelbo_bpb"), (int, float)) for r in rows):
@@ -200,19 +200,19 @@ def report(
                           f"{b.nats_per_token:.4f}", b.masks) for b in curve],
             },
         })  # fmt: skip
-    if looked is not None:
+    if contents is not None:
         charts.append({
             "title": "Bytes per tensor",
-            "note": f"All {looked['bytes']:,} bytes of the artifact, layer by layer.",
-            "svg": Markup(bytes_chart(looked)),
-            "table": _tensor_table(looked),
+            "note": f"All {contents['bytes']:,} bytes of the artifact, layer by layer.",
+            "svg": Markup(bytes_chart(contents)),
+            "table": _tensor_table(contents),
         })  # fmt: skip
 
     provenance = [f"Weights: {Path(artifact).name if artifact is not None else 'the averaged weights of the run'}."]
-    if looked is not None:
-        provenance.append(f"SHA-256 of the artifact: {looked['sha256']}")
-    if described.get("commit"):
-        provenance.append(f"Trained at commit {described['commit']}")
+    if contents is not None:
+        provenance.append(f"SHA-256 of the artifact: {contents['sha256']}")
+    if run_config.get("commit"):
+        provenance.append(f"Trained at commit {run_config['commit']}")
     config = model.config
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(
@@ -228,7 +228,7 @@ def report(
         gaps=gaps,
         samples=texts,
         sampling=sampling,
-        settings=[_settings("Model", config), _settings("Training", described["train"])],
+        settings=[_settings("Model", config), _settings("Training", run_config["train"])],
         version=mezzotint.__version__,
         provenance=provenance,
     )

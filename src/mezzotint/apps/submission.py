@@ -240,8 +240,8 @@ def _script(name: str, doc: str, roots: Sequence[str], body: str) -> str:
 
 def scripts(run: Path | str) -> dict[str, str]:
     """The two scripts of a run's record, name -> text. They depend on the run's settings, not on its weights."""
-    described = read_run(Path(run))
-    settings = json.dumps({"model": to_dict(described["model"]), "train": to_dict(described["train"])})
+    run_config = read_run(Path(run))
+    settings = json.dumps({"model": to_dict(run_config["model"]), "train": to_dict(run_config["train"])})
     train = _TRAIN_MAIN.format(run=repr(settings), artifact=ARTIFACT, scripts=f'"{TRAIN_SCRIPT}", "{SCORE_SCRIPT}"')
     score = _SCORE_MAIN.format(artifact=ARTIFACT)
     return {
@@ -274,7 +274,12 @@ _KINDS = {
 
 
 def _readme(
-    name: str, blurb: str, model: Model, estimates: Sequence[Estimate], sizes: dict[str, int], described: dict[str, Any]
+    name: str,
+    blurb: str,
+    model: Model,
+    estimates: Sequence[Estimate],
+    sizes: dict[str, int],
+    run_config: dict[str, Any],
 ) -> str:
     rows = []
     for e in estimates:
@@ -283,10 +288,10 @@ def _readme(
     kinds = [f"- **{kind}**: {words}." for kind, words in _KINDS.items() if any(e.kind == kind for e in estimates)]
     config = model.config
     settings = "\n".join(
-        f"- {label}: " + ", ".join(f"`{key}={value}`" for key, value in to_dict(described[part]).items())
+        f"- {label}: " + ", ".join(f"`{key}={value}`" for key, value in to_dict(run_config[part]).items())
         for label, part in (("Model", "model"), ("Training", "train"))
     )
-    commit = f"\nTrained at commit `{described['commit']}`.\n" if described.get("commit") else ""
+    commit = f"\nTrained at commit `{run_config['commit']}`.\n" if run_config.get("commit") else ""
     return f"""# {name}
 
 {blurb}
@@ -366,14 +371,14 @@ def submit(
         raise ArtifactError(f"{out} is a file; name a folder for the record")
     if out.is_dir() and any(out.iterdir()) and not (out / "submission.json").is_file():
         raise ArtifactError(f"{out} holds other files; name a new or empty folder for the record")
-    described = read_run(run)
+    run_config = read_run(run)
     model = open_artifact(artifact)
     log = run / "train.log"
     if not log.is_file():
         raise CheckpointError(f"{run} has no train.log, which a record must hold")
-    if model.config != described["model"]:
+    if model.config != run_config["model"]:
         raise ArtifactError(f"{artifact} was not packed from {run}: their model settings differ")
-    if model.info.get("train") not in (None, to_dict(described["train"])):
+    if model.info.get("train") not in (None, to_dict(run_config["train"])):
         raise ArtifactError(f"{artifact} was not packed from {run}: their training settings differ")
 
     texts = scripts(run)
@@ -418,7 +423,7 @@ def submit(
     with writing(out, MezzotintError), atomic_folder(out) as folder:
         shutil.copyfile(artifact, folder / ARTIFACT)
         # The log as it is, but for where the data lay on the machine that trained.
-        place = json.dumps(described.get("data_folder") or "")
+        place = json.dumps(run_config.get("data_folder") or "")
         words = log.read_text(encoding="utf-8")
         (folder / "train.log").write_text(words.replace(place, '"DATA"') if len(place) > 2 else words, "utf-8")
         for script, text in texts.items():
@@ -426,7 +431,7 @@ def submit(
         needs = _needs(module_sources(("training.run", "packing.pack", "scoring.likelihood")))
         (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in needs))
         (folder / "submission.json").write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        (folder / "README.md").write_text(_readme(name, blurb, model, estimates, sizes, described), "utf-8")
+        (folder / "README.md").write_text(_readme(name, blurb, model, estimates, sizes, run_config), "utf-8")
         files = sorted(path.name for path in folder.iterdir())
     return {
         "folder": str(out),

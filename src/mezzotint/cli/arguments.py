@@ -141,15 +141,15 @@ def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """The MODEL before all else; optional: the shipped one where none is named."""
     shown = f" [the shipped {DEFAULT_MODEL}]" if optional else ""
     help = f"a .mzt artifact, a run folder, a shipped model's name, a folder of transformers or hf:OWNER/NAME{shown}"
-    words: dict[str, Any] = {"nargs": "?"} if optional else {}
-    parser.add_argument("model", type=Path, metavar="MODEL|RUN", help=help, **words)
+    options: dict[str, Any] = {"nargs": "?"} if optional else {}
+    parser.add_argument("model", type=Path, metavar="MODEL|RUN", help=help, **options)
 
 
 def add_foreign(parser: argparse.ArgumentParser) -> None:
     """The options for models of transformers, of commands that take them."""
     group = parser.add_argument_group("models of transformers")
-    words = ("masked", "masked_shifted", "causal")
-    group.add_argument("--objective", choices=words, help="what the model was trained on [what its class says]")
+    kinds = ("masked", "masked_shifted", "causal")
+    group.add_argument("--objective", choices=kinds, help="what the model was trained on [what its class says]")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code of the model's repository")
 
 

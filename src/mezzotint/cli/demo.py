@@ -46,7 +46,7 @@ def run_demo(arguments: argparse.Namespace, progress: Progress) -> None:
         progress.close()
         progress.say(f"[{time.monotonic() - started:5.0f} s] {text}")
 
-    result: dict[str, Any] = {"shipped": fill_with_shipped(step)}
+    result: dict[str, Any] = {"shipped": fill_with_pretrained(step)}
     try:
         result |= _train_and_pack(out, arguments.minutes, step, progress)
     except Interrupted as stop:  # its own advice is for `train`
@@ -77,12 +77,12 @@ def _own_folder(out: Path) -> Path:
     return mark
 
 
-def fill_with_shipped(step: Callable[[str], None]) -> dict[str, str] | None:
+def fill_with_pretrained(step: Callable[[str], None]) -> dict[str, str] | None:
     """What the shipped model makes of a sentence with a gap; None in an installation without it."""
-    from mezzotint.pretrained import load, shipped_models
+    from mezzotint.pretrained import load, pretrained_models
     from mezzotint.sampling.infill import fill
 
-    if DEFAULT_MODEL not in shipped_models():
+    if DEFAULT_MODEL not in pretrained_models():
         return None
     step(f"the shipped model, {DEFAULT_MODEL}, fills a gap: {SHIPPED_TEXT}")
     text = fill(load(), SHIPPED_TEXT, seed=0)
@@ -138,12 +138,12 @@ def _look_at(out: Path, step: Callable[[str], None], progress: Progress) -> tupl
     drawn = sample(model, 2, 64, seed=0)
     filled = fill(model, DEMO_TEXT, seed=0)
     step("writing the report")
-    words = {"artifact": out / "model.mzt", "dataset": dataset, "estimates": estimates, "tokens": 16_384}
+    options = {"artifact": out / "model.mzt", "dataset": dataset, "estimates": estimates, "tokens": 16_384}
     return estimates, {
         "score": {"results": [e.to_dict() for e in estimates], "model_sha256": model.sha256},
         "sample": drawn.to_dict(),
         "fill": {"text": filled},
-        "report": report(out / "run", out / "report.html", samples=2, **words),
+        "report": report(out / "run", out / "report.html", samples=2, **options),
     }
 
 

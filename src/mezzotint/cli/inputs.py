@@ -40,14 +40,14 @@ def run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | Non
     from mezzotint.data.dataset import Dataset
     from mezzotint.training.checkpoint import read_run
 
-    described = read_run(run)
-    folder = given or Path(described.get("data_folder") or "")
-    if given is None and (not described.get("data_folder") or not folder.is_dir()):
+    run_config = read_run(run)
+    folder = given or Path(run_config.get("data_folder") or "")
+    if given is None and (not run_config.get("data_folder") or not folder.is_dir()):
         if needed:
             raise DataError(f"the data that {run} was trained on is not at {folder}: name it with --data for {needed}")
         return None
     dataset = Dataset.open(folder)
-    if dataset.tokenizer.sha256 != described["data"]["tokenizer_sha256"]:
+    if dataset.tokenizer.sha256 != run_config["data"]["tokenizer_sha256"]:
         raise DataError(f"{folder} was prepared with another tokenizer than {run} was trained with")
     return dataset
 

@@ -155,9 +155,9 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 def run_inspect(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.packing.artifact import inspect_artifact
 
-    looked = inspect_artifact(arguments.artifact)
+    contents = inspect_artifact(arguments.artifact)
     if arguments.json:
-        return emit(arguments, looked)
+        return emit(arguments, contents)
     columns = [("tensor", "left"), ("shape", "left"), ("codec", "left")]
     columns += [(n, "right") for n in ("bits/weight", "bytes", "zeros")]
     rows = [
@@ -169,13 +169,13 @@ def run_inspect(arguments: argparse.Namespace, progress: Progress) -> None:
             f"{row['bytes']:,}",
             f"{row['zeros']:.1%}",
         )
-        for row in looked["tensors"]
+        for row in contents["tensors"]
     ]
-    table(f"{looked['file']}: {looked['bytes']:,} bytes, {looked['parameters']:,} parameters", columns, rows)
-    lines = [(name, f"{size:,} bytes") for name, size in looked["sections"].items()]
-    lines += [("bits per parameter", f"{looked['bits_per_parameter']:.3f}"), ("sha256", looked["sha256"])]
-    lines += [("checked", ", ".join(looked["checks"]))]
-    emit(arguments, looked, lines)
+    table(f"{contents['file']}: {contents['bytes']:,} bytes, {contents['parameters']:,} parameters", columns, rows)
+    lines = [(name, f"{size:,} bytes") for name, size in contents["sections"].items()]
+    lines += [("bits per parameter", f"{contents['bits_per_parameter']:.3f}"), ("sha256", contents["sha256"])]
+    lines += [("checked", ", ".join(contents["checks"]))]
+    emit(arguments, contents, lines)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,7 +228,7 @@ def run_submit(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.apps.submission import submit
 
     dataset = run_data(arguments.run_folder, arguments.data, "the record's score")
-    words = {k: getattr(arguments, k) for k in ("name", "author", "github_id", "blurb") if getattr(arguments, k)}
+    options = {k: getattr(arguments, k) for k in ("name", "author", "github_id", "blurb") if getattr(arguments, k)}
     result = submit(
         arguments.run_folder,
         arguments.artifact,
@@ -236,7 +236,7 @@ def run_submit(arguments: argparse.Namespace, progress: Progress) -> None:
         dataset=dataset,
         tokens=arguments.tokens,
         progress=progress.say,
-        **words,
+        **options,
     )
     lines = [
         ("record", result["folder"]),

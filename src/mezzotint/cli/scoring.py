@@ -227,13 +227,13 @@ def run_compare(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.scoring.compare import compare, compare_documents
 
     a, b = load_model(arguments.a, arguments), load_model(arguments.b, arguments)
-    words = {"method": arguments.method, "repeats": arguments.repeats, "seed": arguments.seed}
-    words["progress"] = progress.passes("comparing")
+    options = {"method": arguments.method, "repeats": arguments.repeats, "seed": arguments.seed}
+    options["progress"] = progress.passes("comparing")
     if is_data(arguments.data):
         scored_windows(b, arguments)  # the second model's tokenizer is checked like the first's
-        found = compare(a, b, scored_windows(a, arguments), tokens=arguments.tokens, **words)
+        found = compare(a, b, scored_windows(a, arguments), tokens=arguments.tokens, **options)
     else:
-        found = compare_documents(a, b, scored_texts(arguments), **words)
+        found = compare_documents(a, b, scored_texts(arguments), **options)
     progress.close()
     p = found.p_value
     verdict = "no difference shown" if p >= 0.01 else f"{'A' if found.difference_bpb > 0 else 'B'} is better"

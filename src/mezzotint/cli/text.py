@@ -40,10 +40,10 @@ def run_sample(arguments: argparse.Namespace, progress: Progress) -> None:
 
     model = load_model(arguments.model, arguments)
     settings = sampling_settings(arguments)
-    words = {"prompt": arguments.prompt, "seed": arguments.seed, **settings}
+    options = {"prompt": arguments.prompt, "seed": arguments.seed, **settings}
     with watching(arguments, progress) as watch:
         on_step = watch.canvas(model.tokenizer) if watch else None
-        result = sample(model, arguments.n, arguments.length, on_step=on_step, **words)
+        result = sample(model, arguments.n, arguments.length, on_step=on_step, **options)
     if arguments.json:
         return emit(arguments, result.to_dict())
     for i, text in enumerate(result.texts):

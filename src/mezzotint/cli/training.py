@@ -173,12 +173,12 @@ def train_configs(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[
     if arguments.resume and (arguments.out / "config.json").exists():
         from mezzotint.training.checkpoint import read_run
 
-        described = read_run(arguments.out)
-        if tokenizer.sha256 != described["data"]["tokenizer_sha256"]:
+        run_config = read_run(arguments.out)
+        if tokenizer.sha256 != run_config["data"]["tokenizer_sha256"]:
             raise DataError(
                 f"{arguments.data} was prepared with another tokenizer than {arguments.out} was trained with"
             )
-        model, train = described["model"], described["train"]
+        model, train = run_config["model"], run_config["train"]
         if arguments.preset is not None:
             model, train = preset(arguments.preset).model, preset(arguments.preset).train
             model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)

@@ -152,9 +152,9 @@ def encode_tokens(network: ExactNetwork, tokens: np.ndarray, streams: Streams, e
             inputs = _inputs(part, start, stop, c.mask_id)
             cache = Cache(network, len(part), stop - start)
             hidden = network.hidden(inputs, cache, first - start).reshape(-1, c.width)
-            wanted = part[:, first:stop].ravel()
+            targets = part[:, first:stop].ravel()
             for begin in range(0, len(hidden), POSITIONS):  # a wide vocabulary takes memory
-                chosen = wanted[begin : begin + POSITIONS]
+                chosen = targets[begin : begin + POSITIONS]
                 f = network.frequencies(hidden[begin : begin + POSITIONS])
                 own = f[np.arange(len(f)), chosen]
                 f[np.arange(f.shape[1]) >= chosen[:, None]] = 0

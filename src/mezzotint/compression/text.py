@@ -18,44 +18,44 @@ Edit = tuple[int, int, bytes]
 """(bytes to keep since the edit before, bytes to drop, bytes to put in their place)"""
 
 
-def align(known: bytes, wanted: bytes) -> list[Edit] | None:
-    """Edits that turn `known` into `wanted`, or None where they differ too much.
+def align(known: bytes, target: bytes) -> list[Edit] | None:
+    """Edits that turn `known` into `target`, or None where they differ too much.
 
     Walks both; at a difference takes the shortest edit after which six bytes agree. Quick where edits are few; not
     always the fewest.
     """
     edits: list[Edit] = []
     p = q = kept = 0
-    budget = len(wanted) // 2 + 16
+    budget = len(target) // 2 + 16
     while True:
         step = 4096
         while step:
-            if known[p : p + step] == wanted[q : q + step] and max(p + step - len(known), q + step - len(wanted)) <= 0:
+            if known[p : p + step] == target[q : q + step] and max(p + step - len(known), q + step - len(target)) <= 0:
                 p, q, kept = p + step, q + step, kept + step
             else:
                 step //= 4
-        if p == len(known) and q == len(wanted):
+        if p == len(known) and q == len(target):
             return edits
-        found = _resume(known, wanted, p, q)
+        found = _resume(known, target, p, q)
         if found is None:
             return None
         drop, put = found
-        edits.append((kept, drop, wanted[q : q + put]))
+        edits.append((kept, drop, target[q : q + put]))
         p, q, kept = p + drop, q + put, 0
         budget -= 3 + put
         if budget < 0:
             return None
 
 
-def _resume(known: bytes, wanted: bytes, p: int, q: int) -> tuple[int, int] | None:
+def _resume(known: bytes, target: bytes, p: int, q: int) -> tuple[int, int] | None:
     """The least (drop, put) after which the texts agree for six bytes or to their ends."""
     for both in range(1, 65):
         for drop in range(both + 1):
             i, j = p + drop, q + both - drop
-            if i > len(known) or j > len(wanted):
+            if i > len(known) or j > len(target):
                 continue
-            a, b = known[i : i + 6], wanted[j : j + 6]
-            if a == b and (len(a) == 6 or (i + len(a) == len(known) and j + len(b) == len(wanted))):
+            a, b = known[i : i + 6], target[j : j + 6]
+            if a == b and (len(a) == 6 or (i + len(a) == len(known) and j + len(b) == len(target))):
                 return drop, both - drop
     return None
 

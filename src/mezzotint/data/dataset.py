@@ -259,12 +259,12 @@ def _rows(path: Path, total: int) -> np.ndarray:
 class Dataset:
     """A prepared folder, or a folder of the challenge's published shards with its tokenizer beside or in it."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, described: dict[str, Any]) -> None:
-        self.folder, self.tokenizer, self.described = folder, tokenizer, described
+    def __init__(self, folder: Path, tokenizer: Tokenizer, description: dict[str, Any]) -> None:
+        self.folder, self.tokenizer, self.description = folder, tokenizer, description
 
     def __repr__(self) -> str:
         counts = "".join(
-            f", {self.described[n]['tokens']:,} {n} tokens" for n in ("train", "val") if n in self.described
+            f", {self.description[n]['tokens']:,} {n} tokens" for n in ("train", "val") if n in self.description
         )
         return f"Dataset({str(self.folder)!r}{counts})"
 
@@ -274,17 +274,17 @@ class Dataset:
         folder = Path(folder)
         if not folder.is_dir():
             raise DataError(f"{folder} is not a data folder; make one with `mezzotint prepare`")
-        described: dict[str, Any] = {}
+        description: dict[str, Any] = {}
         if (folder / "data.json").exists():
             try:
-                described = json.loads((folder / "data.json").read_text())
-                wanted = described["tokenizer_sha256"]
-                if described["format"] != FORMAT:
-                    raise DataError(f"{folder} was prepared by another version (format {described['format']})")
+                description = json.loads((folder / "data.json").read_text())
+                wanted = description["tokenizer_sha256"]
+                if description["format"] != FORMAT:
+                    raise DataError(f"{folder} was prepared by another version (format {description['format']})")
                 for name in ("train", "val"):
-                    if type(described[name].get("lost_bytes", 0)) is not int:
+                    if type(description[name].get("lost_bytes", 0)) is not int:
                         raise TypeError("a count that is no number")
-                    if any(type(described[name][key]) is not int for key in ("tokens", "bytes", "piece_bytes")):
+                    if any(type(description[name][key]) is not int for key in ("tokens", "bytes", "piece_bytes")):
                         raise TypeError("a count that is no number")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{folder / 'data.json'} cannot be read; prepare the data again") from error
@@ -293,7 +293,7 @@ class Dataset:
                 raise DataError(f"{folder / tokenizer.file_name} is not the tokenizer that made the shards beside it")
         else:
             tokenizer = cls._published_tokenizer(folder)
-        return cls(folder, tokenizer, described)
+        return cls(folder, tokenizer, description)
 
     @staticmethod
     def _published_tokenizer(folder: Path) -> Tokenizer:
@@ -319,7 +319,7 @@ class Dataset:
             first = int(paths[0].stem.rpartition("_")[2])
             if number != first + i:
                 raise DataError(f"{self.folder}: {name} shard {first + i:06d} is missing")
-        account = self.described.get(name, {})
+        account = self.description.get(name, {})
         raw = account.get("bytes")
         corrections = lost = None
         if account and account.get("piece_bytes") != raw:
@@ -328,12 +328,12 @@ class Dataset:
             lost = _rows(self.folder / f"{name}_lost.npy", account["lost_bytes"])
         elif account.get("lost_bytes", account.get("not_round_trip")) == 0:
             lost = np.zeros((0, 2), dtype=np.int64)
-        stream = TokenStream(paths, self.tokenizer, raw, corrections, lost, self.described.get("checksums"))
+        stream = TokenStream(paths, self.tokenizer, raw, corrections, lost, self.description.get("checksums"))
         if account and len(stream) != account["tokens"]:
             raise DataError(
                 f"{self.folder}: the {name} shards hold {len(stream)} tokens, data.json says {account['tokens']}: "
                 "a shard is missing or from elsewhere"
             )
-        if self.described.get("bytes_kind") == "pieces":
+        if self.description.get("bytes_kind") == "pieces":
             stream.bytes_kind = "pieces"
         return stream

@@ -240,13 +240,13 @@ def prepare(
         if tokenizer is not None and tokenizer.vocab_size > MAX_VOCAB:
             raise DataError(f"the tokenizer has {tokenizer.vocab_size:,} pieces; 16-bit shards hold at most 65,535")
         with _standard_input([*sources, *(val or [])]) as typed:
-            here = _Reading([typed or s if str(s) == "-" else s for s in sources], text_field, progress)
-            there = _Reading([typed or s if str(s) == "-" else s for s in val or []], text_field, progress)
-            if not sum(1 for _ in here.documents("reading")):
-                raise DataError(f"no text in {', '.join(map(str, here.sources))}: every document is empty")
-            tokenizer = tokenizer or _choose_tokenizer(here, vocab_size)
-            described = {"sources": [_source_name(source) for source in sources], "seed": seed}
-            return _prepare_texts(here, there, out, tokenizer, val_fraction or 0.02, described)
+            reading = _Reading([typed or s if str(s) == "-" else s for s in sources], text_field, progress)
+            val_reading = _Reading([typed or s if str(s) == "-" else s for s in val or []], text_field, progress)
+            if not sum(1 for _ in reading.documents("reading")):
+                raise DataError(f"no text in {', '.join(map(str, reading.sources))}: every document is empty")
+            tokenizer = tokenizer or _choose_tokenizer(reading, vocab_size)
+            description = {"sources": [_source_name(source) for source in sources], "seed": seed}
+            return _prepare_texts(reading, val_reading, out, tokenizer, val_fraction or 0.02, description)
 
 
 def _source_name(source: str | Path) -> str:
@@ -328,14 +328,14 @@ def _prepare_texts(
     out: Path,
     tokenizer: Tokenizer,
     val_fraction: float,
-    described: dict[str, Any],
+    description: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write the data folder of sources that have been read once. described: the names of the sources and the seed."""
+    """Write the data folder of sources that have been read once. description: the names of the sources and the seed."""
     count, files = reading.count, reading.account.to_dict()
     chosen: set[int] = set()
     if not val.sources and count > 1:
         held = min(count - 1, max(1, round(count * val_fraction)))
-        chosen = set(np.random.default_rng(described["seed"]).choice(count, held, replace=False).tolist())
+        chosen = set(np.random.default_rng(description["seed"]).choice(count, held, replace=False).tolist())
     with atomic_folder(out) as folder:
         train_split = _SplitWriter(folder, "train", tokenizer)
         val_split = _SplitWriter(folder, "val", tokenizer)
@@ -360,15 +360,15 @@ def _prepare_texts(
         report["vocab_size"] = tokenizer.vocab_size
         report["bytes_per_token"] = report["train"]["bytes"] / report["train"]["tokens"]
         report["files"] = files
-        _write_description(folder, tokenizer, report, described)
+        _write_description(folder, tokenizer, report, description)
     return report
 
 
 def _write_description(folder: Path, tokenizer: Tokenizer, report: dict[str, Any], more: dict[str, Any]) -> None:
     (folder / tokenizer.file_name).write_bytes(tokenizer.serialized)
     sums = {path.name: checksums(path) for path in sorted(folder.glob("*.bin"))}
-    described = {"format": FORMAT, "tokenizer_sha256": tokenizer.sha256, **report, **more, "checksums": sums}
-    (folder / "data.json").write_text(json.dumps(described, indent=1))
+    description = {"format": FORMAT, "tokenizer_sha256": tokenizer.sha256, **report, **more, "checksums": sums}
+    (folder / "data.json").write_text(json.dumps(description, indent=1))
 
 
 def _prepare_published(source: str, out: Path, progress: Progress | None) -> dict[str, Any]:
@@ -405,14 +405,14 @@ def _prepare_published(source: str, out: Path, progress: Progress | None) -> dic
         raise DataError(f"the published data has no {name}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError("the published manifest.json is not as expected; this version may be too old for it") from error
-    wanted = int(words[2]) if len(words) == 3 else train_files
-    if not 1 <= wanted <= train_files:
-        raise DataError(f"{name} has {train_files} training shards; ask for 1 to {train_files}, not {wanted}")
+    shards_asked = int(words[2]) if len(words) == 3 else train_files
+    if not 1 <= shards_asked <= train_files:
+        raise DataError(f"{name} has {train_files} training shards; ask for 1 to {train_files}, not {shards_asked}")
     if val_files < 1:
         raise DataError(f"the published {name} has no validation shards")
     tokenizer = Tokenizer.load(fetch(f"tokenizers/{Path(model).name}"))
     with atomic_folder(out) as folder:
-        for split, shards in (("val", val_files), ("train", wanted)):
+        for split, shards in (("val", val_files), ("train", shards_asked)):
             for i in range(shards):
                 found = fetch(f"datasets/{name}/fineweb_{split}_{i:06d}.bin").resolve()
                 target = folder / f"fineweb_{split}_{i:06d}.bin"

@@ -458,8 +458,8 @@ class HuggingFaceTokenizer(Tokenizer):
             # Some 60 bytes of memory for each list and string, of which vocabularies and merges have a few for each piece.
             if sum(map(serialized.count, (b"[", b"{"))) > 4 * MAX_PIECES or serialized.count(b'"') > 16 * MAX_PIECES:
                 raise DataError(f"the tokenizer has more than {MAX_PIECES:,} pieces")
-            described = json.loads(serialized)
-            if len(described["model"]["vocab"]) + len(described.get("added_tokens") or ()) > most_pieces:
+            definition = json.loads(serialized)
+            if len(definition["model"]["vocab"]) + len(definition.get("added_tokens") or ()) > most_pieces:
                 raise DataError(f"the tokenizer has more than {most_pieces:,} pieces")
             self._tokenizer = tokenizers.Tokenizer.from_buffer(serialized)
             self._tokenizer.encode_special_tokens = True
@@ -483,13 +483,13 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.bos_id < 0:
             raise DataError(f"the tokenizer has no special piece that begins a document (one of {', '.join(STARTS)})")
         self._pieces = [""] * self.vocab_size
-        unknown = vocabulary.get(described["model"].get("unk_token"), described["model"].get("unk_id"))
+        unknown = vocabulary.get(definition["model"].get("unk_token"), definition["model"].get("unk_id"))
         self._fallback: int = self.bos_id if unknown is None else unknown
         self._special = special - {self._fallback}
         silent = special | {self._fallback}
         for piece, i in vocabulary.items():
             self._pieces[i] = piece
-        kind = _piece_kind(described)
+        kind = _piece_kind(definition)
         self.raw = [
             b"" if i in silent else piece.encode() if i in added else kind(piece)
             for i, piece in enumerate(self._pieces)
@@ -528,19 +528,19 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._no_special(found.ids), np.concatenate(([0], np.cumsum(size)))[ends].tolist()
 
 
-def _piece_kind(described: dict[str, Any]) -> Callable[[str], bytes]:
+def _piece_kind(definition: dict[str, Any]) -> Callable[[str], bytes]:
     """How a piece of this tokenizer.json spells its bytes, from the file's own parts."""
     parts: list[dict[str, Any]] = []
     for name in ("pre_tokenizer", "decoder"):
-        whole = described.get(name) or {}
+        whole = definition.get(name) or {}
         parts += [whole, *whole.get("pretokenizers", ()), *whole.get("decoders", ())]
     kinds = {part.get("type") for part in parts}
     if "ByteLevel" in kinds:
         return _byte_level
-    if described["model"].get("type") == "WordPiece":
-        prefix = described["model"].get("continuing_subword_prefix", "##")
+    if definition["model"].get("type") == "WordPiece":
+        prefix = definition["model"].get("continuing_subword_prefix", "##")
         return lambda piece: (piece.removeprefix(prefix) if piece.startswith(prefix) else " " + piece).encode()
-    single = re.compile("<0x([0-9A-F]{2})>") if described["model"].get("byte_fallback") else re.compile("(?!)")
+    single = re.compile("<0x([0-9A-F]{2})>") if definition["model"].get("byte_fallback") else re.compile("(?!)")
 
     def marked(piece: str) -> bytes:
         byte = single.fullmatch(piece)

@@ -40,7 +40,7 @@ _CARD = """\
 {{ summary }}
 
 A masked-diffusion language model made with [Mezzotint]: it fills gaps anywhere in a text and writes text from nothing.
-{{ described }}
+{{ description }}
 
 [Mezzotint]: https://pypi.org/project/mezzotint/
 
@@ -129,7 +129,7 @@ class HubModel(ModelHubMixin, library_name="mezzotint", tags=["masked-diffusion"
 
     def generate_model_card(self, *args: Any, repo_id: str = "OWNER/NAME", **kwargs: Any) -> ModelCard:
         """The card: figures in its metadata as a model-index, and in a table."""
-        looked = inspect_artifact(self.artifact)
+        contents = inspect_artifact(self.artifact)
         config, info = self.model.config, self.model.info
         steps = f", trained for {info['steps']:,} steps" if isinstance(info.get("steps"), int) else ""
         data = ModelCardData(
@@ -148,11 +148,11 @@ class HubModel(ModelHubMixin, library_name="mezzotint", tags=["masked-diffusion"
             summary=self.summary,
             statement=self.statement,
             repo_id=repo_id,
-            described=f"{count_parameters(self.model.network):,} parameters: {config.layers} layers, {config.width} wide, "
+            description=f"{count_parameters(self.model.network):,} parameters: {config.layers} layers, {config.width} wide, "
             f"{config.vocab_size:,} tokens, windows of {config.sequence_length:,}{steps}.",
             figures=table(self.figures),
-            artifact_bytes=f"{looked['bytes']:,}",
-            sha256=looked["sha256"],
+            artifact_bytes=f"{contents['bytes']:,}",
+            sha256=contents["sha256"],
         )
 
 

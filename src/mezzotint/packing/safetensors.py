@@ -36,14 +36,14 @@ def write_files(model: Model, folder: Path) -> list[str]:
     """Write the three files into `folder`, which exists; their names."""
     state = {name: t.detach().float().cpu().contiguous().numpy() for name, t in model.network.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "np", "mezzotint": str(VERSION)})
-    described = {
+    content = {
         "library_name": "mezzotint",
         "mezzotint_version": VERSION,
         "model": to_dict(model.config),
         "info": model.info,
         "artifact_sha256": model.sha256,
     }
-    (folder / CONFIG).write_text(json.dumps(described, indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
+    (folder / CONFIG).write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
     (folder / model.tokenizer.file_name).write_bytes(model.tokenizer.serialized)
     return [WEIGHTS, CONFIG, model.tokenizer.file_name]
 
@@ -73,8 +73,8 @@ def import_folder(folder: Path | str) -> Model:
             text = file.read(MAX_HEADER + 1)
         if len(text) > MAX_HEADER:
             raise ValueError(f"it has more than {MAX_HEADER:,} bytes")
-        described = json.loads(text)
-        version, settings, info = described["mezzotint_version"], described["model"], described.get("info", {})
+        content = json.loads(text)
+        version, settings, info = content["mezzotint_version"], content["model"], content.get("info", {})
         if not isinstance(info, dict):
             raise ValueError("info is not an object")
     except FileNotFoundError as error:

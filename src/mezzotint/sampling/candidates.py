@@ -165,6 +165,6 @@ def drawn(search: Search, lengths: Sequence[int], seed: int, settings: Mapping[s
     search.passes += result.forward_passes
     found = []
     for b, n in enumerate(lengths):
-        here = slice(at, at + n)
-        found.append(Candidate(result.ids[b, here].tolist(), result.confidence[b, here].tolist()))
+        gap = slice(at, at + n)
+        found.append(Candidate(result.ids[b, gap].tolist(), result.confidence[b, gap].tolist()))
     return [c for c in found if search.allows(c.ids, complete=True)]

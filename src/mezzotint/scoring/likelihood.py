@@ -29,7 +29,7 @@ from mezzotint.model import Model
 from mezzotint.scoring.chain import causal_matrix, chain_matrix
 from mezzotint.scoring.kinds import kind_of
 from mezzotint.scoring.nelbo import lean_matrix, lower_matrix, nelbo_matrix, nelbo_size, orders_matrix
-from mezzotint.scoring.plan import MaskedWindow, Progress, Scoring, masked_window_nll
+from mezzotint.scoring.plan import MaskedWindow, Progress, Scoring, masked_window_nll, some_bytes
 from mezzotint.scoring.statistics import Estimate, assemble
 
 RECONSTRUCTION_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -220,8 +220,7 @@ def reconstruction_score(
         target = np.concatenate((ids[1:], following))
         if len(target):
             shifted += int(model.tokenizer.byte_counts(target, int(ids[0])).sum())
-    if shifted == 0:
-        raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
+    some_bytes(shifted)
 
     masked_tokens = np.maximum(counts.sum(axis=1), 1)
     ce = sums.sum(axis=1) / masked_tokens

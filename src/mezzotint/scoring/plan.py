@@ -27,6 +27,13 @@ Progress = Callable[[int, int], None]
 """Called with (forward passes done, forward passes in all)."""
 
 
+def some_bytes(size: float) -> float:
+    """`size`, bytes to divide by. Raises DataError if there are none."""
+    if size == 0:
+        raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
+    return size
+
+
 def silent(done: int, total: int) -> None:
     """The Progress that shows nothing."""
 
@@ -97,8 +104,7 @@ class Scoring:
     def byte_counts(self) -> np.ndarray:
         """Bytes that each chosen window charges, float64 [windows]. Raises DataError if they are none at all."""
         sizes = np.array([self.windows.byte_count(i) for i in self.chosen], dtype=np.float64)
-        if sizes.sum() == 0:
-            raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
+        some_bytes(float(sizes.sum()))
         return sizes
 
     @property

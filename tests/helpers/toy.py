@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class Blocks:
     block_size, trained_causally = Model.block_size, Model.trained_causally  # what `info` says
 
     def block_logits(
-        self, noisy: torch.Tensor, clean: torch.Tensor, size: int, *, positions: torch.Tensor
+        self: Any, noisy: torch.Tensor, clean: torch.Tensor, size: int, *, positions: torch.Tensor
     ) -> torch.Tensor:
         rows, calls = self.rows + noisy.shape[0], self.calls + 1
         out = []

@@ -14,7 +14,7 @@ import sentencepiece
 
 from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
 
-SHARED = Path(os.environ.get("MEZZOTINT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+SHARED = Path(os.environ.get("MEZZOTINT_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the development corpus is not here")
 
 TEXTS = [
