@@ -96,7 +96,8 @@ def variance(model: Model, windows: Windows, args: argparse.Namespace) -> list[d
             control = len(y) / len(a) * a.sum() - guess.sum()
             centred = a - a.mean()
             columns.append((control, centred @ centred, centred @ b))
-        bpb[names[4]].append(total(apply_control(nats, *np.array(columns).T, k / np.array(lengths))))
+        control, squares, products = np.array(columns).T
+        bpb[names[4]].append(total(apply_control(nats, control, squares, products, k / np.array(lengths))))
 
         # Two passes per window from one permutation: the first k positions, and the last T + 1 - k.
         both = np.zeros(n)
@@ -179,7 +180,8 @@ def compression(model: Model, _: Windows, args: argparse.Namespace) -> list[dict
         rows[-1]["note"] += f", decompressed {'identical' if same else 'DIFFERENT'} in {took:.1f} s"
     if not report.rest_bytes:
         started = time.perf_counter()
-        figure = causal(model, TextWindows([data.decode()], model.tokenizer, model.config.sequence_length))
+        whole: Any = TextWindows([data.decode()], model.tokenizer, model.config.sequence_length)
+        figure = causal(model, whole)
         size = math.ceil(figure.bpb * len(data) / 8)
         add("figure of causal, windows that do not overlap", size, time.perf_counter() - started)
         rows[-1]["note"] = f"file is {100 * (report.output_bytes * 8 / len(data) / figure.bpb - 1):+.2f}% of this"

@@ -168,6 +168,16 @@ def test_the_sampler_that_contributing_adds_works(monkeypatch):
     assert done.forward_passes == 3 and (done.ids < 3).all()
 
 
+def test_the_tree_names_every_file():
+    """AGENTS.md has a line for each module and page of the package, and no line for a file that has gone."""
+    tree = (ROOT / "AGENTS.md").read_text("utf-8").split("```")[1]
+    named = [line.split()[0] for line in tree.splitlines() if line.strip()]
+    source = ROOT / "src" / "mezzotint"
+    files = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.suffix in (".py", ".html")}
+    assert len(named) == len(set(named))
+    assert set(named) == {name for name in files if "/__init__" not in name}
+
+
 def test_links_between_pages_and_files_hold():
     """Relative links lead to files of the repository."""
     for page in [*PAGES, *ROOT.glob("*.md")]:
