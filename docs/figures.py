@@ -1,6 +1,7 @@
 """Numbers of the pages against their sources: `python docs/figures.py` says what differs, `--write` writes them anew.
 
-README.md, docs/*.md and CONTRIBUTING.md are the pages. `docs/figures.json` has
+README.md, docs/*.md and CONTRIBUTING.md are the pages; scaling.md is left out, as its figures are estimates or one machine's own.
+`docs/figures.json` has
 
     records        name -> JSON file of a record
     figures        {"page", "text", "from"}: the page holds `text` once, with a number at each `{}`
