@@ -36,7 +36,7 @@ from throughput import RandomWindows, model_flops
 from mezzotint.config import PRESETS, TrainConfig, preset
 from mezzotint.model import Denoiser, count_parameters
 from mezzotint.system import peak_memory_bytes
-from mezzotint.training.step import Trainer, draw_step
+from mezzotint.training.step import Trainer, corrupt_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 GPUS = 8
@@ -202,8 +202,8 @@ def parts_of_step(report: Report, trainer: Trainer, config: TrainConfig, device:
     mask_id = trainer.network.config.mask_id
     report.add(
         windows_ms=milliseconds(device, lambda: trainer.batches.batch(trainer.step), times),
-        masks_ms=milliseconds(device, lambda: draw_step(config, 0, rows, mask_id), times),
-        masks_of_8_gpus_ms=milliseconds(device, lambda: draw_step(config, 0, whole_batch, mask_id), times),
+        masks_ms=milliseconds(device, lambda: corrupt_batch(config, 0, rows, mask_id), times),
+        masks_of_8_gpus_ms=milliseconds(device, lambda: corrupt_batch(config, 0, whole_batch, mask_id), times),
     )
     found: dict[str, list[float]] = {"gradients": [], "clipping": [], "optimizer": [], "average": []}
     parameters = list(trainer.network.parameters())

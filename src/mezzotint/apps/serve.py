@@ -41,7 +41,7 @@ from mezzotint.config import SAMPLERS
 from mezzotint.errors import MezzotintError
 from mezzotint.model import Model, count_parameters
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
-from mezzotint.pretrained import shipped_file, shipped_models
+from mezzotint.pretrained import pretrained_file, pretrained_models
 from mezzotint.sampling.constraints import WORD
 from mezzotint.sampling.draft import parse_gaps
 from mezzotint.sampling.generate import Span, check_text
@@ -201,9 +201,9 @@ def _gap(gap: Gap, asked: int | None, n: int) -> dict[str, Any]:
 
 
 def _is_shipped(model: Model, name: str) -> bool:
-    if name not in shipped_models():
+    if name not in pretrained_models():
         return False
-    with shipped_file(name) as path:
+    with pretrained_file(name) as path:
         return model.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
