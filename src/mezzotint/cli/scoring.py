@@ -94,6 +94,8 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_score(arguments: argparse.Namespace, progress: Progress) -> None:
+    from mezzotint.data.texts import TextWindows
+
     model = load_model(arguments.model, arguments)
     windows = scored_windows(model, arguments)
     methods = [arguments.method]
@@ -123,8 +125,25 @@ def run_score(arguments: argparse.Namespace, progress: Progress) -> None:
     if arguments.json:
         result = {"results": [e.to_dict() for e in estimates], "model_sha256": model.sha256}
         result |= {"commit": model.info.get("commit")} | ({"failures": failures} if failures else {})
+        result |= {"text": windows.account()} if isinstance(windows, TextWindows) else {}
         return emit(arguments, result)
     print_scores(estimates)
+    if isinstance(windows, TextWindows):
+        _print_account(windows.account())
+
+
+def _print_account(account: Mapping[str, int]) -> None:
+    """What the tokenizer did to the text, if anything."""
+    if account["documents_lost"]:
+        print(
+            f"the tokenizer changes {account['documents_lost']:,} of {account['documents']:,} documents "
+            f"({account['bytes_lost']:,} of {account['bytes']:,} bytes lost): figures of them are no code lengths"
+        )
+    if account["documents_left_out"]:
+        print(
+            f"left out, for the tokenizer has nothing for them: {account['documents_left_out']:,} documents "
+            f"({account['bytes_left_out']:,} bytes)"
+        )
 
 
 def _check_options(arguments: argparse.Namespace, methods: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ class TextWindows(Sequence[np.ndarray]):
 
     BOS is context and charged nowhere. stride: later windows of a document charge so many tokens and have the text before
     them as context; without it, parts of length - 1 tokens follow one another, each behind BOS alone. A document's number
-    of tokens is not charged either. Documents without a token are left out.
+    of tokens is not charged either. Documents without a token are left out, and counted.
     """
 
     def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, length: int, stride: int | None = None) -> None:
@@ -32,9 +32,13 @@ class TextWindows(Sequence[np.ndarray]):
         self._bytes: list[np.ndarray] = []
         self._lost: list[np.ndarray] = []
         self._bounds: list[tuple[int, int, int, int]] = []  # document, first token, first charged, end
+        self._empty = self._left_out = self._left_out_bytes = 0
         for text in texts:
             ids, counts = tokenizer.original_bytes(text)
             if not ids:
+                size = len(text.encode())
+                self._empty, self._left_out = self._empty + (size == 0), self._left_out + (size > 0)
+                self._left_out_bytes += size
                 continue
             document, first = len(self._documents), 0
             while first < len(ids):
@@ -49,6 +53,21 @@ class TextWindows(Sequence[np.ndarray]):
     def documents(self) -> int:
         """How many documents there are."""
         return len(self._documents)
+
+    def account(self) -> dict[str, int]:
+        """What the tokenizer makes of the text. bytes_lost: that the tokens do not give back, of documents_lost documents;
+        documents_left_out have text and no token, of bytes_left_out bytes.
+        """
+        lost = [int(sums[-1]) for sums in self._lost]
+        return {
+            "documents": self.documents,
+            "empty_documents": self._empty,
+            "bytes": sum(int(sums[-1]) for sums in self._bytes),
+            "documents_lost": sum(map(bool, lost)),
+            "bytes_lost": sum(lost),
+            "documents_left_out": self._left_out,
+            "bytes_left_out": self._left_out_bytes,
+        }
 
     def document(self, i: int) -> int:
         """The document that window i is of."""
