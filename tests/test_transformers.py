@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -13,27 +14,45 @@ pytest.importorskip("transformers")
 import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
+from toy import eighths
 
 from mezzotint import load
 from mezzotint.cli.main import main
+from mezzotint.config import ModelConfig
 from mezzotint.data.texts import TextWindows
+from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
 from mezzotint.integrations.transformers import from_transformers, load_transformers
+from mezzotint.model import Denoiser, Model
+from mezzotint.packing.safetensors import export_folder, import_folder
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.generate import sample
 from mezzotint.sampling.infill import infill
 from mezzotint.scoring.compare import compare_documents
 from mezzotint.scoring.likelihood import causal, chain_rule, nelbo
+from mezzotint.scoring.plan import MaskedWindow, masked_window_nll
 
 TEXTS = ["abcab", "bca", "ccabba"]
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
 
 
-def tokenizer(letters="abc"):
+def backend_of(letters):
     vocabulary = {p: i for i, p in enumerate([*SPECIAL, *letters])}
     backend = Backend(models.BPE(vocabulary, [], unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def own_tokenizer(letters):
+    """The same as this package's own."""
+    backend = backend_of(letters)
+    backend.add_special_tokens(SPECIAL)
+    return Tokenizer.from_bytes(backend.to_str().encode())
+
+
+def tokenizer(letters="abc"):
+    backend = backend_of(letters)
     names = {n: f"[{n[:3].upper()}]" for n in ("pad_token", "cls_token", "sep_token", "unk_token")}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", **names)
 
@@ -68,6 +87,13 @@ def small(kind, vocab=8):
                 attn_implementation="eager",
             )
         )
+    elif kind == "llama":
+        made = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                **common, num_key_value_heads=1, intermediate_size=16, max_position_embeddings=12, bos_token_id=1,
+                eos_token_id=2,
+            )
+        )  # fmt: skip
     else:
         made = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
@@ -135,9 +161,43 @@ def test_shifted_outputs_and_extra_inputs():
     assert found.nats_per_token * found.tokens == pytest.approx(want, abs=1e-5) and max(seen) > 0
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
 @torch.inference_mode()
-def test_causal_agrees_and_sums_to_one():
-    network = small("gpt2")
+def test_every_mask_agrees_with_a_naive_loop(kind):
+    """What the NELBO is made of, for every set of masks of every text, to 1e-5 nats."""
+    network = small(kind)
+    model = from_transformers(network, tokenizer())
+    for text in ("abca", "cb"):
+        x = model.tokenizer.encode(text)
+        sets = [s for k in range(1, len(x) + 1) for s in itertools.combinations(range(len(x)), k)]
+        ids = torch.tensor([model.tokenizer.bos_id, *x])
+        masks = [torch.tensor([False, *(i in s for i in range(len(x)))]) for s in sets]
+        found = masked_window_nll(model, [MaskedWindow(ids, masked, masked) for masked in masks], batch=3)
+        for masked, nll in zip(sets, found, strict=True):
+            canvas = torch.tensor([[1, *(4 if i in masked else t for i, t in enumerate(x)), 2]])
+            logits = network(input_ids=canvas).logits[0]
+            want = [-float(log_p(logits[1 + i])[x[i]]) if i in masked else 0.0 for i in range(len(x))]
+            assert nll.tolist() == pytest.approx([0.0, *want], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "gpt2", "llama"])
+def test_enumeration_sums_to_one(kind):
+    """A vocabulary of 5 (a to d, and one unknown piece) and windows of 3: exact figures sum to 1, bounds to less."""
+    model = from_transformers(small(kind, vocab=9), tokenizer("abcd"))
+    exact = causal if model.trained_causally else chain_rule
+    sums = {exact: 0.0, nelbo: 0.0}
+    for x in itertools.product("abcdX", repeat=3):
+        windows = TextWindows(["".join(x)], model.tokenizer, 8)
+        for score in sums:
+            sums[score] += math.exp(-3 * score(model, windows).nats_per_token)
+    assert sums[exact] == pytest.approx(1, abs=1e-6)
+    assert sums[nelbo] == pytest.approx(1, abs=1e-6) if model.trained_causally else sums[nelbo] < 1.05
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@torch.inference_mode()
+def test_causal_agrees_and_sums_to_one(kind):
+    network = small(kind)
     model = from_transformers(network, tokenizer())
     total = 0.0
     for x in itertools.product((3, 5, 6, 7), repeat=3):
@@ -173,6 +233,46 @@ def test_folders_are_loaded_offline_and_compared_by_document(tmp_path):
     two = causal(b, TextWindows(texts, b.tokenizer, b.config.sequence_length)).bpb
     assert found.difference_bpb == pytest.approx(two - one, abs=1e-9)
     assert found.stderr_bpb > 0 and 0 <= found.p_value <= 1 and found.degrees_of_freedom == 14
+
+
+class Wrapped(torch.nn.Module):
+    """An exported folder behind the face of a model of transformers: one more output, for the tokenizer's MASK."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        vocab = network.config.vocab_size + 1
+        self.config = types.SimpleNamespace(vocab_size=vocab, max_position_embeddings=network.config.sequence_length)
+
+    def forward(self, input_ids, attention_mask):
+        assert bool(attention_mask.all())
+        return types.SimpleNamespace(logits=torch.nn.functional.pad(self.network(input_ids), (0, 1)))
+
+
+def test_an_exported_folder_as_a_foreign_model_has_the_native_figures(tmp_path):
+    """Natively control pieces may have some probability, too; where they have none, the figures are the same."""
+    own = own_tokenizer("abc")
+    config = ModelConfig(
+        vocab_size=own.vocab_size, sequence_length=12, layers=1, width=16, heads=2, kv_heads=1, embedding_std=1.0
+    )
+    native = Model(config, own, eighths(Denoiser(config)).float())
+    export_folder(native, tmp_path / "folder")
+    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "mask_token": "<mask>"}
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "folder" / "tokenizer.json"), **names)
+    foreign = from_transformers(Wrapped(import_folder(tmp_path / "folder").network), theirs, "masked")
+    assert (theirs.mask_token_id, foreign.tokenizer.vocab_size) == (own.vocab_size, own.vocab_size + 1)
+
+    class Renormalised(Model):
+        def logits(self, ids, **more):
+            return super().logits(ids, **more).index_fill(1, torch.tensor([0, 1, 2, 4]), -torch.inf)
+
+    same = Renormalised(config, own, native.network)
+    ours = TextWindows(TEXTS, own, 12)
+    wrapped = TextWindows(TEXTS, foreign.tokenizer, 12)
+    for score, more in ((nelbo, {}), (chain_rule, {}), (nelbo, {"orders": 2}), (nelbo, {"order_lean": 4.0})):
+        there, here, whole = score(foreign, wrapped, **more), score(same, ours, **more), score(native, ours, **more)
+        assert (there.bytes, there.tokens, there.kind) == (here.bytes, here.tokens, here.kind)
+        assert there.bpb == pytest.approx(here.bpb, abs=1e-6) and there.bpb < whole.bpb
 
 
 class TestWriting:

@@ -87,7 +87,7 @@ def apply_control(
     out = nats.copy()
     for half in (0, 1):
         mine = np.arange(len(nats)) % 2 == half
-        fit = ~mine & (spread > 0)
+        fit = ~mine & (spread > 1e-9 * spread.max())  # what rounding alone makes of equal guesses is no spread
         if not fit.any():
             continue
         # Everything that enters beta comes from the other half. A window weighs by the root of its tokens' spread,
