@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def tokenizer(letters="abc"):
 
 
 def small(kind, vocab=8):
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": vocab,
         "hidden_size": 16,
         "num_hidden_layers": 1,
