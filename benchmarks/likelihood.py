@@ -36,7 +36,7 @@ from mezzotint.model import Model
 from mezzotint.objective import stratified_counts
 from mezzotint.pretrained import load
 from mezzotint.scoring.compare import compare
-from mezzotint.scoring.likelihood import causal, chain_rule, nelbo
+from mezzotint.scoring.likelihood import causal, chain_rule, lower_bound, nelbo
 from mezzotint.scoring.nelbo import apply_control, nelbo_counts, nelbo_mask, token_surprisal
 from mezzotint.scoring.plan import MaskedWindow, choose_windows, masked_window_nll
 from mezzotint.scoring.statistics import Estimate
@@ -221,32 +221,45 @@ def planted(model: Model, windows: Windows, args: argparse.Namespace) -> list[di
     return rows
 
 
+class First(Windows):
+    """The windows that charge the first `tokens` tokens of a stream: the same text for every stride."""
+
+    def __init__(self, windows: Windows, length: int, stride: int | None, tokens: int) -> None:
+        super().__init__(windows.stream, length, stride)
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return max(1, min(super().__len__(), 1 + (self.tokens - self.length) // self.stride))
+
+
 def bounds(model: Model, windows: Windows, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every tighter figure beside the plain ones, on the same text."""
+    """Every tighter figure beside the plain ones, on the same text; errors are those of the masks and orders drawn."""
     rows: list[dict[str, Any]] = []
 
     def add(what: str, estimate: Estimate) -> None:
         row = {"windows": what, "method": estimate.method, "kind": estimate.kind, "bpb": estimate.bpb}
-        rows.append(
-            row | {"s.e.": estimate.mask_stderr_bpb, "passes": estimate.forward_passes, "tokens": estimate.tokens}
-        )
+        row |= {"s.e.": estimate.mask_stderr_bpb, "passes": estimate.forward_passes, "tokens": estimate.tokens}
+        rows.append(row | {"bytes": estimate.bytes, "seconds": round(estimate.seconds)})
         print(rows[-1], flush=True)
+        if args.json:
+            write_json(args.json, rows)
 
     length = model.config.sequence_length
-    for stride in (length, length // 2, length // 4):
-        strided = windows.stream.windows(length, stride)
-        add(f"{length}, stride {stride}", causal(model, strided, tokens=args.stride_tokens))
-        add(f"{length}, stride {stride}", nelbo(model, strided, tokens=args.stride_tokens, seed=args.seed))
-    for stride in (length, length // 2, length // 4):
-        strided = windows.stream.windows(length, stride)
-        add(f"{length}, stride {stride}", chain_rule(model, strided, tokens=args.chain_windows * length))
-    short = windows.stream.windows(args.short)
+    strided = {stride: First(windows, length, stride, args.stride_tokens) for stride in (length, length // 4, length // 8)}
+    for stride, some in strided.items():
+        add(f"{length}, stride {stride}", causal(model, some))
+    for stride, some in strided.items():
+        repeats = max(2, round(args.stride_passes / len(some)))  # about as many passes for each
+        add(f"{length}, stride {stride}", nelbo(model, some, repeats=repeats, seed=args.seed))
     tokens = args.chain_windows * args.short
+    short = First(windows, args.short, None, tokens)
     for lean in (0.0, 1.0, 4.0, 16.0):
-        add(f"{args.short}", nelbo(model, short, tokens=tokens, repeats=args.chain_repeats, order_lean=lean))
-    add(f"{args.short}", chain_rule(model, short, tokens=tokens))
-    for orders in (1, 4, 16):
-        add(f"{args.short}", nelbo(model, short, tokens=tokens, orders=orders, seed=args.seed))
+        add(f"{args.short}", nelbo(model, short, repeats=args.chain_repeats, order_lean=lean, seed=args.seed))
+    add(f"{args.short}", chain_rule(model, short))
+    for orders, repeats in ((1, 8), (4, 8), (16, 4)):
+        repeats = min(repeats, args.chain_repeats)
+        add(f"{args.short}", nelbo(model, short, orders=orders, repeats=repeats, seed=args.seed))
+    add(f"{args.short}", lower_bound(model, short, orders=16, repeats=2, seed=args.seed))
     return rows
 
 
@@ -266,6 +279,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--chain-repeats", type=int, default=32, help="NELBO repeats for orders")
     parser.add_argument("--short", type=int, default=64, help="tokens of a window for K orders and leans")
     parser.add_argument("--stride-tokens", type=int, default=32_768, help="tokens for causal and nelbo with strides")
+    parser.add_argument("--stride-passes", type=int, default=1024, help="forward passes for nelbo with each stride")
     parser.add_argument("--compare-repeats", type=int, default=8, help="NELBO repeats for compare")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.02, 0.05], help="relative to each tensor's spread")
     parser.add_argument("--text", type=Path, help="file to compress: its documents joined by newlines")

@@ -8,12 +8,15 @@ import pytest
 import torch
 from toy import TableModel, ToyTokenizer, ToyWindows, UniformModel, enumerated_nelbo, order_nll, toy_windows
 
+from mezzotint.apps.charts import mask_rate_curve
+from mezzotint.data.dataset import TokenStream
 from mezzotint.errors import DataError
 from mezzotint.objective import lean_mask
+from mezzotint.packing.pack import calibration_windows
 from mezzotint.scoring.compare import compare
 from mezzotint.scoring.journal import Journal
 from mezzotint.scoring.kinds import kind_of
-from mezzotint.scoring.likelihood import causal, chain_rule, lower_bound, nelbo, reconstruction_score
+from mezzotint.scoring.likelihood import causal, chain_rule, lower_bound, nelbo, nelbo_by_window, reconstruction_score
 from mezzotint.seeding import generator
 
 V, T = 3, 3
@@ -274,9 +277,21 @@ class TestKinds:
         windows = toy_windows(model, 12)
         windows.tokenizer = ToyTokenizer(V)
         windows.tokenizer.sha256 = "other"
-        for score in (nelbo, chain_rule, causal, reconstruction_score):
+        for score in (nelbo, chain_rule, causal, reconstruction_score, lower_bound, mask_rate_curve, nelbo_by_window):
             with pytest.raises(DataError, match="another tokenizer"):
                 score(model, windows)
+        with pytest.raises(DataError, match="another tokenizer"):
+            compare(model, model, windows)
+
+        class Stream(TokenStream):
+            def __init__(self):
+                self.tokenizer = windows.tokenizer
+
+            def __len__(self):
+                return 100
+
+        with pytest.raises(DataError, match="another tokenizer"):
+            calibration_windows(model, Stream(), 10)
 
 
 @pytest.mark.parametrize("score", [nelbo, chain_rule])

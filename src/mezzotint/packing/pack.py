@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mezzotint.data.dataset import TokenStream
+from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.distributed import rank_and_size
 from mezzotint.errors import ArtifactError
 from mezzotint.files import atomic_write, writing
@@ -56,10 +57,12 @@ def weights_of(model: Model) -> dict[str, np.ndarray]:
 
 
 def calibration_windows(model: Model, calibration: TokenStream | None, tokens: int) -> list[np.ndarray]:
-    """About `tokens` tokens of windows spread evenly over a stream. Raises ArtifactError if there is no text."""
+    """About `tokens` tokens of windows spread evenly over a stream. Raises ArtifactError if there is no text, DataError for another tokenizer's."""
     if calibration is None or len(calibration) == 0:
         raise ArtifactError("packing needs the run's training data for calibration; give its folder (random ids would "
                             "make a worse artifact)")  # fmt: skip
+    if isinstance(calibration, TokenStream):
+        check_same_tokenizer(model, calibration)
     windows = calibration.windows(model.config.sequence_length)
     count = min(len(windows), max(1, tokens // model.config.sequence_length))
     return [np.asarray(windows[int(i)]) for i in np.linspace(0, len(windows) - 1, count)]
