@@ -92,6 +92,23 @@ class TestOrders:
             assert abs(found.nats_per_token * T - want) < 4.5 * error
             assert found.forward_passes == 500 * k * T and found.kind == "upper bound"
 
+    @pytest.mark.parametrize("more", [{"orders": 2, "repeats": 6}, {"order_lean": 3.0, "repeats": 8}])
+    def test_intervals_hold_the_enumerated_value_over_200_seeds(self, more):
+        model = TableModel(V, T, seed=2)
+        windows, want = toy_windows(model, 6 * T, seed=2), 0.0
+        for i in range(len(windows)):
+            nats = np.array([order_nll(model, tuple(windows[i].tolist()), o) for o in ORDERS])
+            if "orders" in more:
+                want += float(np.mean([-math.log(np.mean(c)) for c in itertools.product(np.exp(-nats), repeat=2)]))
+            else:
+                want += float(np.array([law(o, 3.0) for o in ORDERS]) @ nats)
+        covered = 0
+        for seed in range(200):
+            found = nelbo(model, windows, seed=seed, **more)
+            low, high = found.interval()
+            covered += low <= want / found.bytes / math.log(2) <= high
+        assert 178 <= covered <= 198
+
     def test_leaning_to_the_end_is_the_chain(self):
         model = TableModel(V, T)
         windows = toy_windows(model, 12)

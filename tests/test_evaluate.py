@@ -31,7 +31,7 @@ from mezzotint.config import ModelConfig, parse_attention
 from mezzotint.errors import DataError
 from mezzotint.model import Denoiser, Model
 from mezzotint.objective import masked_nll, nelbo_per_window
-from mezzotint.scoring.compare import compare
+from mezzotint.scoring.compare import compare, compare_documents
 from mezzotint.scoring.journal import Journal
 from mezzotint.scoring.likelihood import causal, chain_rule, nelbo, reconstruction_score
 from mezzotint.scoring.nelbo import apply_control
@@ -590,6 +590,37 @@ class TestCompare:
             found = compare(a, b, windows, repeats=6, seed=seed)
             low += student_t_tail((found.difference_bpb - exact) / found.stderr_bpb, 5) < 0.05
         assert 1 <= low <= 17
+
+    def test_error_over_documents_is_honest(self):
+        """Documents drawn from a population whose difference is enumerated: 95% intervals hold it about as often."""
+
+        class Letters(ToyTokenizer):
+            def original_bytes(self, text):
+                return ["_abc".index(c) for c in text], np.ones(len(text), dtype=np.int64)
+
+            def lost_bytes(self, text):
+                return np.zeros(len(text), dtype=np.int64)
+
+        a, b = TableModel(4, 4, seed=1), TableModel(4, 4, seed=2)
+        a.tokenizer, b.tokenizer = Letters(4), Letters(4)
+        b.tokenizer.sha256 = "another"
+        population = ["".join(x) for n in (1, 2, 3) for x in itertools.product("abc", repeat=n)]
+
+        def nats(model, text):
+            x = (0, *("_abc".index(c) for c in text))
+            return sum(conditional_nll(model, x, set(range(i, len(x))), i) for i in range(1, len(x)))
+
+        each = {text: nats(b, text) - nats(a, text) for text in population}
+        truth = sum(each.values()) / sum(map(len, population)) / math.log(2)
+        random, covered = np.random.default_rng(0), 0
+        for _ in range(200):
+            texts = [str(t) for t in random.choice(population, 25)]
+            found = compare_documents(a, b, texts, method="chain-or-causal")
+            mean = sum(each[t] for t in texts) / sum(map(len, texts)) / math.log(2)
+            assert found.difference_bpb == pytest.approx(mean, abs=1e-9)
+            half = student_t_quantile(0.95, found.degrees_of_freedom) * found.stderr_bpb
+            covered += abs(found.difference_bpb - truth) <= half
+        assert 178 <= covered <= 198
 
     def test_same_model_and_errors(self):
         a = TableModel(4, 3)
