@@ -245,7 +245,9 @@ def bounds(model: Model, windows: Windows, args: argparse.Namespace) -> list[dic
             write_json(args.json, rows)
 
     length = model.config.sequence_length
-    strided = {stride: First(windows, length, stride, args.stride_tokens) for stride in (length, length // 4, length // 8)}
+    strided = {
+        stride: First(windows, length, stride, args.stride_tokens) for stride in (length, length // 4, length // 8)
+    }
     for stride, some in strided.items():
         add(f"{length}, stride {stride}", causal(model, some))
     for stride, some in strided.items():
