@@ -11,10 +11,11 @@ import torch
 from test_sample import TEXT, Recall, Same, block_model, challenge_tokenizer, own_tokenizer, random_model
 from toy import TableModel
 
+from mezzotint.data.tokenizer import train_tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.sampling import candidates, healing, ranking
 from mezzotint.sampling.constraints import Constraint
-from mezzotint.sampling.draft import Draft, parse_gaps
+from mezzotint.sampling.draft import Draft, parse_gaps, shows
 from mezzotint.sampling.healing import heal
 from mezzotint.sampling.infill import infill
 
@@ -133,6 +134,56 @@ def test_constraints_tell_beginnings_from_texts():
     assert not digits.allows("1a", "", "", complete=False) and digits.allows("1815", "", "", complete=True)
     whole = Constraint.of(whole_words=True)
     assert not whole.allows("don", "Lon", " is", complete=False) and not whole.allows("a", " ", "b", complete=True)
+
+
+def test_constraints_look_at_what_stands_beside_the_gap():
+    avoid = Constraint.of(avoid=["London", "well-known"])
+    assert not avoid.allows("don", "He saw Lon", " again", complete=True)
+    assert avoid.allows("don", "Lon", "", complete=False)  # it may become "Londoner"
+    assert avoid.allows("doner", "Lon", " again", complete=True)
+    assert not avoid.allows("well", "a ", "-known man", complete=True)
+    assert avoid.allows("man", "London ", " London", complete=True)  # what was given stays
+    whole = Constraint.of(whole_words=True)
+    assert not whole.allows("-like", "hap", " to", complete=True) and not whole.allows(
+        "well-", "", "known", complete=True
+    )
+    assert whole.allows("five", "twenty-", " men", complete=True) and whole.allows(" and", "hap", " to", complete=True)
+    known = Recall(own_tokenizer(), ["London is the capital of England.", "Paris is the capital of France."])
+    text = "Lon____ is the capital of England."
+    assert infill(known, text).text.startswith("London is")
+    assert "London" not in re.findall(r"\w+", infill(known, text, avoid="london").text)
+
+
+@pytest.mark.parametrize("tries", [1, 256])
+def test_a_regular_expression_is_met_by_tokens_that_are_not_likely(monkeypatch, tries):
+    """A space and digits are tokens of their own here, and five of them are no length that is tried else."""
+    tokenizer = train_tokenizer(["They met in the year 1863 or 1790, when the 25 men were 40."] * 3, 300)
+    assert len(tokenizer.encode("1863")) == 5 and tokenizer.text_of(tokenizer.encode("1863")[:1]) == " "
+    likely = [4.0 * raw[1:].isalpha() for raw in tokenizer.raw]
+    monkeypatch.setattr(candidates, "TRIES", tries)
+    for text, pattern in (("the year ____ when", r"1[89]\d\d"), ("____ men", r"\d\d"), ("year____.", r" \d{4}")):
+        filled = infill(Same(tokenizer, torch.tensor(likely)), text, regex=pattern)
+        assert re.fullmatch(pattern, filled.gaps[0].text) and filled.text == text.replace("____", filled.gaps[0].text)
+
+
+@pytest.mark.parametrize("make", [own_tokenizer, challenge_tokenizer])
+@pytest.mark.parametrize("lengths", [(1,), (2,), (1, 2, 3)])
+def test_blanks_alone_fill_no_gap_of_unknown_length(make, lengths):
+    """Also where they are all that the model would say: white space, or a control character and a space."""
+    tokenizer = make()
+    blank = [not shows(raw.decode(errors="replace")) for raw in tokenizer.raw]
+    model = Same(tokenizer, torch.tensor([30.0 * b for b in blank]))
+    for text in ("a____b", "a ____ b", "____", "a.\n____\nb", "a____ b"):
+        for options in ({}, {"temperature": 1.0}, {"temperature": 0.0}):
+            filled = infill(model, text, lengths=lengths, **options)
+            assert shows(filled.gaps[0].text), (text, filled.gaps[0].text)
+    assert infill(model, "a[MASK]b").text  # a length that was asked for may be a space
+
+
+def test_what_shows():
+    assert all(map(shows, ["a", " a", "\u0301", "\u6771", "."])) and not any(
+        map(shows, ["", " ", "\x1f ", "\n", "\xa0", "\u200b"])
+    )
 
 
 def test_escaped_gaps_are_text():

@@ -23,7 +23,7 @@ from mezzotint.sampling.healing import log_probabilities
 
 LEFT, RIGHT = 64, 32  # tokens to each side of the gap that proposals see
 BEAM_LENGTHS = 4  # a beam of full width for gaps of so many tokens; an eighth of it for longer ones
-TRIES = 256  # tokens tried for each place of a beam until enough meet the constraint
+TRIES = 256  # tokens tried for each place of a beam until enough meet the constraint; all, until one does
 
 Show = Callable[[int, Sequence[int], Sequence[float]], None]
 """Called after each pass with (passes so far, ids of the gap, confidence of each); may raise to stop."""
@@ -54,6 +54,13 @@ class Search:
         """Ids left and right of the gap."""
         return self.draft.left_of(self.i, LEFT), self.draft.right_of(self.i, RIGHT)
 
+    @functools.cached_property
+    def blank(self) -> Tensor:
+        """Tokens that are a space, bool [V], where a space before the gap belongs to its first token."""
+        edges, tokenizer = self.draft.gaps[self.i].edges, self.draft.tokenizer
+        pending = (edges.space_before or edges.open_before) and not edges.left
+        return tokenizer.where(lambda text: text == " " and pending)
+
     def canvas(self, middles: Sequence[list[int]]) -> tuple[Tensor, int]:
         """Rows with these ids in the gap, and where they start."""
         return self.draft.canvas(self.context[0], middles, self.context[1])
@@ -78,10 +85,12 @@ class _Hypothesis:
 def beam(search: Search, lengths: Sequence[int], width: int, block_size: int) -> list[Candidate]:
     """The likeliest fills of each length, token by token from the left, all lengths together.
 
-    Keeps `width` beginnings for lengths to BEAM_LENGTHS, and an eighth of that for longer ones. A token is judged by
+    Keeps `width` beginnings for lengths to BEAM_LENGTHS, or all under a regular expression, and an eighth of that for
+    longer ones. A token is judged by
     its probability given both sides of the gap, the tokens before it and the masks behind it.
     """
     mask_id = search.draft.mask_id
+    widths = {n: width if n <= BEAM_LENGTHS or search.constraint.expression else max(1, width // 8) for n in lengths}
     alive = {n: [_Hypothesis()] for n in lengths}
     found: list[Candidate] = []
     for place in range(max(lengths)):
@@ -96,11 +105,10 @@ def beam(search: Search, lengths: Sequence[int], width: int, block_size: int) ->
         search.passes += passes
         grown: dict[int, list[_Hypothesis]] = {}
         for (n, h), row in zip(rows, log_p, strict=True):
-            size = width if n <= BEAM_LENGTHS else max(1, width // 8)
-            grown.setdefault(n, []).extend(_extend(search, h, n, row, size))
+            grown.setdefault(n, []).extend(_extend(search, h, n, row, widths[n]))
         for n, some in grown.items():
             some.sort(key=lambda h: -h.log_p)
-            some = some[: width if n <= BEAM_LENGTHS else max(1, width // 8)]
+            some = some[: widths[n]]
             if place + 1 == n:
                 found += [Candidate(list(h.ids), list(h.confidence)) for h in some]
                 some = []
@@ -119,10 +127,12 @@ def _extend(search: Search, h: _Hypothesis, n: int, log_p: Tensor, width: int) -
     able = (
         edge_limits(tokenizer, search.draft.gaps[search.i].edges, n).get(place, tokenizer.is_text) & ~tokenizer.is_byte
     )
-    top = log_p.masked_fill(~able, -math.inf).topk(min(TRIES if search.constraint else width, len(log_p)))
+    if place == 0 and n > 1 and search.constraint.expression is not None:
+        able = able | search.blank  # then a number or a rare character may follow, which no token has a space before
+    top = log_p.masked_fill(~able, -math.inf).topk(len(log_p) if search.constraint else min(width, len(log_p)))
     grown: list[_Hypothesis] = []
-    for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-        if len(grown) == width or value == -math.inf:
+    for tried, (token, value) in enumerate(zip(top.indices.tolist(), top.values.tolist(), strict=True)):
+        if len(grown) == width or value == -math.inf or (grown and tried >= TRIES):
             break
         ids = (*h.ids, token)
         if search.allows(ids, complete=place + 1 == n):

@@ -64,12 +64,12 @@ class Constraint:
         words = list(WORD.finditer(text))
         if self.max_words is not None and len(words) > self.max_words:
             return False
-        if self.whole_words and (_inside_word(before, text) or (complete and (_inside_word(text, after) or not words))):
+        if self.whole_words and before[-1:].isalnum() and _joined(before, text):
             return False
-        for n, word in enumerate(words):
-            # A word at the end may go on, and one at the edge is part of a longer one.
-            if word[0].lower() in self.avoid and (complete or n + 1 < len(words) or word.end() < len(text)):
-                return False
+        if self.whole_words and complete and (not words or (after[:1].isalnum() and _joined(text, after))):
+            return False
+        if self.avoid and self._holds_avoided(text, before, after, complete):
+            return False
         if self.expression is None:
             return True
         try:
@@ -77,7 +77,17 @@ class Constraint:
         except TimeoutError as error:
             raise ConfigError("the regular expression takes too long on a short text: make it simpler") from error
 
+    def _holds_avoided(self, text: str, before: str, after: str, complete: bool) -> bool:
+        """Whether a word that is to be avoided stands in the gap, or is made there of what stands beside it."""
+        whole = before + text + (after if complete else "")
+        for word in WORD.finditer(whole):
+            touches = word.end() > len(before) and word.start() < len(before) + len(text)
+            # A word at the end may go on.
+            if touches and word[0].lower() in self.avoid and (complete or word.end() < len(whole)):
+                return True
+        return False
 
-def _inside_word(left: str, right: str) -> bool:
+
+def _joined(left: str, right: str) -> bool:
     """Whether a word goes on from the end of `left` into `right`."""
-    return left[-1:].isalnum() and right[:1].isalnum()
+    return any(word.start() < len(left) < word.end() for word in WORD.finditer(left + right))

@@ -59,13 +59,19 @@ def parse_gaps(text: str) -> tuple[list[str], list[int | None]]:
     return fixed, counts
 
 
+def shows(text: str) -> bool:
+    """Whether there is anything to see in a text: not white space and control characters only."""
+    return any(c.isprintable() and c != " " for c in text)
+
+
 @dataclass(frozen=True)
 class Edges:
     """What a gap's first and last token must respect.
 
     left, right: characters of the fixed text beside the gap that the first or last token repeats (token healing).
     space_before: that text ends in a space, which belongs to the first token. open_before: the gap begins the text.
-    space_after: a space follows.
+    space_after: a space follows. unknown: the gap's length is; its text shows something, so a token that is all of it
+    does. begins: its first token does, whatever follows.
     """
 
     left: str = ""
@@ -73,6 +79,8 @@ class Edges:
     space_before: bool = False
     open_before: bool = False
     space_after: bool = False
+    unknown: bool = False
+    begins: bool = False
 
     def strip(self, text: str, *, first: bool = True, last: bool = True) -> str:
         """Characters of the gap's ids without what they repeat of the fixed text."""
@@ -83,11 +91,6 @@ class Edges:
         if last and self.right:
             return text.removesuffix(self.right)
         return text.removesuffix(" ") if last and self.space_after else text
-
-    @property
-    def narrow(self) -> bool:
-        """Whether both ends are bound: one token alone has to meet both."""
-        return bool(self.right) and (bool(self.left) or self.space_before or self.open_before)
 
     def allow(self, text: str, first: bool, last: bool) -> bool:
         """Whether a token with these characters may be the gap's first or last one."""
@@ -102,21 +105,28 @@ class Edges:
         inner = text[len(left) : len(text) - len(right)]
         if first and (self.space_before or self.open_before) and not left:
             inner = inner.removeprefix(" ")
+        if self.must_show(first, last) and not shows(inner):
+            return False
         return bool(inner) and not (last and self.space_after and inner.endswith(" "))
+
+    def must_show(self, first: bool, last: bool) -> bool:
+        """Whether a token that is the gap's first or last one, or both, has to show something."""
+        return first and (self.begins or (self.unknown and last))
 
 
 @functools.lru_cache(maxsize=1024)
 def _allowed(tokenizer: Tokenizer, edges: Edges, first: bool, last: bool) -> Tensor | None:
     """Ids that may stand at an end of a gap, bool [V]; None where any text may, or where no id could."""
     blank = edges.space_before or edges.open_before
-    if not (first and (edges.left or blank)) and not (last and (edges.right or edges.space_after)):
+    bound = (first and (edges.left or blank)) or (last and (edges.right or edges.space_after))
+    if not bound and not edges.must_show(first, last):
         return None
     able = tokenizer.where(lambda text: edges.allow(text, first, last))
     if not able.any():
         return None  # the tokenizer has no pieces with spaces: then the plain text is put there
     if not (first and (edges.left or edges.space_before)) and not (last and edges.right):
-        # All that may not stand here is a space, which a byte of a longer character is not.
-        able = able | tokenizer.is_byte & torch.tensor([raw != b" " for raw in tokenizer.raw])
+        # All that may not stand here is blank, which a byte of a longer character is not.
+        able = able | tokenizer.is_byte & torch.tensor([raw >= b"\x80" for raw in tokenizer.raw])
     return able
 
 
@@ -157,10 +167,11 @@ class Draft:
             for i, t in enumerate(self.texts)
         ]
         self.gaps = [
-            GapDraft(count, [self.mask_id] * (count or NOMINAL), self._edges(i)) for i, count in enumerate(counts)
+            GapDraft(count, [self.mask_id] * (count or NOMINAL), self._edges(i, count is None))
+            for i, count in enumerate(counts)
         ]
 
-    def _edges(self, i: int) -> Edges:
+    def _edges(self, i: int, unknown: bool) -> Edges:
         before, after = self.texts[i], self.texts[i + 1]
         space_after = bool(after) and (
             after[0].isspace() or self.tokenizer.text_of(self.tokenizer.encode_continuation(after[:64])).startswith(" ")
@@ -169,6 +180,7 @@ class Draft:
             space_before=self.tokenizer.space_pending(before[-64:]),
             open_before=i == 0 and not before,
             space_after=space_after,
+            unknown=unknown,
         )
 
     def encode(self, text: str, inside: bool) -> list[int]:

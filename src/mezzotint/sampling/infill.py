@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mezzotint.config import SamplingConfig, parse_attention
@@ -18,7 +18,7 @@ from mezzotint.model import Model
 from mezzotint.sampling.candidates import BEAM_LENGTHS, Candidate, Search, beam
 from mezzotint.sampling.candidates import drawn as draw_candidates
 from mezzotint.sampling.constraints import Constraint
-from mezzotint.sampling.draft import Draft, Parts, edge_limits
+from mezzotint.sampling.draft import Draft, Parts, edge_limits, shows
 from mezzotint.sampling.generate import Span
 from mezzotint.sampling.healing import heal
 from mezzotint.sampling.ranking import CONTEXT, HORIZON, code_lengths, with_candidate
@@ -106,10 +106,13 @@ def _lengths(filling: _Filling, i: int) -> list[int]:
     gap, window = filling.draft.gaps[i], filling.draft.window
     if gap.count is not None:
         return [gap.count]
-    # One token alone may have to be a space, a word and a word's rest, which few tokens are.
-    least = 2 if gap.edges.narrow and not edge_limits(filling.draft.tokenizer, gap.edges, 1) else 1
+    # One token alone may have to be a space, something to see and a word's rest, which few tokens are.
+    least = 1 if edge_limits(filling.draft.tokenizer, gap.edges, 1) else 2
+    lengths = filling.lengths
+    if filling.constraint.expression is not None:  # what matches may have any number of tokens
+        lengths = range(min(lengths), max(lengths) + 1)
     # A gap that took most of the window would leave no context to judge it by.
-    fitting = [n for n in filling.lengths if least <= n <= max(2, window // 4)]
+    fitting = [n for n in lengths if least <= n <= max(2, window // 4)]
     return fitting or [min(max(least, min(filling.lengths)), window - 1)]
 
 
@@ -138,8 +141,12 @@ def _propose(filling: _Filling, i: int) -> list[Candidate]:
     unique: dict[str, Candidate] = {}
     for candidate in found:
         text = draft.text_of(i, candidate.ids)
-        if text or draft.gaps[i].count is not None:
+        if draft.gaps[i].count is not None or shows(text):
             unique.setdefault(text, candidate)
+    gap = draft.gaps[i]
+    if found and not unique and not gap.edges.begins:
+        gap.edges = replace(gap.edges, begins=True)  # nothing but blanks: once more, with something to see at its start
+        return _propose(filling, i)
     if not unique:
         raise MezzotintError(
             f"nothing that may stand in gap {i + 1} was found: loosen what is asked of it, or try more candidates"
@@ -185,7 +192,8 @@ def _fill(filling: _Filling) -> list[list[tuple[Candidate, float]]]:
     paths = [_Path()]
     first = 0  # of the gaps that are chosen together
     for i, gap in enumerate(draft.gaps):
-        filling.passes += heal(filling.model, draft, i)
+        if not filling.constraint.whole_words:
+            filling.passes += heal(filling.model, draft, i)
         found = _propose(filling, i)
         proposals.append(found)
         weighed = _weigh(filling, i, paths, found, beyond=False)
