@@ -85,12 +85,13 @@ class _Hypothesis:
 def beam(search: Search, lengths: Sequence[int], width: int, block_size: int) -> list[Candidate]:
     """The likeliest fills of each length, token by token from the left, all lengths together.
 
-    Keeps `width` beginnings for lengths to BEAM_LENGTHS, or all under a regular expression, and an eighth of that for
-    longer ones. A token is judged by
+    Keeps `width` beginnings for lengths to BEAM_LENGTHS and an eighth of that for longer ones, but half of it up to twice
+    that length under a regular expression. A token is judged by
     its probability given both sides of the gap, the tokens before it and the masks behind it.
     """
     mask_id = search.draft.mask_id
-    widths = {n: width if n <= BEAM_LENGTHS or search.constraint.expression else max(1, width // 8) for n in lengths}
+    wide = BEAM_LENGTHS if search.constraint.expression is None else 2 * BEAM_LENGTHS
+    widths = {n: width if n <= BEAM_LENGTHS else max(1, width // (2 if n <= wide else 8)) for n in lengths}
     alive = {n: [_Hypothesis()] for n in lengths}
     found: list[Candidate] = []
     for place in range(max(lengths)):
