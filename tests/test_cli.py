@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -364,3 +368,114 @@ def test_torchrun_is_for_what_can_be_shared(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main.main(["sample", "model.mzt"]) == 2
     assert "run this command by itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["score", "nowhere", "data"], ["score", "a"], ["sample", "nowhere"]])
+def test_an_error_of_all_processes_is_said_once(words, tmp_path):
+    """By one of them; torchrun's own report, too, has that line."""
+    errors = under_torchrun(tmp_path, f"main({words})").splitlines()
+    (line,) = [e for e in errors if e.startswith("mezzotint: ")]
+    assert sum(e.strip() == f"traceback : {line}" for e in errors) == 1
+    assert sum("Traceback" in e for e in errors) == 1, "torchrun's"
+
+
+def test_an_error_of_another_process_than_the_first_is_said(trained, tmp_path):
+    words = ["score", str(trained.artifact), str(trained.data), "--tokens", "64"]
+    errors = under_torchrun(tmp_path, f"main(['score', 'nowhere', 'data'] if os.environ['RANK'] == '1' else {words})")
+    assert sum(e.startswith("mezzotint: nowhere does not exist") for e in errors.splitlines()) == 1
+
+
+def under_torchrun(folder: Path, call: str) -> str:
+    """Standard error of two processes that fail."""
+    (folder / "run.py").write_text(f"import os, sys\nfrom mezzotint.cli.main import main\nsys.exit({call})\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", folder / "run.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 1 and done.stdout == ""
+    return done.stderr
+
+
+# --- standard input and output ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def piped(monkeypatch, capsysbinary):
+    """A command with bytes on its standard input; what it writes to standard output."""
+
+    def run(*words: str | Path, data: bytes = b"", status: int = 0) -> bytes:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert main.main([str(w) for w in words]) == status
+        return capsysbinary.readouterr().out
+
+    return run
+
+
+def test_artifacts_go_through_standard_input_and_output(trained, tmp_path, piped):
+    artifact = trained.artifact.read_bytes()
+    exported = piped("export", "-", "--out", "-", data=artifact)
+    with tarfile.open(fileobj=io.BytesIO(exported)) as archive:
+        assert archive.getnames() == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert exported == piped("export", trained.artifact, "--out", "-"), "the same bytes for the same model"
+    piped("export", trained.artifact, "--out", tmp_path / "folder")
+    piped("import", tmp_path / "folder", "--out", tmp_path / "a.mzt")
+    stored = piped("import", "-", "--out", "-", data=exported)
+    assert stored == (tmp_path / "a.mzt").read_bytes()
+    described = json.loads(piped("inspect", "-", "--json", data=stored))
+    assert described["file"] == "-" and described["bytes"] == len(stored)
+    fill = ("the old ____ was dark", "--greedy", "--json")
+    assert (
+        json.loads(piped("fill", "-", *fill, data=artifact))["text"]
+        == json.loads(piped("fill", trained.artifact, *fill))["text"]
+    )
+    packed = ("pack", trained.run, "--codec", "reference", "--out")
+    piped(*packed, tmp_path / "b.mzt")
+    assert piped(*packed, "-") == (tmp_path / "b.mzt").read_bytes()
+
+
+def test_texts_and_reports_go_through_standard_input_and_output(trained, tmp_path, piped):
+    words = ("sample", trained.artifact, "--length", "8")
+    assert piped(*words, "--prompt", "-", data="the \u00e9".encode()) == piped(*words, "--prompt", "the \u00e9")
+    text = "the old house was dark and the light was low. " * 8
+    (tmp_path / "text.txt").write_text(text)
+    score = ("score", trained.artifact, "--repeats", "2", "--json")
+    given, named = (
+        json.loads(o) for o in (piped(*score, "-", data=text.encode()), piped(*score, tmp_path / "text.txt"))
+    )
+    assert given["results"][0]["bpb"] == named["results"][0]["bpb"]
+    page = piped("report", trained.run, "--tokens", "64", "--out", "-")
+    assert page.startswith(b"<!doctype html>") or page.lower().startswith(b"<!doctype html")
+    squeezed = piped("compress", "-", "-o", "-", "--json", data=b"the old house")
+    assert piped("decompress", "-", "-o", "-", data=squeezed) == b"the old house"
+
+
+def test_what_standard_input_and_output_cannot_be(trained, tmp_path, monkeypatch, capsys):
+    one_line(capsys, ["fill", "-", "-"], "MODEL and TEXT")
+    one_line(capsys, ["score", "-", "-"], "MODEL and DATA")
+    one_line(capsys, ["compare", "-", "-", "x"], "read once")
+    one_line(capsys, ["compress", "-", "-o", "x", "--model", "-"], "read once")
+    for words in ("prepare x --out -", "train x --out -", "score m d --journal -"):
+        one_line(capsys, [*words.split()], "needs a name")
+    one_line(capsys, ["pack", trained.run, "--sweep", "--out", "-"], "cannot be -")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"no tar archive" * 100)))
+    one_line(capsys, ["import", "-", "--out", tmp_path / "x"], "tar archive")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"no artifact")))
+    one_line(capsys, ["inspect", "-"], "standard input")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for words in (["pack", trained.run], ["import", tmp_path], ["export", trained.artifact], ["compress", "x"]):
+        one_line(capsys, [*words, "--out", "-"], "standard output is a terminal")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipes_and_links_stay_what_they_are(trained, tmp_path, piped):
+    piped("export", trained.artifact, "--out", tmp_path / "folder")
+    (tmp_path / "link").symlink_to(tmp_path / "folder", target_is_directory=True)
+    piped("export", trained.artifact, "--out", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "config.json").is_file()
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    piped("import", tmp_path / "link", "--out", pipe)
+    reader.join(60)
+    piped("import", tmp_path / "folder", "--out", tmp_path / "file.mzt")
+    assert pipe.is_fifo() and read == [(tmp_path / "file.mzt").read_bytes()]

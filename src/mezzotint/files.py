@@ -143,9 +143,10 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; on success fsync every file in it and rename it to `path`.
 
-    An existing folder at `path` is replaced. On failure nothing is left behind.
+    An existing folder at `path` is replaced. A symbolic link stays one: the folder it points to is replaced. On failure
+    nothing is left behind.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     with _named(path, f".{path.name}."):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))

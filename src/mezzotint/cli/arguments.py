@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mezzotint.cli.processes import first, say_error
 from mezzotint.config import OPTIONS, PRESETS, ModelConfig, Rule, SamplingConfig, TrainConfig
 from mezzotint.errors import ConfigError
 
@@ -30,8 +31,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         command = self.prog.removeprefix("mezzotint").strip()
-        print(f"mezzotint: {message} (see mezzotint {command + ' ' if command else ''}--help)", file=sys.stderr)
-        raise SystemExit(2)
+        said = say_error(f"{message} (see mezzotint {command + ' ' if command else ''}--help)")
+        raise SystemExit(2 if said else 0)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         """Also `fill MODEL --option TEXT`, of which argparse takes MODEL for the TEXT and gives TEXT up as unknown."""
@@ -140,7 +141,10 @@ def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """The MODEL before all else; optional: the shipped one where none is named."""
     shown = f" [the shipped {DEFAULT_MODEL}]" if optional else ""
-    help = f"a .mzt artifact, a run folder, a shipped model's name, a folder of transformers or hf:OWNER/NAME{shown}"
+    help = (
+        f"a .mzt artifact (-: standard input), a run folder, a shipped model's name, a folder of transformers or "
+        f"hf:OWNER/NAME{shown}"
+    )
     options: dict[str, Any] = {"nargs": "?"} if optional else {}
     parser.add_argument("model", type=Path, metavar="MODEL|RUN", help=help, **options)
 
@@ -158,9 +162,16 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
 
 
-def add_out(parser: argparse.ArgumentParser, metavar: str, help: str) -> None:
-    """Where a command writes to, which must be said."""
-    parser.add_argument("--out", type=Path, required=True, metavar=metavar, help=help)
+def named(text: str) -> Path:
+    """A file or folder that must have a name."""
+    if text == "-":
+        raise argparse.ArgumentTypeError("this needs a name: it cannot be standard input or output")
+    return Path(text)
+
+
+def add_out(parser: argparse.ArgumentParser, metavar: str, help: str, kind: Callable[[str], Path] = Path) -> None:
+    """Where a command writes to, which must be said. kind: `named` where `-` cannot be."""
+    parser.add_argument("--out", type=kind, required=True, metavar=metavar, help=help)
 
 
 def add_scored(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -189,6 +200,7 @@ def _canonical(word: str) -> str:
         return word
     name = found[1].replace("_", "-")
     if name in RENAMED:
-        print(f"mezzotint: --{name} is now called --{RENAMED[name]}", file=sys.stderr)
+        if first():
+            print(f"mezzotint: --{name} is now called --{RENAMED[name]}", file=sys.stderr)
         name = RENAMED[name]
     return f"--{name}{word[found.end() :]}"

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mezzotint.cli.streams import to_standard
+
 
 class Progress:
     """Progress on standard error: a live line on a terminal, a plain line every few seconds elsewhere."""
@@ -114,13 +116,14 @@ def finite(value: Any) -> Any:
 
 
 def emit(arguments: argparse.Namespace, result: dict[str, Any], lines: Sequence[tuple[str, Any]] = ()) -> None:
-    """The result as JSON, or as aligned lines for a person."""
+    """The result as JSON, or as aligned lines for a person: on standard error where standard output has the file."""
+    stream = sys.stderr if to_standard(arguments) else sys.stdout
     if arguments.json:
-        print(json.dumps(finite(result), allow_nan=False))
+        print(json.dumps(finite(result), allow_nan=False), file=stream)
         return
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
-        print(f"{name:<{width}}  {f'{value:,}' if isinstance(value, int) else value}")
+        print(f"{name:<{width}}  {f'{value:,}' if isinstance(value, int) else value}", file=stream)
 
 
 @contextlib.contextmanager

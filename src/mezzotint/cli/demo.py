@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import DEFAULT_MODEL, by_rule
+from mezzotint.cli.arguments import DEFAULT_MODEL, by_rule, named
 from mezzotint.cli.console import Progress, emit, finite
 from mezzotint.cli.packing import print_pack
 from mezzotint.cli.scoring import print_scores, score_by
@@ -34,7 +34,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=by_rule("minutes"), default=2.0, help="training time; all else takes about one more [2]"
     )
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for all files [demo]")
+    parser.add_argument("--out", type=named, default=Path("demo"), metavar="DIR", help="folder for all files [demo]")
 
 
 def run_demo(arguments: argparse.Namespace, progress: Progress) -> None:

@@ -6,11 +6,12 @@ Knows where things lie, not what is done with them.
 from __future__ import annotations
 
 import argparse
-import sys
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from mezzotint.cli.streams import input_file
 from mezzotint.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -19,20 +20,22 @@ if TYPE_CHECKING:
 
 
 def load_model(path: Path | None, arguments: argparse.Namespace | None = None) -> Model:
-    """A `.mzt` artifact, a run folder, an exported folder or a shipped model's name; the default one if None.
+    """What `pretrained.load` loads, or for `-` an artifact from standard input; the default one if None.
 
     arguments: of a command that takes models of transformers as well, with the options for them.
     """
     from mezzotint.pretrained import is_foreign, load
 
-    if arguments is None:
-        if path is not None and is_foreign(path):
-            takers = "score, compare, sample, fill and serve"
-            raise ConfigError(f"{path} is a model of transformers: of the commands {takers} take such")
-        return load(path)
-    other = hasattr(arguments, "b") and path is not None and not is_foreign(path)  # the options are the other model's
-    objective = None if other else arguments.objective
-    return load(path, objective=objective, trust_remote_code=arguments.trust_remote_code)
+    foreign = path is not None and is_foreign(path)
+    if arguments is None and foreign:
+        takers = "score, compare, sample, fill and serve"
+        raise ConfigError(f"{path} is a model of transformers: of the commands {takers} take such")
+    with contextlib.nullcontext() if path is None else input_file(path) as file:
+        if arguments is None:
+            return load(file)
+        # With two models the options are for the one of transformers.
+        objective = arguments.objective if foreign or not hasattr(arguments, "b") else None
+        return load(file, objective=objective, trust_remote_code=arguments.trust_remote_code)
 
 
 def run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | None:
@@ -78,14 +81,8 @@ def scored_texts(arguments: argparse.Namespace) -> list[str]:
     """The documents that DATA|TEXT names."""
     from mezzotint.data.sources import documents
 
-    return [text for source in arguments.data for text in documents(source)]
-
-
-def read_text(given: str) -> str:
-    """The text given, or for `-` that of standard input."""
-    if given != "-":
-        return given
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError("standard input is not UTF-8 text") from error
+    found: list[str] = []
+    for source in arguments.data:
+        with input_file(source, ".txt") as file:
+            found += documents(file)
+    return found

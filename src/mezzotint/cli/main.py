@@ -14,13 +14,15 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
+from mezzotint.cli import processes
 from mezzotint.cli.arguments import Parser, canonical, show_ranges
 from mezzotint.cli.console import Progress
+from mezzotint.cli.streams import check_streams
 from mezzotint.errors import ConfigError, Interrupted, MezzotintError
 from mezzotint.files import NotWritten, why_not_written
 
@@ -93,25 +95,13 @@ def _add_arguments(command: Command, parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace, progress: Progress) -> None:
     """What was parsed, run."""
     command = COMMANDS[arguments.command]
-    with _processes(command, progress):
+    check_streams(arguments)
+    with contextlib.ExitStack() as stack:
+        if processes.several() and command.processes != "own":
+            if command.processes != "shared":
+                raise ConfigError("torchrun is for train, pack, score and compare; run this command by itself")
+            stack.enter_context(processes.joined(progress))
         getattr(command.imported(), f"run_{command.name}")(arguments, progress)
-
-
-@contextlib.contextmanager
-def _processes(command: Command, progress: Progress) -> Iterator[None]:
-    """Under torchrun: let the processes share what can be shared, and the first alone print."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or command.processes == "own":
-        yield
-        return
-    if command.processes != "shared":
-        raise ConfigError("torchrun is for train, pack, score and compare; run this command by itself")
-    from mezzotint.distributed import process_group
-
-    with process_group("cpu") as (rank, _, _), contextlib.ExitStack() as stack:
-        if rank:
-            progress.quiet = True
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        yield
 
 
 def one_line(error: OSError) -> str:
@@ -120,6 +110,17 @@ def one_line(error: OSError) -> str:
         return why_not_written(error.filename or "the output", error)
     reason = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _exhausted_or_cut_off(error: MemoryError | RuntimeError) -> str:
+    """What to say of exhausted memory, which PyTorch reports as a RuntimeError, and of a process that is gone.
+
+    "" for any other error, which is a bug and shows its traceback.
+    """
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text:
+        return "not enough memory: use a smaller --micro-batch, model or --length"
+    return "another process of this run has ended" if processes.cut_off(error) else ""
 
 
 def drop_output() -> None:
@@ -151,18 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, status = one_line(error), 2
         drop_output()
     except (MemoryError, RuntimeError) as error:
-        # PyTorch reports exhausted memory of every device as a RuntimeError; any other is a bug and shows its traceback.
-        if (
-            not isinstance(error, MemoryError)
-            and "out of memory" not in str(error)
-            and "can't allocate" not in str(error)
-        ):
+        message, status = _exhausted_or_cut_off(error), 2
+        if not message:
             raise
-        message, status = "not enough memory: use a smaller --micro-batch, model or --length", 2
     except KeyboardInterrupt:
         message, status = "stopped", 130
     finally:
         progress.close()
-    if os.environ.get("RANK", "0") == "0" or status != 2:  # under torchrun one process says it
-        print(f"mezzotint: {message}", file=sys.stderr)
-    return status
+    return status if processes.say_error(message) else 0

@@ -6,14 +6,15 @@ Knows nothing of what is in them.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import add_model, add_out, add_run, by_rule, describe
+from mezzotint.cli.arguments import add_model, add_out, add_run, by_rule, describe, named
 from mezzotint.cli.console import Progress, emit, table
 from mezzotint.cli.inputs import load_model, run_data
+from mezzotint.cli.processes import first
+from mezzotint.cli.streams import STANDARD, input_file, input_folder, output_file, output_folder
 from mezzotint.errors import ConfigError
 from mezzotint.files import atomic_write
 
@@ -28,7 +29,7 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
         "The file is reopened and every weight compared before success is reported.",
     )
     add_run(parser)
-    add_out(parser, "MODEL.mzt", "file to write")
+    add_out(parser, "MODEL.mzt", "file to write (-: standard output)")
     parser.add_argument(
         "--budget",
         type=by_rule("budget"),
@@ -72,16 +73,17 @@ def run_pack(arguments: argparse.Namespace, progress: Progress) -> None:
         return _sweep(arguments, model, dataset, progress)
     if arguments.tokens is not None:
         raise ConfigError("--tokens says how much text --sweep scores: give both or neither")
-    result = pack(
-        model,
-        dataset.split("train"),
-        arguments.out,
-        code=arguments.code,
-        codec=arguments.codec,
-        seed=arguments.seed,
-        progress=progress.say,
-        **more,
-    )
+    with output_file(arguments.out) as out:
+        result = pack(
+            model,
+            dataset.split("train"),
+            out,
+            code=arguments.code,
+            codec=arguments.codec,
+            seed=arguments.seed,
+            progress=progress.say,
+            **more,
+        )
     if result:
         print_pack(arguments, arguments.out, result)
 
@@ -92,6 +94,8 @@ def _sweep(arguments: argparse.Namespace, model: Model, dataset: Dataset, progre
     from mezzotint.scoring.likelihood import nelbo_by_window
 
     out: Path = arguments.out
+    if out == STANDARD:
+        raise ConfigError("--sweep writes two files: name them with --out, which cannot be -")
     if out.is_dir():
         out = out / "sweep"
     elif not out.parent.is_dir():
@@ -106,7 +110,7 @@ def _sweep(arguments: argparse.Namespace, model: Model, dataset: Dataset, progre
         progress=progress.say,
     )
     progress.close()
-    if os.environ.get("RANK", "0") != "0":
+    if not first():
         return
     text = [",".join(points[0]), *(",".join(f"{value:.10g}" for value in point.values()) for point in points)]
     numbers, chart = out.with_name(out.name + ".csv"), out.with_name(out.name + ".png")
@@ -149,13 +153,14 @@ def print_pack(arguments: argparse.Namespace, path: Path, result: dict[str, Any]
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", type=Path, metavar="MODEL.mzt", help="artifact")
+    parser.add_argument("artifact", type=Path, metavar="MODEL.mzt", help="artifact (-: standard input)")
 
 
 def run_inspect(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.packing.artifact import inspect_artifact
 
-    contents = inspect_artifact(arguments.artifact)
+    with input_file(arguments.artifact) as file:
+        contents = {**inspect_artifact(file), "file": str(arguments.artifact)}
     if arguments.json:
         return emit(arguments, contents)
     columns = [("tensor", "left"), ("shape", "left"), ("codec", "left")]
@@ -184,13 +189,15 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "Every weight in float32, without loss; all commands that take a model take the folder, too.",
     )
     add_model(parser)
-    add_out(parser, "FOLDER", "folder to write")
+    add_out(parser, "FOLDER", "folder to write (-: a tar archive on standard output)")
 
 
 def run_export(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.packing.safetensors import export_folder
 
-    result = export_folder(load_model(arguments.model), arguments.out)
+    model = load_model(arguments.model)
+    with output_folder(arguments.out) as folder:
+        result = {**export_folder(model, folder), "folder": str(arguments.out)}
     emit(
         arguments,
         result,
@@ -203,21 +210,25 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "Without loss, so not small: `mezzotint pack` quantizes, which takes a run.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder that `mezzotint export` wrote")
-    add_out(parser, "MODEL.mzt", "file to write")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder that `mezzotint export` wrote (-: tar)")
+    add_out(parser, "MODEL.mzt", "file to write (-: standard output)")
 
 
 def run_import(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.packing.pack import store
-    from mezzotint.packing.safetensors import import_folder
+    from mezzotint.packing.safetensors import FILES, import_folder
 
-    print_pack(arguments, arguments.out, store(import_folder(arguments.folder), arguments.out))
+    with input_folder(arguments.folder, FILES) as folder:
+        model = import_folder(folder)
+    with output_file(arguments.out) as out:
+        result = store(model, out)
+    print_pack(arguments, arguments.out, result)
 
 
 def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("artifact", type=Path, metavar="MODEL.mzt", help="artifact packed from it")
-    add_out(parser, "DIR", "folder to write")
+    parser.add_argument("artifact", type=named, metavar="MODEL.mzt", help="artifact packed from it")
+    add_out(parser, "DIR", "folder to write", named)
     parser.add_argument("--data", type=Path, metavar="DATA", help="data to score on [the data the run was trained on]")
     parser.add_argument("--tokens", type=by_rule("tokens"), metavar="N", help="score about N tokens [all]")
     for name in ("name", "author", "github-id", "blurb"):

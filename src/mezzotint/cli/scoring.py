@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import add_foreign, add_model, add_scored, by_rule, describe
+from mezzotint.cli.arguments import add_foreign, add_model, add_scored, by_rule, describe, named
 from mezzotint.cli.console import Progress, emit, table
 from mezzotint.cli.inputs import is_data, load_model, scored_texts, scored_windows
 from mezzotint.errors import ConfigError, DataError, Interrupted, MezzotintError
@@ -87,10 +87,10 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         help="nelbo of blocks of K tokens from left to right, 0 of whole windows [what the model was trained on]",
     )
     parser.add_argument(
-        "--card", type=Path, metavar="README.md", help="also write the figures into this model card (extra hub)"
+        "--card", type=named, metavar="README.md", help="also write the figures into this model card (extra hub)"
     )
     parser.add_argument("--dataset", metavar="NAME", help="what the card calls the data [its file names]")
-    parser.add_argument("--journal", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
+    parser.add_argument("--journal", type=named, metavar="FILE", help="keep what is done here, and go on from it")
 
 
 def run_score(arguments: argparse.Namespace, progress: Progress) -> None:

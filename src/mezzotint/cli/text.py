@@ -20,7 +20,8 @@ from mezzotint.cli.arguments import (
     sampling_settings,
 )
 from mezzotint.cli.console import Progress, emit, table, watching
-from mezzotint.cli.inputs import load_model, read_text
+from mezzotint.cli.inputs import load_model
+from mezzotint.cli.streams import read_text, to_standard
 from mezzotint.errors import ConfigError
 
 
@@ -31,7 +32,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=by_rule("length"), metavar="L", help="tokens [what the window holds behind the prompt]"
     )
-    parser.add_argument("--prompt", default="", help="text to begin with")
+    parser.add_argument("--prompt", default="", help="text to begin with; - reads standard input")
     add_sampling(parser)
 
 
@@ -40,7 +41,7 @@ def run_sample(arguments: argparse.Namespace, progress: Progress) -> None:
 
     model = load_model(arguments.model, arguments)
     settings = sampling_settings(arguments)
-    options = {"prompt": arguments.prompt, "seed": arguments.seed, **settings}
+    options = {"prompt": read_text(arguments.prompt), "seed": arguments.seed, **settings}
     with watching(arguments, progress) as watch:
         on_step = watch.canvas(model.tokenizer) if watch else None
         result = sample(model, arguments.n, arguments.length, on_step=on_step, **options)
@@ -131,7 +132,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_compress(arguments: argparse.Namespace, progress: Progress) -> None:
-    from mezzotint.compression.container import STANDARD, compress_file
+    from mezzotint.compression.container import compress_file
 
     model = load_model(arguments.model)
     watch = progress.bytes_done("compressing")
@@ -141,10 +142,7 @@ def run_compress(arguments: argparse.Namespace, progress: Progress) -> None:
     figures = {**dataclasses.asdict(result), "bytes": before, "compressed_bytes": after, "bpb": result.bpb}
     ratio = f"{before / after:.2f} times smaller, {result.bpb:.3f} bits/byte" if before else "empty input"
     checked = ", restored and compared" if result.checked else ""
-    if arguments.out == STANDARD:
-        progress.say(f"compressed  {before:,} -> {after:,} bytes ({ratio}){checked}")
-    else:
-        emit(arguments, figures, [("compressed", f"{before:,} -> {after:,} bytes ({ratio}){checked}")])
+    emit(arguments, figures, [("compressed", f"{before:,} -> {after:,} bytes ({ratio}){checked}")])
 
 
 def add_decompress_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,15 +151,13 @@ def add_decompress_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_decompress(arguments: argparse.Namespace, progress: Progress) -> None:
-    from mezzotint.compression.container import STANDARD, decompress_file
+    from mezzotint.compression.container import decompress_file
 
     watch = progress.bytes_done("decompressing")
     size = decompress_file(arguments.file, arguments.out, load_model(arguments.model), progress=watch)
     progress.close()
-    if arguments.out == STANDARD:
-        progress.say(f"restored  {size:,} bytes, checked")
-    else:
-        emit(arguments, {"bytes": size}, [("restored", f"{arguments.out}  {size:,} bytes, checked")])
+    where = "" if to_standard(arguments) else f"{arguments.out}  "
+    emit(arguments, {"bytes": size}, [("restored", f"{where}{size:,} bytes, checked")])
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:

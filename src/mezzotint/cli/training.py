@@ -6,14 +6,16 @@ Knows nothing of how anything is computed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import add_out, add_preset_settings, add_run, by_rule, describe, settings
+from mezzotint.cli.arguments import add_out, add_preset_settings, add_run, by_rule, describe, named, settings
 from mezzotint.cli.console import Progress, emit, table
 from mezzotint.cli.inputs import run_data
+from mezzotint.cli.processes import first
+from mezzotint.cli.streams import input_file, output_file
 from mezzotint.config import PRESETS, ModelConfig, Rule, TrainConfig, preset
 from mezzotint.errors import ConfigError, DataError
 
@@ -32,7 +34,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         "challenge's published shards).",
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, -, stdlib, hf:OWNER/NAME...")
-    add_out(parser, "DATA", "new folder for the shards")
+    add_out(parser, "DATA", "new folder for the shards", named)
     parser.add_argument(
         "--tokenizer", metavar="FILE|MODEL", help="a SentencePiece .model, a tokenizer.json, or a model's own"
     )
@@ -93,7 +95,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "of the batch. Any setting of the preset can be changed.",
     )
     parser.add_argument("data", type=Path, metavar="DATA", help="prepared folder")
-    add_out(parser, "RUN", "run folder to write")
+    add_out(parser, "RUN", "run folder to write", named)
     parser.add_argument(
         "--preset",
         choices=sorted(PRESETS),
@@ -118,8 +120,7 @@ def run_train(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.training.run import train
 
     model, config = train_configs(arguments, Dataset.open(arguments.data).tokenizer)
-    first = int(os.environ.get("RANK", "0")) == 0
-    if first and progress.console.is_terminal:
+    if first() and progress.console.is_terminal:
         progress.say(f"setting up {model.layers} layers x {model.width}; compiling can take a minute")
     result = train(
         arguments.data,
@@ -132,7 +133,7 @@ def run_train(arguments: argparse.Namespace, progress: Progress) -> None:
         warn=progress.say,
     )
     progress.close()
-    if first:
+    if first():
         bpb = result["train_nelbo_bpb"]
         lines = [
             ("steps", result["steps"]),
@@ -206,12 +207,14 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 def run_report(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.apps.report import report
 
-    result = report(
-        arguments.run_folder,
-        arguments.out,
-        artifact=arguments.model,
-        dataset=run_data(arguments.run_folder, arguments.data, None),
-        tokens=arguments.tokens,
-        progress=progress.say,
-    )
+    with output_file(arguments.out) as out, contextlib.ExitStack() as stack:
+        result = report(
+            arguments.run_folder,
+            out,
+            artifact=arguments.model and stack.enter_context(input_file(arguments.model)),
+            dataset=run_data(arguments.run_folder, arguments.data, None),
+            tokens=arguments.tokens,
+            progress=progress.say,
+        )
+    result["file"] = str(arguments.out)
     emit(arguments, result, [("report", result["file"]), ("holds", ", ".join(result["sections"]))])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -440,9 +441,18 @@ def sweep(
 
 
 def _write_verified(out: Path, data: bytes, tensors: Mapping[str, Grid | np.ndarray]) -> None:
-    """Write atomically, reopen, compare every weight bit for bit. Raises ArtifactError and leaves nothing if not."""
+    """Write atomically, reopen, compare every weight bit for bit. Raises ArtifactError and leaves nothing if not.
+
+    What is no file (a device, a pipe) cannot be read back: the same bytes are written to a file and compared there first.
+    """
+    device = out.exists() and not out.is_file() and not out.is_dir()
+    if device:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_verified(Path(folder) / "model.mzt", data, tensors)
     with writing(out, ArtifactError):
         atomic_write(out, data)
+    if device:
+        return
     try:
         state = open_artifact(out).network.state_dict()
     except ArtifactError:

@@ -24,6 +24,8 @@ from mezzotint.packing.artifact import MAX_HEADER, checked_config, layout, netwo
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 VERSION = 1
+FILES = (WEIGHTS, CONFIG, "tokenizer.model", "tokenizer.json")
+"""What may be in a folder of this form."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # each is exact as float32
 
 
