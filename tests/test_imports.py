@@ -13,7 +13,7 @@ import mezzotint
 
 FLOORS = [
     ["errors"],
-    ["files", "seeding", "distributed", "system"],
+    ["files", "seeding", "distributed", "system", "signatures"],
     ["config"],
     ["objective", "data"],
     ["model"],

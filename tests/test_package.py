@@ -100,7 +100,7 @@ def test_base_dependencies_are_what_the_package_imports(built):
         "transformers",
         "uvicorn",
     }
-    comes_with = {"markupsafe": "jinja2"}
+    comes_with = {"markupsafe": "jinja2", "typing_extensions": "torch"}
     assert {comes_with.get(name, name).lower() for name in third - extras} == base
     optional = {re.split(r"[\s<>=!~;\[]", line)[0].replace("-", "_") for line in required if "extra ==" in line}
     assert extras <= optional

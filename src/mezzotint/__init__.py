@@ -7,6 +7,7 @@ rest of `__all__`. They are loaded when first used, so that `import mezzotint` d
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if inspect.isfunction(value):
+        value = importlib.import_module(f"{__name__}.signatures").checked(value)
     globals()[name] = value  # later look-ups do not come here
     return value
 

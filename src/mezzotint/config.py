@@ -10,7 +10,7 @@ import dataclasses
 import math
 import numbers
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from mezzotint.errors import ConfigError, MezzotintError
 
@@ -440,6 +440,20 @@ class SamplingConfig:
         _check_fields(self)
         if self.no_repeat == 1:
             raise ConfigError("no_repeat must be 0 or at least 2 tokens, not 1")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingConfig` as options of a function."""
+
+    sampler: str
+    steps: int | None
+    temperature: float
+    top_p: float
+    block: int | None
+    entropy_budget: float
+    remask: float
+    order_noise: float
+    no_repeat: int
 
 
 REVEAL_OPTIONS = {"sampler", "steps", "entropy_budget", "block", "remask", "order_noise"}

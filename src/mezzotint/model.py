@@ -607,6 +607,13 @@ class Model:
     info: dict[str, Any] = field(default_factory=dict)
     sha256: str | None = None
 
+    def __repr__(self) -> str:
+        config, parameters = self.config, count_parameters(self.network)
+        return (
+            f"Model({parameters:,} parameters, {config.layers} layers x {config.width}, {config.vocab_size:,} tokens, "
+            f"window {config.sequence_length:,})"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

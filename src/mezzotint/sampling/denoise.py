@@ -9,16 +9,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mezzotint import seeding
-from mezzotint.config import SamplingConfig, parse_attention
+from mezzotint.config import SamplingConfig, SamplingOptions, parse_attention
 from mezzotint.errors import MezzotintError
 from mezzotint.model import TOKENS_PER_FORWARD, Cache, Denoiser, Model, shift_right
 from mezzotint.sampling.samplers import SAMPLERS, Canvas
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 OnStep = Callable[[int, Tensor, Tensor], None]
 """Called after each pass with (pass number from 1, ids [B, T], confidence [B, T]); raise in it to stop."""
@@ -103,7 +107,7 @@ def denoise(
     first_row: int = 0,
     attention: str | None = None,
     on_step: OnStep | None = None,
-    **settings: Any,
+    **settings: Unpack[SamplingOptions],
 ) -> Denoised:
     """Reveal the masks of a canvas.
 

@@ -10,18 +10,22 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mezzotint import seeding
-from mezzotint.config import REVEAL_OPTIONS, SamplingConfig
+from mezzotint.config import REVEAL_OPTIONS, SamplingConfig, SamplingOptions
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Denoiser, Model
 from mezzotint.sampling import speculate as speculation
 from mezzotint.sampling.denoise import Denoised, OnStep, denoise
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 # Next tokens at 1 are judged worse than text, at 0.8 as well but poorer in words (LOG.md, benchmarks/sampling.py).
 NEXT_TOKEN_TEMPERATURE = 0.9
@@ -100,7 +104,7 @@ def sample(
     on_step: OnStep | None = None,
     attention: str | None = None,
     speculate: int = 0,
-    **settings: Any,
+    **settings: Unpack[SamplingOptions],
 ) -> Samples:
     """Draw `n` texts of `length` tokens, or less where a text ends by itself.
 
@@ -116,7 +120,7 @@ def sample(
     """
     started = time.perf_counter()
     if speculate:
-        return sample_by_speculation(model, n, length, prompt, seed, speculate, settings)
+        return sample_by_speculation(model, n, length, prompt, seed, speculate, dict(settings))
     if model.block_size:
         settings.setdefault("sampler", "blocks")
     elif model.trained_causally and attention is None and not REVEAL_OPTIONS & settings.keys():

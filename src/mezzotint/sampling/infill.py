@@ -10,9 +10,11 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mezzotint.config import SamplingConfig, parse_attention
+from mezzotint.config import SamplingConfig, SamplingOptions, parse_attention
+
+from mezzotint.config import SamplingConfig, SamplingOptions, parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Model
 from mezzotint.sampling.candidates import BEAM_LENGTHS, Candidate, Search, beam
@@ -22,6 +24,10 @@ from mezzotint.sampling.draft import Draft, Parts, edge_limits, shows
 from mezzotint.sampling.generate import Span
 from mezzotint.sampling.healing import heal
 from mezzotint.sampling.ranking import CONTEXT, HORIZON, code_lengths, with_candidate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 CANDIDATES = 64
@@ -263,7 +269,7 @@ def infill(
     attention: str = "full",
     on_step: Callable[[int, list[Span]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[SamplingOptions],
 ) -> Filled:
     """Fill the gaps of a text (see `parse_gaps`, whose answer may be given instead of a text); all the rest of it comes
     back byte for byte.
@@ -293,7 +299,7 @@ def infill(
     constraint = Constraint.of(whole_words=whole_words, max_words=max_words, regex=regex, avoid=avoid)
     draft = Draft(model, text)
     filling = _Filling(
-        model, draft, seed, lengths, max(n, candidates), drawn, attention, constraint, settings, on_step, progress
+        model, draft, seed, lengths, max(n, candidates), drawn, attention, constraint, dict(settings), on_step, progress
     )
     ranked = _fill(filling)
     gaps = []
@@ -311,6 +317,21 @@ def infill(
     return Filled(output, gaps, filling.passes, time.perf_counter() - started, seed)
 
 
-def fill(model: Model, text: str, seed: int = 0, **options: Any) -> str:
+class InfillOptions(SamplingOptions, total=False):
+    """The options of `infill`."""
+
+    n: int
+    candidates: int | None
+    lengths: Sequence[int]
+    whole_words: bool
+    max_words: int | None
+    regex: str | None
+    avoid: Sequence[str] | str
+    attention: str
+    on_step: Callable[[int, list[Span]], None] | None
+    progress: Callable[[int, int], None] | None
+
+
+def fill(model: Model, text: str, seed: int = 0, **options: Unpack[InfillOptions]) -> str:
     """The text with its gaps filled: `infill(...).text`. Text without gaps comes back as it is."""
     return infill(model, text, seed, **options).text

@@ -11,15 +11,20 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mezzotint.config import SamplingOptions
 from mezzotint.data.dataset import Dataset, TokenStream
 from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.model import Model
 from mezzotint.sampling.generate import sample
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses modulo 2**64
 CHUNK = 1 << 20
@@ -141,7 +146,7 @@ def memorized(
     seed: int = 0,
     batch: int = 8,
     progress: Callable[[str], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
     """Shares of the strings of `length` bytes that stand in `dataset`'s training split: of sampled and of held-out text.
 

@@ -6,8 +6,10 @@ Knows nothing of models.
 from __future__ import annotations
 
 import functools
+import html
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +62,26 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _with_error(figure: Estimate | Comparison) -> str:
+    if isinstance(figure, Comparison):
+        return f"{figure.difference_bpb:+.4f} \u00b1 {figure.stderr_bpb:.4f} bits/byte"
+    return f"{figure.bpb:.4f} \u00b1 {figure.stderr_bpb:.4f} bits/byte"
+
+
+def _html(estimates: Sequence[Estimate], caption: str = "") -> str:
+    """The figures as a table for a notebook."""
+    heads = ("method", "kind", "bits/byte", "\u00b1 s.e.", "nats/token", "tokens", "bytes", "bytes lost")
+    rows = [
+        (e.method, e.kind, f"{e.bpb:.4f}", f"{e.stderr_bpb:.4f}", f"{e.nats_per_token:.4f}", f"{e.tokens:,}",
+         f"{e.bytes:,}", f"{e.bytes_lost:,}")
+        for e in estimates
+    ]  # fmt: skip
+    lines = ["".join(f"<th>{html.escape(head)}</th>" for head in heads)]
+    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    shown = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{shown}{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A likelihood figure with its kind and error.
@@ -92,6 +114,12 @@ class Estimate:
             raise DataError(
                 "the model's outputs are not numbers: its weights are damaged, or of a size nothing was trained to"
             )
+
+    def __repr__(self) -> str:
+        return f"Estimate({self.method}: {_with_error(self)} ({self.kind}), {self.tokens:,} tokens)"
+
+    def _repr_html_(self) -> str:
+        return _html([self])
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Two-sided interval in bits per byte, by Student's t."""
@@ -193,6 +221,12 @@ class Comparison:
     window_stderr_bpb: float
     a: Estimate
     b: Estimate
+
+    def __repr__(self) -> str:
+        return f"Comparison(b - a: {_with_error(self)}, p = {self.p_value:.2g}; a {self.a!r}, b {self.b!r})"
+
+    def _repr_html_(self) -> str:
+        return _html([self.a, self.b], f"b - a: {_with_error(self)}, p = {self.p_value:.2g}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object."""
