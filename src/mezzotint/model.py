@@ -241,7 +241,8 @@ class Block(nn.Module):
         width = config.width
         self.attention_scale = nn.Parameter(torch.ones(width)) if config.channel_scales else None
         self.mlp_scale = nn.Parameter(torch.ones(width)) if config.channel_scales else None
-        mix = torch.stack((torch.ones(width), torch.zeros(width)))
+        mix = torch.zeros(2, width)
+        mix[0].fill_(1.0)
         self.embedding_mix = nn.Parameter(mix) if config.embedding_mix else None
 
     def norm(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mezzotint import config as configuration
 from mezzotint.config import ModelConfig
@@ -48,17 +49,30 @@ CODECS = (GRID, GRID_COLUMNS, FLOAT16, FLOAT32)
 RANGE, LZMA = "range", "lzma"
 
 
+class _NoValues(TorchFunctionMode):
+    """On the meta device: nothing is drawn, as the shapes' only draws would import torch's compiler, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _shapes_only(config: ModelConfig) -> Denoiser:
+    """The network without memory for its weights."""
+    with torch.device("meta"), _NoValues():
+        return Denoiser(config)
+
+
 def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's tensors, in file order. No memory is taken for them."""
-    with torch.device("meta"):
-        network = Denoiser(config)
+    network = _shapes_only(config)
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def network_of(config: ModelConfig, values: Mapping[str, np.ndarray]) -> Denoiser:
     """The network with these float32 values, in eval mode; no memory is taken but theirs."""
-    with torch.device("meta"):
-        network = Denoiser(config)
+    network = _shapes_only(config)
     network.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -316,8 +330,7 @@ def checked_config(header: dict[str, Any], size: int) -> ModelConfig:
     """The config in `header`, if a file of `size` bytes can be a model of it. Raises ArtifactError."""
     try:
         config = configuration.from_dict(ModelConfig, header["config"])
-        with torch.device("meta"):
-            parameters = count_parameters(Denoiser(config))
+        parameters = count_parameters(_shapes_only(config))
     except ArtifactError:
         raise
     except MezzotintError as error:
