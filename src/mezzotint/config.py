@@ -476,6 +476,7 @@ OPTIONS: dict[str, Rule] = {
     "stride": _rule(int, f"[1, {MOST_WINDOW}]"),
     "orders": _rule(int, f"[1, {MOST}]"),
     "order_lean": _rule(float, "[0, inf]"),
+    "slack": _rule(float, "[0, 1e6]"),
     "score_block_size": Rule(int, 0, MOST_WINDOW, unit="tokens of the blocks"),
     # samples and gaps
     "n": _rule(int, f"[1, {MOST}]"),

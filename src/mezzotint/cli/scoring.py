@@ -70,7 +70,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="nelbo of orders that lean to the left; inf: chain [0]",
     )
-    parser.add_argument("--slack", type=float, metavar="NATS", help="of lower, against rare orders [1]")
+    parser.add_argument("--slack", type=by_rule("slack"), metavar="NATS", help="of lower, against rare orders [1]")
     parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the masks [0]")
     parser.add_argument(
         "--order", metavar="ORDER", help="order of chain: left, random(SEED), block(SIZE), spread(PASSES) [left]"
