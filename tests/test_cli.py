@@ -415,7 +415,6 @@ def test_artifacts_go_through_standard_input_and_output(trained, tmp_path, piped
     exported = piped("export", "-", "--out", "-", data=artifact)
     with tarfile.open(fileobj=io.BytesIO(exported)) as archive:
         assert archive.getnames() == ["config.json", "model.safetensors", "tokenizer.model"]
-    assert exported == piped("export", trained.artifact, "--out", "-"), "the same bytes for the same model"
     piped("export", trained.artifact, "--out", tmp_path / "folder")
     piped("import", tmp_path / "folder", "--out", tmp_path / "a.mzt")
     stored = piped("import", "-", "--out", "-", data=exported)
