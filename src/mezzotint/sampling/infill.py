@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.config import SamplingConfig, SamplingOptions, parse_attention
-
-from mezzotint.config import SamplingConfig, SamplingOptions, parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Model
 from mezzotint.sampling.candidates import BEAM_LENGTHS, Candidate, Search, beam
