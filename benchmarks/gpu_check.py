@@ -2,13 +2,15 @@
 
     python benchmarks/gpu_check.py [--out gpu_check] [--quick] [--seconds 600] [--parts tests,reference,best16mb]
 
-Writes OUT/gpu_check.md, which can be pasted as it stands, and OUT/gpu_check.json with everything. From a checkout that is
-not installed: `PYTHONPATH=src python benchmarks/gpu_check.py`.
+Prints each part as it ends and writes OUT/gpu_check.md, which can be pasted as it stands, and OUT/gpu_check.json with
+everything, after each figure: a check that is cut short keeps what it had. From a checkout that is not installed:
+`PYTHONPATH=src python benchmarks/gpu_check.py`.
 
-Each part is a process of its own with a limit of time; one that fails leaves its traceback in the report and the others
-alone. A step is that of one GPU of eight: an eighth of the preset's batch, all of its windows whole and over all mask
-rates. Model FLOPs are `throughput.model_flops`. The estimate for 8 GPUs is the measured step with what 8 GPUs do besides:
-gradients summed over NVLink at 450 GB/s each way, half of it behind the backward pass (`h100_estimate`).
+All in one process. A part that fails leaves its traceback in the report and the others alone; one that would outlast the
+`--seconds` of everything is stopped. What takes no compiler comes first. A step is that of one GPU of eight: an eighth of
+the preset's batch, all of its windows whole and over all mask rates. Model FLOPs are `throughput.model_flops`. The estimate
+for 8 GPUs is the measured step with what 8 GPUs do besides: gradients summed over NVLink at 450 GB/s each way, half of it
+behind the backward pass (`h100_estimate`).
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,7 +40,8 @@ from throughput import RandomWindows, model_flops
 from mezzotint.config import PRESETS, TrainConfig, preset
 from mezzotint.model import Denoiser, count_parameters
 from mezzotint.system import peak_memory_bytes
-from mezzotint.training.step import Trainer, corrupt_batch
+from mezzotint.training.corrupt import corrupt_batch, stage_at
+from mezzotint.training.step import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 GPUS = 8
@@ -46,16 +51,23 @@ LATE = 0.9
 """The part of a run whose steps are timed: all windows whole, all mask rates."""
 
 
-class Report:
-    """A part's figures, on the disk after every one of them, so that a part that is stopped keeps what it had."""
+class OutOfTime(BaseException):
+    """A part's time is over. No Exception, so that no part takes it for a failure of its own."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values: dict[str, Any] = {}
+
+class Report:
+    """A part's figures, on the disk after every one of them. results: those of all parts, by name."""
+
+    def __init__(self, results: dict[str, dict[str, Any]], part: str, out: Path) -> None:
+        self.results, self.out = results, out
+        self.values: dict[str, Any] = results.setdefault(part, {})
 
     def add(self, **values: Any) -> None:
         self.values.update(values)
-        self.path.write_text(json.dumps(self.values, indent=1))
+        (self.out / "gpu_check.json").write_text(json.dumps(self.results, indent=1))
+        (self.out / "gpu_check.md").write_text(markdown(self.results))
+        for name, value in values.items():
+            print(f"  {name}: {format(value, '.4g') if isinstance(value, float) else str(value)[:300]}", flush=True)
 
     @contextlib.contextmanager
     def guarded(self, name: str) -> Iterator[None]:
@@ -66,9 +78,33 @@ class Report:
             self.add(**{f"{name}_failed": traceback.format_exc()})
 
 
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises OutOfTime when that many seconds have passed in here."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory of what is no longer held."""
+    gc.collect()
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def milliseconds(device: torch.device, work: Callable[[], Any], times: int) -> float:
@@ -106,10 +142,19 @@ def machine(report: Report, device: torch.device) -> None:
 
 
 def settings_of(name: str, small: bool) -> tuple[Any, TrainConfig]:
-    """Model and training settings of a GPU's share of a step. name: a preset, perhaps with `+block(K)` behind it."""
-    base, _, blocks = name.partition("+")
+    """Model and training settings of a GPU's share of a step.
+
+    name: a preset, perhaps with `+block(K)` or `+eager` (not compiled) behind it.
+    """
+    base, *rest = name.split("+")
     chosen = preset(base)
     model, share = chosen.model, max(1, chosen.train.batch // GPUS)
+    size, compiled = chosen.train.block_size, not small
+    for word in rest:
+        if word == "eager":
+            compiled = False
+        else:
+            size = int(word.removeprefix("block(").removesuffix(")"))
     if small:
         model = dataclasses.replace(
             model, sequence_length=64, vocab_size=300, layers=2, width=64, heads=4, kv_heads=2,
@@ -117,21 +162,32 @@ def settings_of(name: str, small: bool) -> tuple[Any, TrainConfig]:
         )  # fmt: skip
         share = 2
     config = dataclasses.replace(
-        chosen.train, compile=not small, steps=1000, batch=share, short_share=0.0, narrow_share=0.0,
-        block_size=int(blocks[6:-1]) if blocks else chosen.train.block_size,
+        chosen.train, compile=compiled, steps=1000, batch=share, short_share=0.0, narrow_share=0.0, causal_start=0.0,
+        block_size=size,
     )  # fmt: skip
     return model, config
+
+
+def network_of(model: Any, device: torch.device) -> Denoiser:
+    """A network of random weights, made on the device: orthogonal ones take a slow processor seconds."""
+    with torch.device("meta"):
+        network = Denoiser(model)
+    network.to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            _ = p.normal_(0, 0.05) if p.dim() > 1 else p.fill_(1.0)
+    return network
 
 
 def trainer_that_fits(
     report: Report, model: Any, config: TrainConfig, device: torch.device, seconds: float
 ) -> tuple[Trainer, TrainConfig]:
     """A trainer, warmed up, with the largest micro-batch that fits the memory."""
-    micro, until = config.batch, time.perf_counter() + seconds
+    micro, until = config.batch if config.compile else -(-config.batch // 2), time.perf_counter() + seconds
     while True:
         trying = dataclasses.replace(config, micro_batch=micro)
-        torch.manual_seed(0)
-        network = Denoiser(model).to(device)
+        network = network_of(model, device)
         trainer = Trainer(network, trying, RandomWindows(model, trying.batch), device)  # type: ignore[arg-type]
         try:
             started = time.perf_counter()
@@ -148,14 +204,14 @@ def trainer_that_fits(
                 setup_seconds=time.perf_counter() - started,
             )  # fmt: skip
             return trainer, trying
+        trainer.batches.close()
         del trainer, network
-        torch.cuda.empty_cache()
+        free(device)
         micro = -(-micro // 2)
 
 
 def step_of(report: Report, name: str, device: torch.device, quick: bool, small: bool, seconds: float) -> None:
     """A training step of a preset: whole, by its parts, by its kernels, and where it waits for the device."""
-    started = time.perf_counter()
     model, config = settings_of(name, small)
     report.add(batch=config.batch, length=model.sequence_length, tokens=config.batch * model.sequence_length)
     trainer, config = trainer_that_fits(report, model, config, device, seconds / 2)
@@ -186,22 +242,22 @@ def step_of(report: Report, name: str, device: torch.device, quick: bool, small:
             report.add(**kernels(trainer, 2 if quick else 3))
     base = name.partition("+")[0]
     with report.guarded("estimate"):
-        parts = estimate(base, GPUS, 0.4)
+        parts = estimate(base, GPUS, 0.6)
         best = min(whole, report.values["step_in_a_row_ms"])
         report.add(
             estimate_8_gpus_ms=best + 1000 * parts["gradients"],
             paper_estimate_ms={part: 1000 * s for part, s in parts.items()},
         )
-    report.add(seconds=time.perf_counter() - started)
+    trainer.batches.close()
 
 
 def parts_of_step(report: Report, trainer: Trainer, config: TrainConfig, device: torch.device, times: int) -> None:
-    windows = trainer.batches.batch(trainer.step)
-    rows = torch.from_numpy(windows)
+    windows = trainer.loader.batch(trainer.step)
+    rows, stage = torch.from_numpy(windows), stage_at(config, LATE)
     whole_batch = rows.repeat(GPUS, 1)
     mask_id = trainer.network.config.mask_id
     report.add(
-        windows_ms=milliseconds(device, lambda: trainer.batches.batch(trainer.step), times),
+        windows_ms=milliseconds(device, lambda: trainer.batches.batch(trainer.step, stage), times),
         masks_ms=milliseconds(device, lambda: corrupt_batch(config, 0, rows, mask_id), times),
         masks_of_8_gpus_ms=milliseconds(device, lambda: corrupt_batch(config, 0, whole_batch, mask_id), times),
     )
@@ -374,58 +430,43 @@ def choices(report: Report, device: torch.device, small: bool) -> None:
             work(report, device, small)
 
 
-def tests(report: Report, out: Path, seconds: float) -> None:
-    """The CUDA tests, by pytest."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider",
-               "--durations=8", str(ROOT / "tests" / "test_cuda.py")]  # fmt: skip
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    with (out / "tests.txt").open("w") as file:
-        status: int | str
-        try:
-            environment = {**os.environ, "PYTHONPATH": path}
-            status = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=seconds
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = "ran past its time"
-    text = (out / "tests.txt").read_text()
-    report.add(status=status, passed=status == 0, last=text.strip().splitlines()[-1:], output=text[-20_000:])
+def tests(report: Report, out: Path, compiled: bool) -> None:
+    """The CUDA tests, by pytest in this process."""
+    import pytest
 
-
-def run_part(options: argparse.Namespace) -> None:
-    """What a part's own process does."""
-    report = Report(options.out / f"{options.part}.json")
-    device = torch.device(options.device)
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "helpers")]
+    words = ["-o", "addopts=", "-rfE", "--tb=short", "-p", "no:cacheprovider", "--durations=5", "-q"]
+    words += ["-k", "compiled" if compiled else "not compiled", str(ROOT / "tests" / "test_cuda.py")]
+    path = out / ("tests_compiled.txt" if compiled else "tests.txt")
+    status: int | str = "ran past its time"
     try:
-        if options.part == "machine":
-            machine(report, device)
-        elif options.part == "tests":
-            tests(report, options.out, options.seconds)
-        elif options.part == "choices":
-            choices(report, device, options.small)
-        else:
-            step_of(report, options.part, device, options.quick, options.small, options.seconds)
+        with path.open("w", buffering=1) as file, contextlib.redirect_stdout(file):
+            status = int(pytest.main(words))
+    finally:
+        text = path.read_text()
+        report.add(status=status, passed=status == 0, last=text.strip().splitlines()[-1:], output=text[-20_000:])
+
+
+def run_part(options: argparse.Namespace, part: str, report: Report, seconds: float) -> None:
+    """A part within its time, whatever becomes of it."""
+    device, started = torch.device(options.device), time.perf_counter()
+    print(f"{part}:", flush=True)
+    try:
+        with at_most(seconds):
+            if part == "machine":
+                machine(report, device)
+            elif part.startswith("tests"):
+                tests(report, options.out, part == "tests+compiled")
+            elif part == "choices":
+                choices(report, device, options.small)
+            else:
+                step_of(report, part, device, options.quick, options.small, seconds)
+    except OutOfTime:
+        report.add(failed=f"stopped after {time.perf_counter() - started:.0f} s: no time left")
     except Exception:
         report.add(failed=traceback.format_exc())
-
-
-def started(options: argparse.Namespace, part: str, seconds: float) -> dict[str, Any]:
-    """A part in a process of its own: its report, whatever became of it."""
-    command = [sys.executable, __file__, "--part", part, "--out", str(options.out), "--device", options.device,
-               "--seconds", str(seconds)]  # fmt: skip
-    command += ["--quick"] * options.quick + ["--small"] * options.small
-    path, begun = options.out / f"{part}.json", time.perf_counter()
-    path.unlink(missing_ok=True)
-    with (options.out / f"{part}.log").open("w") as log:
-        try:
-            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds + 5).returncode
-            end = "" if status == 0 else f"ended with status {status}"
-        except subprocess.TimeoutExpired:
-            end = f"stopped after {seconds:.0f} s"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if end:
-        found["failed"] = f"{end}\n{(options.out / f'{part}.log').read_text()[-3000:]}\n{found.get('failed', '')}"
-    return {**found, "wall_seconds": time.perf_counter() - begun}
+    report.add(wall_seconds=time.perf_counter() - started)
+    free(device)
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
@@ -438,8 +479,9 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         f"{there.get('product_flops', 0) / 1e12:.0f} TFLOP/s of bfloat16 products, {there.get('bytes_per_second', 0) / 1e12:.2f} TB/s.",
         "",
     ]  # fmt: skip
-    if "tests" in results:
-        lines += [f"CUDA tests: {' '.join(results['tests'].get('last', ['not run']))}", ""]
+    for name in ("tests", "tests+compiled"):
+        if name in results:
+            lines += [f"CUDA {name}: {' '.join(results[name].get('last', ['not run']))}", ""]
     steps = {name: r for name, r in results.items() if "step_ms" in r}
     if steps:
         lines += ["| | " + " | ".join(steps) + " |", "| --- |" + " --- |" * len(steps)]
@@ -449,7 +491,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
             ("step, ms", "step_ms", 1, ".1f"), ("steps in a row, ms each", "step_in_a_row_ms", 1, ".1f"),
             ("tokens/s", "tokens_per_second", 1, ",.0f"), ("model TFLOP/s", "model_flops_per_second", 1e-12, ".0f"),
             ("of 989 TFLOP/s, %", "of_989_tflops", 100, ".1f"), ("peak memory, GiB", "peak_memory_bytes", 2**-30, ".1f"),
-            ("windows read, ms", "windows_ms", 1, ".2f"), ("masks drawn, ms", "masks_ms", 1, ".2f"),
+            ("windows and masks, made ahead, waited for, ms", "windows_ms", 1, ".2f"), ("masks drawn, ms", "masks_ms", 1, ".2f"),
             ("masks of 8 GPUs' windows, ms", "masks_of_8_gpus_ms", 1, ".2f"),
             ("masks, forward and backward, ms", "gradients_ms", 1, ".1f"), ("clipping, ms", "clipping_ms", 1, ".2f"),
             ("optimizer, ms", "optimizer_ms", 1, ".2f"), ("average, ms", "average_ms", 1, ".2f"),
@@ -478,7 +520,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
             if key.endswith("failed"):
                 shown = str(text) if len(str(text)) < 3000 else f"{str(text)[:1800]}\n...\n{str(text)[-1200:]}"
                 lines += [f"**{name}: {key}**", "", "```", shown, "```", ""]
-        if name == "tests" and not found.get("passed"):
+        if name.startswith("tests") and not found.get("passed"):
             lines += ["```", str(found.get("output", ""))[-8000:], "```", ""]
     lines.append("Seconds: " + ", ".join(f"{name} {r.get('wall_seconds', 0):.0f}" for name, r in results.items()))
     return "\n".join(lines) + "\n"
@@ -491,29 +533,30 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=600.0, help="for everything; what comes too late is left out [600]"
     )
-    parser.add_argument("--parts", help="machine, tests, choices, presets or PRESET+block(K), by commas [all]")
+    parser.add_argument(
+        "--parts", help="machine, tests, tests+compiled, choices, or presets with +eager or +block(K), by commas [all]"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small networks, to try the script itself")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.part:
-        run_part(options)
-        return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
     until = time.perf_counter() + options.seconds
-    parts = ["machine", "reference", "best16mb", "tests", "choices"] + ["best16mb+block(16)"] * (not options.quick)
+    parts = ["machine", "tests", "reference+eager", "best16mb+eager", "best16mb", "reference", "choices"]
+    parts += ["tests+compiled"] + ["best16mb+block(16)"] * (not options.quick)
     parts = options.parts.split(",") if options.parts else parts
     known = {"machine", "tests", "choices", *PRESETS}
     if unknown := [p for p in parts if p.partition("+")[0] not in known]:
         parser.error(f"unknown part {unknown[0]}: one of {', '.join(sorted(known))}")
     results: dict[str, dict[str, Any]] = {}
     for part in parts:
+        report = Report(results, part, options.out)
         left = until - time.perf_counter()
-        results[part] = started(options, part, left - 6) if left > 10 else {"failed": "left out: no time left"}
-        (options.out / "gpu_check.json").write_text(json.dumps(results, indent=1))
-        (options.out / "gpu_check.md").write_text(markdown(results))
+        if left > 2:
+            run_part(options, part, report, left)
+        else:
+            report.add(failed="left out: no time left")
     print((options.out / "gpu_check.md").read_text())
 
 

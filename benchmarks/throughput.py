@@ -45,12 +45,15 @@ class EveryPosition(MaskedLoss):
     """The reference's way: logits of all positions, of which the masked ones are kept."""
 
     def forward(
-        self, corrupted: Tensor, ids: Tensor, masked: Tensor, block_size: int, next_tokens: bool = False
+        self, corrupted: Tensor, ids: Tensor, predicted: Tensor | None, block_size: int, next_tokens: bool = False
     ) -> Tensor:
         tables = self.network.tables(ids.shape[1], block_size)
         logits = self.network.logits(self.hidden(corrupted, block_size, tables))
         nll = functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
-        return nll * masked
+        if predicted is None:
+            return nll
+        masked = torch.zeros(ids.numel(), dtype=torch.bool).index_fill(0, predicted, True)
+        return nll * masked.view(ids.shape)
 
 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ FLOORS = [
     ["errors"],
     ["files", "seeding", "distributed", "system", "signatures"],
     ["config"],
-    ["objective", "data"],
+    ["attention", "objective", "data"],
     ["model"],
     ["training", "packing", "sampling"],
     ["pretrained", "scoring"],

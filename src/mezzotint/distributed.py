@@ -50,7 +50,8 @@ def process_group(device_name: str) -> Iterator[tuple[int, int, int]]:
         # torchrun keeps its store over restarts. Gloo would find the addresses of processes that are gone. Machines count
         # their restarts by themselves, so this is for one only (docs/scaling.md says what to do with many).
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    # Beside NCCL for what is on the GPUs, Gloo for what is not: no GPU is waited for to agree on a clock.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     try:
         yield rank, world, int(os.environ.get("LOCAL_RANK", "0"))
     finally:
@@ -68,11 +69,11 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
-def agree_on(values: list[float], world: int, device: torch.device) -> list[float]:
+def agree_on(values: list[float], world: int) -> list[float]:
     """The first process's values, everywhere; a signal seen by any process counts."""
     if world == 1:
         return values
-    shared = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    shared = torch.tensor(values, dtype=torch.float64)
     signalled = shared[1].clone()
     dist.all_reduce(signalled, dist.ReduceOp.MAX)
     dist.broadcast(shared, 0)

@@ -15,6 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mezzotint.attention import (
+    AttentionFn,
+    additive_mask,
+    attend,
+    attend_doubled,
+    block_mask,
+    noisy_block_mask,
+    split_blocks,
+)
 from mezzotint.config import ModelConfig
 from mezzotint.data.tokenizer import Tokenizer
 
@@ -22,103 +31,26 @@ TOKENS_PER_FORWARD = 16_384
 """Tokens that go through the network together where nobody asks for another number."""
 
 
-def block_mask(queries: Tensor, keys: Tensor, size: int) -> Tensor:
-    """What positions `queries` [Q] see of positions `keys` [K] in blocks of `size`: bool [Q, K]."""
-    return (queries // size)[:, None] >= (keys // size)[None, :]
-
-
-def additive_mask(mask: Tensor) -> Tensor:
-    """An attention mask as a term of the scores: bool, True where attended to -> float32, 0 there and -inf elsewhere."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
-
-
 def shift_right(ids: Tensor, first: int, keep_last: bool = False) -> Tensor:
     """`first` and then all ids but the last, as next tokens are read: [B, T] -> [B, T]; with `keep_last` [B, T + 1]."""
     return F.pad(ids if keep_last else ids[:, :-1], (1, 0), value=first)
 
 
-def split_blocks(x: Tensor, size: int, dim: int) -> Tensor:
-    """Cut `dim` into blocks of `size`, the last one filled up with zeros: [..., n, ...] -> [..., blocks, size, ...]."""
-    blocks = -(-x.shape[dim] // size)
-    pads = (0, 0) * (x.dim() - dim - 1) + (0, blocks * size - x.shape[dim])
-    return F.pad(x, pads).unflatten(dim, (blocks, size))
-
-
-def use_matmul_attention(q: Tensor, length: int) -> bool:
-    """Whether attention is better written out: the CPU's fused kernel has a slow backward pass, compiled matrix
-    products take under half its time."""
-    return q.device.type == "cpu" and torch.compiler.is_compiling() and length <= 1024
-
-
-class MatmulAttention(torch.autograd.Function):
-    """Attention as matrix products, q, k, v: [B, H, T or S, D]. Its backward pass keeps the weights in v's type and makes
-    the gradient of k as [S, D]; autograd's own has it transposed, which the compiled code behind it reads slowly."""
+class Float32Products(torch.autograd.Function):
+    """a @ b.T of bfloat16 matrices [n, W] and [V, W], in float32 as the products are summed, not rounded in between."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B, H, T, S)
-        if attn_mask is not None:
-            scores = scores + attn_mask
-        weights = scores.softmax(-1).to(v.dtype)
-        out = weights @ v  # (B, H, T, D)
-        ctx.save_for_backward(q, k, v, weights, out)
-        return out
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        if a.is_cuda:
+            return torch.mm(a, b.T, out_dtype=torch.float32)
+        return a.float() @ b.float().T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, weights, out = ctx.saved_tensors
-        (g,) = grads
-        # Of softmax: d scores = weights * (d weights - sum(weights * d weights)), whose sum is that of out * g.
-        mean = (g.float() * out.float()).sum(-1, keepdim=True)
-        grad_scores = weights.float() * ((g @ v.transpose(-1, -2)).float() - mean) * q.shape[-1] ** -0.5
-        grad_scores = grad_scores.to(q.dtype)  # (B, H, T, S)
-        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g, None
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Softmax attention with grouped heads. q: [B, H, T, D]; k, v: [B, H_kv, S, D]; attn_mask: [T, S] of `additive_mask`.
-
-    `causal` says that the mask is that of blocks of one position, T = S.
-    """
-    if use_matmul_attention(q, k.shape[2]):
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        return MatmulAttention.apply(q, k, v, attn_mask)
-    grouped = q.shape[1] != k.shape[1]
-    attn_mask = None if attn_mask is None or causal else attn_mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
-
-
-def attend_doubled(
-    q: Tensor, k: Tensor, v: Tensor, size: int, clean_attn_mask: Tensor, noisy_attn_mask: Tensor
-) -> Tensor:
-    """Attention over a doubled window [noisy | clean]. q: [B, H, N + T, D], or the noisy part of it; k, v: [B, H_kv,
-    N + T, D]; returns as q.
-
-    clean_attn_mask: [T, T], the clean part's. noisy_attn_mask: [N, N + T], the noisy part's: its own block of `size`
-    noisy inputs, and the clean ones before. Written out, a noisy query meets the T clean keys and the `size` noisy ones
-    of its own block only.
-    """
-    length = noisy_attn_mask.shape[0]  # N
-    if q.shape[2] > length:
-        clean_out = attend(q[:, :, length:], k[:, :, length:], v[:, :, length:], clean_attn_mask)  # (B, H, T, D)
-        noisy_out = attend_doubled(q[:, :, :length], k, v, size, clean_attn_mask, noisy_attn_mask)  # (B, H, N, D)
-        return torch.cat((noisy_out, clean_out), dim=2)
-    if not use_matmul_attention(q, length):
-        return attend(q, k, v, noisy_attn_mask)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    q = q * q.shape[-1] ** -0.5
-    blocked = partial(split_blocks, size=size, dim=2)  # (B, H, N, D) -> (B, H, blocks, size, D)
-    scores_clean = (q @ k[:, :, length:].transpose(-1, -2)).float() + noisy_attn_mask[:, length:]  # (B, H, N, T)
-    scores_noisy = (blocked(q) @ blocked(k[:, :, :length]).transpose(-1, -2)).float()  # (B, H, blocks, size, size)
-    if length % size:  # keys that fill up the last block are nobody's
-        number = torch.arange(scores_noisy.shape[2] * size, device=q.device)
-        scores_noisy = scores_noisy.masked_fill(number.view(-1, 1, size) >= length, -torch.inf)
-    scores = torch.cat((scores_clean, scores_noisy.flatten(2, 3)[:, :, :length]), dim=-1)  # (B, H, N, T + size)
-    weights_clean, weights_noisy = scores.softmax(-1).to(v.dtype).split((scores_clean.shape[-1], size), dim=-1)
-    noisy_out = (blocked(weights_noisy) @ blocked(v[:, :, :length])).flatten(2, 3)[:, :, :length]
-    return weights_clean @ v[:, :, length:] + noisy_out  # (B, H, N, D)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        g = grads[0].to(a.dtype)
+        return g @ b, g.T @ a
 
 
 def short_conv(x: Tensor, kernel: Tensor, causal: bool = False, before: Tensor | None = None) -> Tensor:
@@ -156,7 +88,7 @@ class Tables(NamedTuple):
     """What depends on the length and the block size of a window alone (`Denoiser.tables`).
 
     cos, sin: [inputs, 1, rotated channels / 2]. attn_mask: None, or [T, T] of `additive_mask`. noisy_attn_mask: for
-    a doubled window of N + T inputs only, [N, N + T].
+    a doubled window of N + T inputs only, [N, N + T]. noisy_mask_blocks: the same for FlexAttention, on CUDA.
     A compiled graph that makes these itself works them out anew for every element that reads them: a tenth of a step.
     """
 
@@ -164,10 +96,7 @@ class Tables(NamedTuple):
     sin: Tensor
     attn_mask: Tensor | None
     noisy_attn_mask: Tensor | None = None
-
-
-AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Who attends to whom: (q [B, H, T, D], k [B, H_kv, T, D], v like k) -> [B, H, T, D]."""
+    noisy_mask_blocks: Any = None
 
 
 class Attention(nn.Module):
@@ -190,12 +119,13 @@ class Attention(nn.Module):
         sin: Tensor,
         attention_fn: AttentionFn,
         value_bias: Tensor | None,
-        num_queries: int,
+        num_queries: int | None,
     ) -> Tensor:
-        """x: [B, T, W]; the first `num_queries` (Q) positions are queries, all are keys. Returns [B, Q, W]."""
+        """x: [B, T, W]; the first `num_queries` (Q; None: all) positions are queries, all are keys. Returns [B, Q, W]."""
         c = self.config
         b, t, _ = x.shape
-        q = self.query(x[:, :num_queries]).view(b, num_queries, c.heads, c.head_width)  # (B, Q, H, D)
+        asking = x[:, :num_queries]
+        q = self.query(asking).view(b, asking.shape[1], c.heads, c.head_width)  # (B, Q, H, D)
         k = self.key(x).view(b, t, c.kv_heads, c.head_width)  # (B, T, H_kv, D)
         v = self.value(x)  # (B, T, H_kv * D)
         if value_bias is not None:
@@ -209,10 +139,10 @@ class Attention(nn.Module):
         y = y.transpose(1, 2)  # (B, Q, H, D)
         if c.exclusive_attention:
             # A head's output minus its component along its own position's value: what others say, not oneself.
-            grouped = y.reshape(b, num_queries, c.kv_heads, c.heads // c.kv_heads, c.head_width)
+            grouped = y.reshape(b, asking.shape[1], c.kv_heads, c.heads // c.kv_heads, c.head_width)
             own = F.normalize(v[:, :num_queries], dim=-1).unsqueeze(3).to(y.dtype)  # (B, Q, H_kv, 1, D)
             y = grouped - (grouped * own).sum(-1, keepdim=True) * own
-        return self.output(y.reshape(b, num_queries, c.width))
+        return self.output(y.reshape(b, asking.shape[1], c.width))
 
 
 class MLP(nn.Module):
@@ -245,18 +175,25 @@ class Block(nn.Module):
         mix[0].fill_(1.0)
         self.embedding_mix = nn.Parameter(mix) if config.embedding_mix else None
 
-    def norm(self, x: Tensor) -> Tensor:
+    def norm(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         normed = F.rms_norm(x, (x.shape[-1],))
+        if scale is not None:
+            return normed * scale
         return normed * self.norm_scale if self.norm_scale != 1.0 else normed
 
-    def forward(self, x: Tensor, embedded: Tensor, *attention: Any, num_queries: int) -> Tensor:
-        """x, embedded: [B, T, W]. Returns the first `num_queries` (Q) positions, [B, Q, W]."""
+    def forward(
+        self, x: Tensor, embedded: Tensor, *attention: Any, num_queries: int | None, norm_scale: Tensor | None = None
+    ) -> Tensor:
+        """x, embedded: [B, T, W]. Returns the first `num_queries` (Q; None: all) positions, [B, Q, W].
+
+        norm_scale: this layer's, as a tensor, for code that is compiled once for all layers.
+        """
         if self.embedding_mix is not None:
             mix = self.embedding_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * embedded
-        a = self.attention(self.norm(x), *attention, num_queries)
+        a = self.attention(self.norm(x, norm_scale), *attention, num_queries)
         x = x[:, :num_queries] + (a * self.attention_scale.to(a.dtype) if self.attention_scale is not None else a)
-        m = self.mlp(self.norm(x))
+        m = self.mlp(self.norm(x, norm_scale))
         return x + (m * self.mlp_scale.to(m.dtype) if self.mlp_scale is not None else m)
 
 
@@ -304,6 +241,8 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
         skips = config.layers // 2
         self.skip_scales = nn.Parameter(torch.ones(skips, config.width)) if config.unet_skips else None
+        self.compiled_block: Callable[..., Tensor] | None = None
+        self.norm_scales: list[Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -316,6 +255,15 @@ class Denoiser(nn.Module):
                     nn.init.orthogonal_(module.weight)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.embedding_std)
+
+    def compile_blocks(self, wanted: bool = True) -> None:
+        """Compile a layer, once for all layers, lengths and batches; without `wanted`, run them as they are written.
+
+        For a device whose kernels take long to compile and are launched from Python: an eighth of the code of a network.
+        """
+        self.compiled_block = torch.compile(Block.forward, dynamic=True) if wanted else None
+        scales = [torch.tensor(block.norm_scale, device=self.embedding.weight.device) for block in self.blocks]
+        self.norm_scales = scales if self.config.depth_scaled_norm else None
 
     def rotary(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, 1, rotated channels / 2]."""
@@ -361,7 +309,11 @@ class Denoiser(nn.Module):
         cos, sin = self.rotary(length + 1, weight.device, weight.dtype)
         places = torch.cat((noisy_place, place))
         noisy = torch.cat((block[:, None] == block, place < block[:, None] * size), dim=1)
-        return Tables(cos[places], sin[places], additive_mask(block_mask(place, place, 1)), additive_mask(noisy))
+        masks = (additive_mask(block_mask(place, place, 1)), additive_mask(noisy))
+        blocks = None
+        if self.compiled_block is not None and weight.is_cuda:
+            blocks = noisy_block_mask(len(block), length, size, self.prefix_inputs(size), weight.device)
+        return Tables(cos[places], sin[places], *masks, blocks)
 
     def block_inputs(self, length: int, size: int) -> tuple[Tensor, Tensor]:
         """Number of the block, and place, of each input that the blocks of `length` positions read: int64 [N], [N].
@@ -417,7 +369,8 @@ class Denoiser(nn.Module):
         tables = tables or self._block_tables(length, size)
         assert tables.attn_mask is not None and tables.noisy_attn_mask is not None
         masks = {"clean_attn_mask": tables.attn_mask, "noisy_attn_mask": tables.noisy_attn_mask}
-        attention_fn = partial(attend_doubled, size=size + prefix, **masks)
+        flexible = {"noisy_mask_blocks": tables.noisy_mask_blocks}
+        attention_fn = partial(attend_doubled, size=size + prefix, **masks, **flexible)
         read = shift_right(clean, self.config.mask_id) if prefix else clean  # (B, T)
         ids, *embedded = self.embed_blocks(noisy, read, size)
         num_noisy = ids.shape[1]
@@ -501,8 +454,15 @@ class Denoiser(nn.Module):
             late = i - (c.layers - c.value_embedding_layers)
             if self.value_embedding is not None and values is not None and late >= 0:
                 bias = values * self.value_embedding.layer_scales[late].to(values.dtype)
-            queries = num_queries if num_queries is not None and i == c.layers - 1 else ids.shape[1]
-            x = block(x, embedded, cos, sin, layer_attention(i), bias, num_queries=queries)
+            queries = num_queries if i == c.layers - 1 else None
+            inputs = (x, embedded, cos, sin, layer_attention(i), bias)
+            if self.compiled_block is None:
+                x = block(*inputs, num_queries=queries)
+            else:  # one query less is not worth code of its own
+                few = queries is not None and queries + 1 < ids.shape[1]
+                scale = None if self.norm_scales is None else self.norm_scales[i]
+                x = self.compiled_block(block, *inputs, num_queries=queries if few else None, norm_scale=scale)
+                x = x[:, :queries]
             if self.skip_scales is not None and i < c.layers // 2:
                 skips.append(x)
         return F.rms_norm(x, (c.width,))
@@ -510,7 +470,12 @@ class Denoiser(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Tied output layer without the MASK row, soft-capped (Gemma Team 2024, section 2). [..., W] -> [..., V]."""
         cap = self.config.softcap
-        raw = F.linear(hidden, self.embedding.weight[: self.config.vocab_size]).float()
+        table = self.embedding.weight[: self.config.vocab_size]
+        if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
+            raw = Float32Products.apply(hidden.flatten(0, -2).bfloat16(), table.bfloat16())
+            raw = raw.view(*hidden.shape[:-1], -1)
+        else:
+            raw = F.linear(hidden, table).float()
         return cap * torch.tanh(raw / cap)
 
 

@@ -45,9 +45,9 @@ def stratified_counts(
     return places.long().clamp(max=length - 1) + 1
 
 
-def block_lengths(length: int, size: int) -> Tensor:
+def block_lengths(length: int, size: int, device: torch.device | None = None) -> Tensor:
     """Tokens of each block of a window of `length`: `size`, but for a shorter last one. int64 [blocks]."""
-    return torch.tensor([min(size, length - start) for start in range(0, length, size)])
+    return (length - torch.arange(0, length, size, device=device)).clamp(max=size)
 
 
 def block_counts(
@@ -72,6 +72,13 @@ def mask_by_count(
     [B, T]).
     """
     noise = torch.rand(ids.shape, generator=generator, device=generator.device).to(ids.device)
+    return mask_by_noise(ids, noise, counts, mask_id, size)
+
+
+def mask_by_noise(
+    ids: Tensor, noise: Tensor, counts: Tensor, mask_id: int, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `mask_by_count`: the tokens with the least of the independent uniform numbers `noise`, [B, T], are masked."""
     rows, length = ids.shape
     size = size or length
     blocks = -(-length // size)
@@ -129,7 +136,7 @@ def nelbo_per_window(nll: Tensor, counts: Tensor, size: int | None = None) -> Te
     length = nll.shape[1]
     if size is None:
         return nll.sum(dim=1) * (length / counts)
-    lengths = block_lengths(length, size).to(nll.device)
+    lengths = block_lengths(length, size, nll.device)
     filled = torch.nn.functional.pad(nll, (0, len(lengths) * size - length))
     return (filled.unflatten(1, (-1, size)).sum(dim=2) * (lengths / counts)).sum(dim=1)
 

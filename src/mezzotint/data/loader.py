@@ -5,7 +5,9 @@ Knows nothing of files, masks or models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -89,19 +91,30 @@ class Loader:
 
 
 class Prefetch:
-    """Reads the loader's batches one ahead, in a thread. Ask for consecutive steps; any other works, unhurried."""
+    """Reads the loader's batches one ahead, in a thread, and there makes of them what is wanted.
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    prepare: (windows, step, *how) -> what `batch` gives; the windows themselves where not given. Ask for consecutive steps
+    in the same way; any other works, unhurried.
+    """
+
+    def __init__(self, loader: Loader, prepare: Callable[..., Any] | None = None) -> None:
+        self.loader, self.prepare = loader, prepare
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._ahead: dict[int, Future[np.ndarray]] = {}
+        self._ahead: dict[tuple[Any, ...], Future[Any]] = {}
 
-    def batch(self, step: int) -> np.ndarray:
-        """The loader's batch of `step`, with its errors; the next one is read meanwhile."""
-        wanted = self._ahead.pop(step, None) or self._pool.submit(self.loader.batch, step)
+    def _make(self, step: int, *how: Any) -> Any:
+        windows = self.loader.batch(step)
+        return windows if self.prepare is None else self.prepare(windows, step, *how)
+
+    def batch(self, step: int, *how: Any) -> Any:
+        """What is made of the loader's batch of `step`, with its errors; the next one is made meanwhile in the same way.
+
+        how: whatever else `prepare` wants, which must have a hash.
+        """
+        wanted = self._ahead.pop((step, *how), None) or self._pool.submit(self._make, step, *how)
         for other in self._ahead.values():
             other.cancel()
-        self._ahead = {step + 1: self._pool.submit(self.loader.batch, step + 1)}
+        self._ahead = {(step + 1, *how): self._pool.submit(self._make, step + 1, *how)}
         return wanted.result()
 
     def close(self) -> None:

@@ -50,7 +50,11 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
-    """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep`."""
+    """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep`.
+
+    Raises CheckpointError, and MezzotintError rather than save the weights of a step that was not finite.
+    """
+    trainer.settle()
     folder = checkpoint_folder(run, trainer.step)
     # A whole one of this step is never replaced: a crash in between would lose both.
     with contextlib.suppress(CheckpointError):

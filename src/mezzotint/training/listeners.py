@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Step:
     save: whether a checkpoint is due. row: the row of metrics.jsonl, if this step has one.
     """
 
-    figures: dict[str, float]
+    figures: Mapping[str, float]
     progress: float
     seconds: float
     last: bool = False
@@ -74,6 +74,7 @@ class MetricsLog(Listener):
             "causal": [],
         }  # of the steps since the last row
         self.tail: list[float] = []  # (all) NELBOs of this process, for the mean over the run's last tenth
+        self.unread: list[Mapping[str, float]] = []  # of steps whose figures may still be on their way
         self.logged_at = time.monotonic()
         self.writes = trainer.rank == 0
         if not self.writes:
@@ -98,9 +99,7 @@ class MetricsLog(Listener):
         self.logged_at = time.monotonic()
 
     def on_step(self, step: Step) -> None:
-        for name, values in self.since.items():
-            values += [step.figures[name]] if name in step.figures else []
-        self.tail += [step.figures["nelbo"]] if "nelbo" in step.figures else []
+        self.unread.append(step.figures)
         now = time.monotonic()
         if now - self.logged_at >= self.trainer.config.log_every or step.last:
             step.row = self._row(step)
@@ -108,7 +107,16 @@ class MetricsLog(Listener):
             if self.writes:
                 self.metrics.write(json.dumps(step.row) + "\n")
 
+    def _read(self) -> None:
+        """Take in the figures of the steps so far, for which a GPU is waited for: once in a row, not in every step."""
+        for figures in self.unread:
+            for name, values in self.since.items():
+                values += [figures[name]] if name in figures else []
+            self.tail += [figures["nelbo"]] if "nelbo" in figures else []
+        self.unread.clear()
+
     def _row(self, step: Step) -> dict[str, Any]:
+        self._read()
         means = {
             f"train_{name}_bpb": float(np.mean(values)) * self.bits_per_nat if values else None
             for name, values in self.since.items()
@@ -133,6 +141,7 @@ class MetricsLog(Listener):
 
     def final_bpb(self) -> float | None:
         """Mean training NELBO over the last tenth of the steps, in bits per byte; None where none was estimated."""
+        self._read()
         last = self.tail[-max(1, len(self.tail) // 10) :]
         return float(np.mean(last)) * self.bits_per_nat if last else None
 

@@ -1,16 +1,19 @@
 """Parameter groups, Muon + AdamW, the schedule, and the weights' moving average.
 
-Knows nothing of data, losses or files; told only how far the run has come.
+Knows nothing of data, losses or files; told only how far the run has come, and of the processes that share the work.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mezzotint.config import TrainConfig
+from mezzotint.distributed import rank_and_size
 
 
 def split_parameters(network: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -28,10 +31,25 @@ def split_parameters(network: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return roles
 
 
+def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Near-orthogonal matrices in the directions of `x`, [n, rows, columns] of any type: bfloat16 of the same shape.
+
+    The quintic iteration of Jordan et al. 2024, which brings all singular values near 1.
+    """
+    x = x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
 class BatchedMuon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) whose Newton-Schulz iterations take all matrices of a shape at once.
 
-    The same update up to bfloat16 rounding; on small matrices it takes about two thirds of the time.
+    The same update up to bfloat16 rounding; on small matrices it takes about two thirds of the time. Processes of a group
+    share the matrices of a shape and send one another what they made.
 
     neuron_decay: above 0, updates are normalised per neuron: the part of each output neuron is divided by the root of
     its mean square, averaged over steps with this decay, and the whole brought back to its norm (NorMuon, Li et al.
@@ -50,10 +68,13 @@ class BatchedMuon(torch.optim.Muon):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     batches.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
-            for parameters in batches.values():
-                self._update(parameters, group)
+            # What other processes made of one shape arrives while the next is made.
+            coming = [(batch, self._orthogonal(self._directions(batch, group), group)) for batch in batches.values()]
+            for batch, arrived in coming:
+                self._apply(batch, arrived(), group)
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _directions(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
+        """Gradients of matrices of one shape with their momentum, none of them taller than wide."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         buffers = []
         for p, gradient in zip(parameters, gradients, strict=True):
@@ -64,32 +85,62 @@ class BatchedMuon(torch.optim.Muon):
         momentum = group["momentum"]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
-        tall = [u.shape[0] > u.shape[1] for u in updates]
-        x = torch.stack([u.T if t else u for u, t in zip(updates, tall, strict=True)]).bfloat16()
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-        a, b, c = group["ns_coefficients"]
-        for _ in range(group["ns_steps"]):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        for p, orthogonal, transposed in zip(parameters, x, tall, strict=True):
-            update = (orthogonal.T if transposed else orthogonal).to(p.dtype)
-            rate = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            if self.neuron_decay:
-                p.addcmul_(update, self._neuron_scales(p, update), value=-rate)
-            else:
-                p.add_(update, alpha=-rate)
+        return [u.T if u.shape[0] > u.shape[1] else u for u in updates]
 
-    def _neuron_scales(self, parameter: nn.Parameter, update: Tensor) -> Tensor:
-        """The factor of each neuron, a row of `update`: [rows, 1]."""
-        state = self.state[parameter]
-        power = torch.linalg.vector_norm(update, dim=1, keepdim=True).square() / update.shape[1]
-        if "neuron_power" not in state:
-            state["neuron_power"] = torch.zeros_like(power)
+    def _orthogonal(self, directions: list[Tensor], group: dict[str, Any]) -> Callable[[], Tensor]:
+        """Newton-Schulz on n matrices, each by one process of the group; a function that waits for [n, rows, columns].
+
+        Every process gets what one of them made, so that weights stay the same everywhere to the last bit.
+        """
+        settings = (group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rank, world = rank_and_size()
+        if world == 1:
+            made = newton_schulz(torch.stack(directions), *settings)
+            return lambda: made
+        share = -(-len(directions) // world)
+        own = directions[rank * share : (rank + 1) * share]
+        own += [torch.zeros_like(directions[0])] * (share - len(own))
+        made = newton_schulz(torch.stack(own), *settings)
+        every = made.new_empty(world * share, *made.shape[1:])
+        # As bytes, which every backend carries.
+        work = dist.all_gather_into_tensor(every.view(torch.uint8), made.contiguous().view(torch.uint8), async_op=True)
+
+        def arrived() -> Tensor:
+            if work is not None:
+                work.wait()
+            return every[: len(directions)]
+
+        return arrived
+
+    def _apply(self, parameters: list[nn.Parameter], updates: Tensor, group: dict[str, Any]) -> None:
+        """Move matrices of one shape, some of them perhaps tall. updates: [n, rows, columns], none taller than wide."""
+        for tall in (False, True):
+            here = [i for i, p in enumerate(parameters) if (p.shape[0] > p.shape[1]) == tall]
+            if not here:
+                continue
+            chosen: list[Tensor] = [parameters[i] for i in here]
+            moves = (updates if len(here) == len(parameters) else torch.stack([updates[i] for i in here])).float()
+            moves = moves.mT if tall else moves
+            rate = group["lr"] * max(1.0, moves.shape[1] / moves.shape[2]) ** 0.5
+            torch._foreach_mul_(chosen, 1 - group["lr"] * group["weight_decay"])
+            if not self.neuron_decay:
+                torch._foreach_add_(chosen, list(moves.unbind()), alpha=-rate)
+                continue
+            for p, move, scale in zip(chosen, moves, self._neuron_scales(chosen, moves), strict=True):
+                p.addcmul_(move, scale, value=-rate)
+
+    def _neuron_scales(self, parameters: list[Tensor], updates: Tensor) -> Tensor:
+        """The factor of each neuron, a row of one of the `updates` [n, rows, columns]: [n, rows, 1]."""
+        power = torch.linalg.vector_norm(updates, dim=2, keepdim=True).square() / updates.shape[2]
+        for p in parameters:
+            if "neuron_power" not in self.state[p]:
+                self.state[p]["neuron_power"] = torch.zeros_like(power[0])
+        kept_powers = [self.state[p]["neuron_power"] for p in parameters]
         # No correction for the start at zero: it would be one factor for all neurons, which the norm takes out again.
-        state["neuron_power"].lerp_(power, 1 - self.neuron_decay)
-        factors = 1 / (state["neuron_power"].sqrt() + 1e-10)
-        kept = power.sum() / (power * factors.square()).sum().clamp(min=1e-14)  # of the update's squared norm
+        torch._foreach_lerp_(kept_powers, list(power.unbind()), 1 - self.neuron_decay)
+        factors = 1 / (torch.stack(kept_powers).sqrt() + 1e-10)
+        total = power.sum(dim=1, keepdim=True)
+        kept = total / (power * factors.square()).sum(dim=1, keepdim=True).clamp(min=1e-14)  # of the squared norm
         return factors * kept.sqrt()
 
 

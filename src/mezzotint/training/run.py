@@ -306,7 +306,7 @@ class _Run:
             trainer.seconds = self.seconds()
             # Clocks and signals differ between processes; the first one decides for all.
             flags = [self.share_done(trainer.seconds), float(bool(signals.received)), float(self.checkpoints.due())]
-            share, stopped, save = agree_on(flags, self.job.world, trainer.device)
+            share, stopped, save = agree_on(flags, self.job.world)
             if share >= 1.0:
                 break
             if stopped:

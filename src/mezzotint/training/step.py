@@ -1,14 +1,14 @@
-"""One training step: masks, loss, gradients, optimizers, average.
+"""One training step: loss, gradients, optimizers, average; no device is waited for on the way.
 
-Does not know when a run starts, stops or is saved.
+What the windows are masked with is made ahead, by `corrupt`. Does not know when a run starts, stops or is saved.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,29 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mezzotint import seeding
 from mezzotint.config import TrainConfig
 from mezzotint.data.loader import Loader, Prefetch
 from mezzotint.distributed import rank_and_size
 from mezzotint.errors import ConfigError, MezzotintError
-from mezzotint.model import Denoiser, Tables, shift_right
-from mezzotint.objective import (
-    block_counts,
-    block_lengths,
-    mask_by_count,
-    nelbo_per_window,
-    scatter_to,
-    token_nll,
-    training_loss,
-)
+from mezzotint.model import Denoiser, Tables
+from mezzotint.objective import nelbo_per_window, token_nll, training_loss
 from mezzotint.system import keep_freed_memory
+from mezzotint.training.corrupt import Pass, Stage, StepWork, prepare_step, stage_at
+from mezzotint.training.corrupt import corrupt_batch as corrupt_batch
 from mezzotint.training.optim import MovingAverage, Optimizers
 
 
 class MaskedLoss(nn.Module):
-    """Denoiser and cross-entropy in one module: (corrupted, ids, masked) -> NLL [B, T] in nats, zero where not masked.
+    """Denoiser and cross-entropy in one module: (corrupted, ids, predicted) -> NLL [B, T] in nats, zero elsewhere.
 
-    Only masked positions go through the output layer. With a block size above 1 all blocks are denoised at once, each given the
+    Only predicted positions (`Pass.predicted`) go through the output layer. With a block size above 1 all blocks are denoised at once, each given the
     clean ones before it; with `next_tokens` also gives the NLL of all next tokens, behind the others: [2B, T].
     """
 
@@ -47,8 +40,14 @@ class MaskedLoss(nn.Module):
         self.network = network
         if compiled:  # each shape is a graph: two lengths, left to right or not, shares that are no whole windows
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        self.hidden = torch.compile(network.hidden, dynamic=False) if compiled else network.hidden
-        self.blocks = torch.compile(network.hidden_blocks, dynamic=False) if compiled else network.hidden_blocks
+            # Settings are constants; else they become inputs, tensors on the CPU among them.
+            torch._dynamo.config.specialize_float = True
+        # On a GPU layers are compiled one by one, once for all: the whole network at once takes minutes.
+        by_layers = network.embedding.weight.device.type == "cuda"
+        network.compile_blocks(compiled and by_layers)
+        whole = compiled and not by_layers
+        self.hidden = torch.compile(network.hidden, dynamic=False) if whole else network.hidden
+        self.blocks = torch.compile(network.hidden_blocks, dynamic=False) if whole else network.hidden_blocks
         # One graph for any number of masked positions: softcap and softmax in two passes over the logits, not ten.
         self.nll = torch.compile(self._nll, dynamic=True) if compiled else self._nll
         self.tables: dict[tuple[int, int], Tables] = {}
@@ -57,7 +56,7 @@ class MaskedLoss(nn.Module):
         return token_nll(self.network.logits(hidden), targets)
 
     def forward(
-        self, corrupted: Tensor, ids: Tensor, masked: Tensor, block_size: int, next_tokens: bool = False
+        self, corrupted: Tensor, ids: Tensor, predicted: Tensor | None, block_size: int, next_tokens: bool = False
     ) -> Tensor:
         shape = (ids.shape[1], block_size)
         if shape not in self.tables:
@@ -66,59 +65,53 @@ class MaskedLoss(nn.Module):
             hidden = self.hidden(corrupted, block_size, self.tables[shape])
         else:
             hidden = self.blocks(corrupted, ids, block_size, self.tables[shape], next_tokens)
-        if next_tokens:
-            ids, masked = torch.cat((ids, ids)), torch.cat((masked, torch.ones_like(masked)))
-        return scatter_to(masked, self.nll(hidden[masked], ids[masked]))
+        return self.at(predicted, hidden, torch.cat((ids, ids)) if next_tokens else ids)
+
+    def at(self, predicted: Tensor | None, hidden: Tensor, ids: Tensor) -> Tensor:
+        """NLL [B, T] of the predicted tokens of `ids` given states [B, T, W]. No shape depends on what a tensor holds."""
+        states, targets, tokens = hidden.flatten(0, 1), ids.flatten(), ids.numel()
+        if predicted is None:
+            return self.nll(states, targets).view(ids.shape)
+        at = predicted % tokens  # what fills up reads some token or other, and is dropped below
+        nll = self.nll(states.index_select(0, at), targets.index_select(0, at))
+        placed = torch.zeros(tokens + 1, dtype=nll.dtype, device=nll.device).index_put(
+            (predicted.clamp(max=tokens),), nll
+        )
+        return placed[:-1].view(ids.shape)
 
 
-@dataclass(frozen=True)
-class CorruptedBatch:
-    """The global batch of a step, corrupted: the same in every process and after any resume.
+class StepFigures(Mapping[str, float]):
+    """A step's figures by name: loss, grad_norm, lr_scale and one of nelbo, narrow and causal, see `Trainer.run_step`.
 
-    causal: bool [batch], the windows that are learnt left to right. counts: int64 [batch], masks of each of the
-    others (T for the causal ones, all of whose tokens are predicted). corrupted, masked: [batch, T]. size: None, or
-    tokens of the blocks that windows are learnt in; counts are then those of each block, [batch, blocks].
+    On CUDA they are on their way: whoever reads one waits for the device, nobody else.
     """
 
-    causal: Tensor
-    counts: Tensor
-    corrupted: Tensor
-    masked: Tensor
-    size: int | None
+    def __init__(self, step: int, kind: str, values: Tensor, lr_scale: float) -> None:
+        self.step, self.kind, self.lr_scale = step, kind, lr_scale
+        self._values, self._event = values, None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
 
+    def arrived(self) -> bool:
+        """Whether they can be read without waiting."""
+        return self._event is None or self._event.query()
 
-def corrupt_batch(
-    config: TrainConfig,
-    step: int,
-    ids: Tensor,
-    mask_id: int,
-    rates: tuple[float, float] = (0.0, 1.0),
-    causal_share: float | None = None,
-) -> CorruptedBatch:
-    """The batch `ids` (int64 [batch, T]) corrupted for `step`, drawn from seed, step, mask rates and causal share alone.
+    def __getitem__(self, name: str) -> float:
+        if name == "lr_scale":
+            return self.lr_scale
+        place = {"loss": 0, self.kind: 1, "grad_norm": 2}[name]
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._values[place])
 
-    causal_share: of the windows (None: the config's).
+    def __iter__(self) -> Iterator[str]:
+        return iter(("loss", self.kind, "grad_norm", "lr_scale"))
 
-    A masked window, or each of its blocks, gets a stratified number of masks. A causal one is shifted right behind a
-    single MASK, so that the output at position i, which sees x_<i, predicts x_i: the same input and target as causal
-    scoring.
-    """
-    rows, length = ids.shape
-    generator = seeding.named_generator(f"masks {config.seed} {step}")
-    share = config.causal_share if causal_share is None else causal_share
-    dither = float(torch.rand((), generator=generator, dtype=torch.float64))
-    # Blocks of one token are next tokens: nothing is gained by doubling windows for them.
-    n = min(rows, int(rows * share + dither)) if share < 1 and config.block_size != 1 else rows
-    causal = torch.zeros(rows, dtype=torch.bool)
-    causal[[int((j + 0.5) * rows / n) for j in range(n)]] = True  # evenly spread, so that processes share them
-    size = config.block_size if 1 < config.block_size < length else None
-    counts = block_lengths(length, size or length).repeat(rows, 1)
-    if n < rows:
-        counts[~causal] = block_counts(rows - n, length, size or length, generator, rates)
-    corrupted, masked = mask_by_count(ids, counts, mask_id, generator, size)
-    if n:
-        corrupted[causal] = shift_right(ids[causal], mask_id)
-    return CorruptedBatch(causal, counts if size else counts[:, 0], corrupted, masked, size)
+    def __len__(self) -> int:
+        return 4
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
@@ -158,7 +151,7 @@ class Trainer:
         self.network = network
         self.config = config
         self.loader = loader
-        self.batches = Prefetch(loader)
+        self.batches = Prefetch(loader, self._prepare)
         self.device = device
         self.rank, self.world = rank_and_size()
         if config.batch % self.world:
@@ -171,6 +164,7 @@ class Trainer:
         self.seconds = 0.0
         self.compiled = config.compile
         self.loss = self._wrap(config.compile)
+        self._unread: deque[StepFigures] = deque()
 
     def _wrap(self, compiled: bool) -> nn.Module:
         module: nn.Module = MaskedLoss(self.network, compiled)
@@ -203,101 +197,95 @@ class Trainer:
         # A run's stretches differ in what they compile: next tokens alone or masks too, halves or whole windows.
         starts = {self.config.causal_start, self.config.short_share} - {0.0}
         for progress in sorted({*starts, 0.0, 1.0} if starts else {1.0}):
-            self.gradients(self.batches.batch(self.step), self.step, progress)
+            self._gradients(self.batches.batch(self.step, stage_at(self.config, progress)))
 
-    def mask_rates(self, progress: float) -> tuple[float, float]:
-        """The range that mask rates are drawn from at `progress` (0..1) of the run."""
-        config = self.config
-        return (config.narrow_low, config.narrow_high) if progress < config.narrow_share else (0.0, 1.0)
-
-    def causal_share(self, progress: float) -> float:
-        """The share of windows learnt left to right at `progress` (0..1) of the run."""
-        return 1.0 if progress < self.config.causal_start else self.config.causal_share
+    def _prepare(self, windows: np.ndarray, step: int, stage: Stage) -> StepWork:
+        model = self.network.config
+        return prepare_step(
+            self.config, windows, step, stage, model.mask_id, shifted_output=model.shifted_output, rank=self.rank,
+            world=self.world, rounded=self.device.type == "cuda",
+        )  # fmt: skip
 
     def gradients(self, windows: np.ndarray, step: int, progress: float = 1.0) -> tuple[float, float]:
         """Add the gradients of this process's rows; returns the global batch's (loss, NELBO) in nats per token.
 
         progress: 0..1 of the run, which decides on the length of windows and the range of mask rates. The NELBO is
         that of the masked windows, or the causal code length where all windows are causal; over a narrowed range of
-        mask rates it is a mean cross-entropy and no bound. Windows in blocks of a model with `shifted_output` are
-        learnt both ways, with the causal share as the weight of their next tokens; other windows in one way each.
+        mask rates it is a mean cross-entropy and no bound.
         """
-        config = self.config
-        if progress < config.short_share:
-            windows = windows.reshape(2 * len(windows), -1)
-        mine = slice(self.rank * len(windows), (self.rank + 1) * len(windows))
-        num_windows, length = self.world * len(windows), windows.shape[1]
-        all_ids = torch.zeros(num_windows, length, dtype=torch.int64)
-        all_ids[mine] = torch.from_numpy(windows)
-        share = self.causal_share(progress)
-        # The clean part of a window in blocks is a causal window as it stands: it teaches its share at no pass of its own.
-        both = 1 < config.block_size < length and 0 < share < 1 and self.network.config.shifted_output
-        rates, mask_id = self.mask_rates(progress), self.network.config.mask_id
-        batch = corrupt_batch(config, step, all_ids, mask_id, rates, 0.0 if both else share)
-        if not both:
-            share = float(batch.causal.double().mean())
-        masked_windows = int((~batch.causal).sum())
-        masked_tokens = int(batch.counts[~batch.causal].sum())
-        micro = config.micro_batch or len(windows)
-        parts = []
-        for causal in (False, True):
-            rows = (batch.causal[mine] == causal).nonzero()[:, 0] + mine.start
-            parts += [(causal, part) for part in rows.split(micro) if len(part)]
-        figures = torch.zeros(2, dtype=torch.float64)
-        for n, (causal, rows) in enumerate(parts):
-            last = n == len(parts) - 1
-            quiet = contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync()  # type: ignore[operator]
-            inputs = (t[rows] for t in (batch.corrupted, all_ids, batch.masked, batch.counts))
-            if self.device.type == "cuda":  # copies from pinned memory run beside the computation
-                inputs = (t.pin_memory() for t in inputs)
-            corrupted, ids, masked, k = (t.to(self.device, non_blocking=True) for t in inputs)
-            with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                nll = self.loss(corrupted, ids, masked, 1 if causal else batch.size or 0, both).float()
-                nll, next_tokens = nll[: len(ids)], nll[len(ids) :]
-                if causal:
-                    loss = nll.sum() / (num_windows * length)
-                else:
-                    totals = (masked_windows, masked_tokens, batch.size)
-                    loss = (1 - share) * training_loss(nll, k, config.weighting, *totals)
-                if both:
-                    loss = loss + share * next_tokens.sum() / (num_windows * length)
-                # DistributedDataParallel averages gradients over processes; shares are meant to be summed.
-                (loss * self.world).backward()
-            figures[0] += loss.detach().double().cpu()
-            if not causal or share == 1:
-                per_window = nelbo_per_window(nll.detach().double(), k, batch.size).sum().cpu()
-                figures[1] += per_window / (length * (masked_windows or num_windows))
-        if self.world > 1:
-            shared = figures.to(self.device) if self.device.type == "cuda" else figures
-            dist.all_reduce(shared)
-            figures = shared.cpu()
+        figures = self._gradients(self._prepare(windows, step, stage_at(self.config, progress)))
         return float(figures[0]), float(figures[1])
 
-    def run_step(self, progress: float) -> dict[str, float]:
-        """One optimizer step at `progress` (0..1). Raises MezzotintError, naming the windows, if it is not finite.
+    def _gradients(self, work: StepWork) -> Tensor:
+        """As `gradients`, of work that is prepared: [loss, NELBO] on the device."""
+        config = self.config
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # which MPS does not have
+        figures = torch.zeros(2, dtype=exact, device=self.device)
+        for n, host in enumerate(work.passes):
+            last = n == len(work.passes) - 1
+            quiet = contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync()  # type: ignore[operator]
+            part = host.to(self.device)
+            with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                block_size = 1 if part.causal else work.size or 0
+                nll = self.loss(part.corrupted, part.ids, part.predicted, block_size, work.both).float()
+                loss = self._share_of_loss(work, part, nll)
+                # DistributedDataParallel averages gradients over processes; shares are meant to be summed.
+                (loss * self.world).backward()
+            figures[0] += loss.detach()
+            if not part.causal or work.causal_share == 1:
+                nelbos = nelbo_per_window(nll.detach()[: len(part.ids)].to(exact), part.counts, work.size)
+                figures[1] += nelbos.sum() / (work.length * (work.masked_windows or work.num_windows))
+        if self.world > 1:
+            dist.all_reduce(figures)
+        return figures
+
+    def _share_of_loss(self, work: StepWork, part: Pass, nll: Tensor) -> Tensor:
+        """What a pass adds to the batch's loss. nll: as `MaskedLoss` gives it."""
+        tokens = work.num_windows * work.length
+        if part.causal:
+            return nll.sum() / tokens
+        masked, next_tokens = nll[: len(part.ids)], nll[len(part.ids) :]
+        totals = (work.masked_windows, work.masked_tokens, work.size)
+        loss = (1 - work.causal_share) * training_loss(masked, part.counts, self.config.weighting, *totals)
+        return loss + work.causal_share * next_tokens.sum() / tokens if work.both else loss
+
+    def run_step(self, progress: float) -> StepFigures:
+        """One optimizer step at `progress` (0..1). Raises MezzotintError, naming the windows, if a step was not finite.
 
         Returns loss, grad_norm, lr_scale, and `nelbo` or, over a narrowed range of mask rates, `narrow`, or, before masks
-        come in, `causal`.
+        come in, `causal`. On CUDA nothing is waited for, so that a step that was not finite is noticed a few steps later;
+        `settle` waits.
         """
-        windows = self.batches.batch(self.step)
-        loss, nelbo = self.gradients(windows, self.step, progress)
-        limit = self.config.grad_clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), limit))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            starts = ", ".join(str(start) for start in self.loader.starts(self.step))
-            raise MezzotintError(
-                f"step {self.step}: loss {loss} and gradient norm {norm} are not finite, on the windows at training "
-                f"tokens {starts} (process {self.rank}); the last checkpoint is kept: lower the learning rate or use "
-                "float32"
-            )
+        stage = stage_at(self.config, progress)
+        figures = self._gradients(self.batches.batch(self.step, stage))
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip or math.inf)
+        kind = "nelbo"
+        if self.config.causal_share < 1:
+            if stage.causal_share == 1:
+                kind = "causal"
+            elif stage.rates != (0.0, 1.0):
+                kind = "narrow"
         scale = self.optimizers.schedule(progress)
+        seen = StepFigures(self.step, kind, torch.cat((figures, norm.to(figures.dtype)[None])), scale)
+        self._unread.append(seen)
+        self.settle(wait=False)
         self.optimizers.step()
         self.step += 1
         self.average.update(self.step)
-        kind = "nelbo"
-        if self.config.causal_share < 1:
-            if self.causal_share(progress) == 1:
-                kind = "causal"
-            elif self.mask_rates(progress) != (0.0, 1.0):
-                kind = "narrow"
-        return {"loss": loss, kind: nelbo, "grad_norm": norm, "lr_scale": scale}
+        return seen
+
+    def settle(self, wait: bool = True) -> None:
+        """See that the steps made so far were finite; without `wait`, those that the device is known to have made.
+
+        Raises MezzotintError for the first that was not.
+        """
+        while self._unread and (wait or self._unread[0].arrived()):
+            figures = self._unread.popleft()
+            loss, norm = figures["loss"], figures["grad_norm"]
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                starts = ", ".join(str(start) for start in self.loader.starts(figures.step))
+                raise MezzotintError(
+                    f"step {figures.step}: loss {loss} and gradient norm {norm} are not finite, on the windows at "
+                    f"training tokens {starts} (process {self.rank}); the last checkpoint is kept: lower the learning "
+                    "rate or use float32"
+                )
