@@ -9,6 +9,7 @@ A block behind the line `<!-- not run: REASON -->` is only parsed: its commands 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -162,7 +163,11 @@ def test_the_sampler_that_contributing_adds_works(monkeypatch):
     (block,) = [b for b in blocks(ROOT / "CONTRIBUTING.md") if b.language == "python"]
     monkeypatch.setitem(samplers.SAMPLERS, "pairs", samplers.SAMPLERS["confidence"])  # taken out again at the end
     exec(block.text, {})
-    monkeypatch.setattr(config, "SAMPLERS", (*config.SAMPLERS, "pairs"))
+    (field,) = [f for f in dataclasses.fields(mezzotint.SamplingConfig) if f.name == "sampler"]
+    named = dataclasses.replace(
+        field.metadata["rule"], choices=(*config.SAMPLERS, "pairs")
+    )  # as config.SAMPLERS would say
+    monkeypatch.setattr(field, "metadata", {**field.metadata, "rule": named})
     canvas, allowed = torch.full((2, 6), 3), torch.ones(3, dtype=torch.bool)
     done = mezzotint.denoise(toy.TableModel(3, 6), canvas, allowed=allowed, sampler="pairs")
     assert done.forward_passes == 3 and (done.ids < 3).all()
