@@ -5,7 +5,7 @@ README.md, docs/*.md and CONTRIBUTING.md are the pages; scaling.md is left out, 
 
     records        name -> JSON file of a record
     figures        {"page", "text", "from"}: the page holds `text` once, with a number at each `{}`
-    not measured   {"page", "text", "why"}: numbers that are settings, rules or sums, with the reason
+    not measured   {"page", "text", "why"}: numbers that are settings, rules or sums, with the reason; without "text", a whole page's
 
 `from` lists the sources of the numbers in their order: `NAME:path.to[key=value,other=value].value` for one of a record (several may
 be joined by ` * ` and ` / `), or {"entry", "text"} for the entry of LOG.md whose heading begins so, and a text of it with a
@@ -120,13 +120,17 @@ def check(root: Path, write: bool = False) -> list[str]:
     for path in pages(root):
         name, text = path.relative_to(root).as_posix(), path.read_text("utf-8")
         named, changes = [], []
-        for item in table["figures"] + table["not measured"]:
+        for item in table["not measured"]:
+            if item["page"] == name:
+                words = r"\s+".join(map(re.escape, item.get("text", "").split()))
+                named += [match.span() for match in re.finditer(words, text)] if words else [(0, len(text))]
+        for item in table["figures"]:
             if item["page"] != name:
                 continue
             try:
                 match = find(item["text"], text)
                 named.append(match.span())
-                right = expected(item, match.groups(), records, log) if "from" in item else []
+                right = expected(item, match.groups(), records, log)
             except (ValueError, KeyError, IndexError) as error:
                 problems.append(f"{name}: {error}")
                 continue
@@ -141,7 +145,7 @@ def check(root: Path, write: bool = False) -> list[str]:
         if changes:
             path.write_text(text, "utf-8", newline="\n")
     known = {path.relative_to(root).as_posix() for path in pages(root)}
-    unknown = {item["page"] for item in table["figures"] + table["not measured"]} - known
+    unknown = {item["page"] for item in table["figures"]} - known
     return problems + [f"docs/figures.json: there is no page {page}" for page in sorted(unknown)]
 
 

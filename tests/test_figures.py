@@ -76,7 +76,7 @@ def test_right_numbers_pass_and_keep_their_decimals(copy):
         ("Between", "Half of it, 50%, and 3.5 more. Between", "50% has no source"),
         ("1,234", "1,234 or 56.78", "56.78 has no source"),
         ("Takes", "It takes", "0 times instead of once: Takes"),
-        ("Between 0.1", "Between 0.2", "0 times instead of once: Between 0.1"),
+        ("Between 0.1", "Between 0.2", "0.2 has no source"),
     ],
 )
 def test_what_is_noticed(copy, old, new, complaint):
@@ -97,6 +97,16 @@ def test_a_source_that_changed_or_went_is_noticed_and_written(copy):
     assert figures.check(copy) == []
     (copy / "LOG.md").write_text("# Log\n")
     assert "0 entries of LOG.md begin with '2026: speed'" in figures.check(copy)[0]
+
+
+def test_a_page_without_measured_numbers(copy):
+    """Named without a text, all of it is left out."""
+    (copy / "docs" / "limits.md").write_text("| files | 64 |\n")
+    assert figures.check(copy) == ["docs/limits.md, line 1: 64 has no source in docs/figures.json"]
+    table = json.loads((copy / "docs" / "figures.json").read_text())
+    table["not measured"].append({"page": "docs/limits.md", "why": "bounds"})
+    (copy / "docs" / "figures.json").write_text(json.dumps(table))
+    assert figures.check(copy) == []
 
 
 def test_the_list_names_pages_that_exist(copy):
