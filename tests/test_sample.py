@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import eighths
 
-from mezzotint.config import SAMPLERS, ModelConfig, SamplingConfig
+from mezzotint.config import OPTIONS, SAMPLERS, ModelConfig, SamplingConfig
 from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Denoiser, Model
@@ -503,7 +503,7 @@ def test_a_sampler_is_a_row_and_a_function(monkeypatch):
 
     row = samplers.Sampler(samplers.all_masked, from_the_right, samplers.even_share)
     monkeypatch.setitem(samplers.SAMPLERS, "backwards", row)
-    monkeypatch.setattr("mezzotint.config.SAMPLERS", (*SAMPLERS, "backwards"))
+    monkeypatch.setitem(vars(OPTIONS["sampler"]), "choices", (*SAMPLERS, "backwards"))  # what a name in SAMPLERS does
     model = JointModel(length=4)
     denoise(model, torch.full((2, 4), 3), allowed=ALL3, sampler="backwards")
     assert [asked[0].nonzero()[:, 0].tolist() for asked in model.asked] == [[0, 1, 2, 3], [0, 1, 2], [0, 1], [0]]
