@@ -13,6 +13,16 @@ from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import DataError
 
 
+def check_text(text: str) -> None:
+    """Raise DataError where a string is no text: a lone surrogate cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text has a lone surrogate at character {error.start}, which is not Unicode text: remove it"
+        ) from error
+
+
 class TextWindows(Sequence[np.ndarray]):
     """Windows of `length` tokens over documents, none over two of them. `windows[i]` is int64, BOS first.
 
@@ -34,6 +44,7 @@ class TextWindows(Sequence[np.ndarray]):
         self._bounds: list[tuple[int, int, int, int]] = []  # document, first token, first charged, end
         self._empty = self._left_out = self._left_out_bytes = 0
         for text in texts:
+            check_text(text)
             ids, counts = tokenizer.original_bytes(text)
             if not ids:
                 size = len(text.encode())

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mezzotint import seeding
-from mezzotint.config import REVEAL_OPTIONS, SamplingConfig, SamplingOptions
+from mezzotint.config import OPTIONS, REVEAL_OPTIONS, SamplingConfig, SamplingOptions
+from mezzotint.data.texts import check_text
 from mezzotint.data.tokenizer import Tokenizer
-from mezzotint.errors import ConfigError, MezzotintError
+from mezzotint.errors import ConfigError
 from mezzotint.model import Denoiser, Model
 from mezzotint.sampling import speculate as speculation
 from mezzotint.sampling.denoise import Denoised, OnStep, denoise
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 # Next tokens at 1 are judged worse than text, at 0.8 as well but poorer in words (LOG.md, benchmarks/sampling.py).
 NEXT_TOKEN_TEMPERATURE = 0.9
+MOST_TOKENS = 1 << 24  # of all texts drawn by one call, prompts included: 16 bytes each
 
 
 def resample_invalid_utf8(
@@ -85,15 +87,6 @@ class Samples:
         }
 
 
-def check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise MezzotintError(
-            f"the text has a lone surrogate at character {error.start}, which is not Unicode text: remove it"
-        ) from error
-
-
 def sample(
     model: Model,
     n: int = 1,
@@ -130,13 +123,16 @@ def sample(
         # The surest first, on a canvas of nothing but masks, says the same again and again; noise on the order cures it.
         settings.setdefault("order_noise", 4.0)
     check_text(prompt)
-    if n < 1:
-        raise ConfigError(f"cannot draw {n} texts: ask for at least 1")
-    if length is not None and length < 1:
-        raise ConfigError(f"a text needs at least 1 token, not {length}")
+    for option, value in (("n", n), ("seed", seed), *([("length", length)] if length is not None else [])):
+        OPTIONS[option].check(option, value)
     window, mask_id, bos = model.config.sequence_length, model.config.mask_id, model.tokenizer.bos_id
     prompt_ids = [bos, *model.tokenizer.encode(model.tokenizer.without_pending_space(prompt))]
     length = max(1, window // 2, window - len(prompt_ids)) if length is None else length
+    if n * (len(prompt_ids) + length) > MOST_TOKENS:
+        raise ConfigError(
+            f"{n:,} texts of {length:,} tokens behind {len(prompt_ids):,} are more than {MOST_TOKENS:,} tokens at once: "
+            "ask for fewer, or shorter ones"
+        )
     tokenizer = model.tokenizer
     allowed = tokenizer.is_text.clone()
     allowed[bos] = True

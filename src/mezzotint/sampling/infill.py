@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.config import SamplingConfig, SamplingOptions, parse_attention
+from mezzotint.config import OPTIONS, SamplingConfig, SamplingOptions, checked, parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Model
 from mezzotint.sampling.candidates import BEAM_LENGTHS, Candidate, Search, beam
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-CANDIDATES = 64
+CANDIDATES = 64  # for each gap of a text that has up to FEW of them, then fewer, down to LEAST
+FEW, LEAST = 4, 16
 PATHS = 3  # ways to fill the gaps so far that are kept while the next one is filled
 TEMPERATURE = 0.7  # of fills that are drawn
 
@@ -273,7 +274,8 @@ def infill(
     back byte for byte.
 
     n: alternatives to return for each gap. candidates: about how many texts are proposed for each gap; the one with
-    which the text has the least code length is taken (see `ranking`). Default: CANDIDATES by a beam. Where an option of
+    which the text has the least code length is taken (see `ranking`). Default: CANDIDATES by a beam, fewer where there
+    are more than FEW gaps. Where an option of
     sampling is given they are drawn as it says, by default one for each length.
     lengths: token counts to try for gaps of unknown length. whole_words: gaps neither begin nor end inside a word.
     max_words: at most so many in a gap. regex: what a gap's text must match as a whole (needs the extra `regex`). avoid:
@@ -285,17 +287,18 @@ def infill(
     started = time.perf_counter()
     check_fills(model)
     drawn = bool(settings)
-    if candidates is None:
-        candidates = 1 if drawn else CANDIDATES
     settings.setdefault("temperature", TEMPERATURE)
     SamplingConfig(**settings)
     if not lengths or min(lengths) < 1:
         raise ConfigError("lengths to try must be at least 1 token each")
-    for name, value in (("n", n), ("candidates", candidates)):
-        if not 1 <= value <= 4096:
-            raise ConfigError(f"{name} must be from 1 to 4096, not {value}")
-    constraint = Constraint.of(whole_words=whole_words, max_words=max_words, regex=regex, avoid=avoid)
+    for name, value in (("n", n), ("candidates", 1 if candidates is None else candidates)):
+        OPTIONS["answers"].check(name, value)
+    for name, value in (("seed", seed), ("max_words", max_words)):
+        checked(name, value)
     draft = Draft(model, text)
+    if candidates is None:
+        candidates = 1 if drawn else max(LEAST, CANDIDATES * FEW // max(FEW, len(draft.gaps)))
+    constraint = Constraint.of(whole_words=whole_words, max_words=max_words, regex=regex, avoid=avoid)
     filling = _Filling(
         model, draft, seed, lengths, max(n, candidates), drawn, attention, constraint, dict(settings), on_step, progress
     )
