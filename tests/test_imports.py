@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import mezzotint
+from mezzotint.extras import PROVIDERS
 
 FLOORS = [
     ["errors"],
-    ["files", "seeding", "distributed", "system", "signatures"],
+    ["files", "seeding", "distributed", "system", "signatures", "extras"],
     ["config"],
     ["attention", "objective", "data"],
     ["model"],
@@ -59,6 +61,50 @@ def test_imports_point_down(path):
         return
     floor = next(i for i, names in enumerate(FLOORS) if room in names)
     assert rooms(path) <= {name for names in FLOORS[:floor] for name in names} | {room}
+
+
+EXTRAS = {
+    "datasets", "huggingface_hub", "lm_eval", "mkdocs", "regex", "starlette", "tensorboard", "tokenizers", "transformers",
+    "uvicorn",
+}  # fmt: skip
+"""What packages of the extras import as; `tensorboard` comes through PyTorch as well."""
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere, and PyTorch's own door to TensorBoard."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [n.name for n in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        found |= {"tensorboard" if name.startswith("torch.utils.tensorboard") else name.split(".")[0] for name in names}
+    return found
+
+
+def test_extras_are_imported_by_integrations_and_apps_only():
+    for path in SOURCE.rglob("*.py"):
+        if room_of(path) not in ("integrations", "apps"):
+            assert not imported_packages(path) & EXTRAS, path
+    listed = (Path(__file__).parents[1] / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    named = set(re.findall(r'"([A-Za-z0-9_-]+)', listed.split("dev = [")[0]))
+    assert {name.replace("-", "_") for name in named} <= EXTRAS, "an extra that this test does not know"
+
+
+def test_what_is_asked_for_by_name_is_there():
+    """Rows of `extras` are modules of `integrations`, and each row is asked for."""
+    used = set()
+    for path in SOURCE.rglob("*.py"):
+        used |= set(re.findall(r"\bextra\(\"(\w+)\"\)", path.read_text()))
+    assert used == set(PROVIDERS) and all((SOURCE / "integrations" / f"{name}.py").is_file() for name in used)
+
+
+@pytest.mark.parametrize("name", ["regex", "datasets", "published", "tokenizers", "tensorboard"])
+def test_a_missing_extra_is_one_line_that_names_it(name):
+    package = {"published": "huggingface_hub", "tensorboard": "torch.utils.tensorboard"}.get(name, name)
+    said = run(
+        f"import sys; sys.modules[{package!r}] = None\nfrom mezzotint.errors import MezzotintError\n"
+        f"from mezzotint.extras import extra\ntry: extra({name!r})\nexcept MezzotintError as error: print(error)"
+    )
+    assert "pip install 'mezzotint[" in said and "\n" not in said
 
 
 def test_no_circle_inside_a_room():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError
+from mezzotint.extras import extra
 from mezzotint.model import Model
 from mezzotint.packing import safetensors
 from mezzotint.packing.artifact import MAGIC, open_artifact
@@ -65,7 +66,7 @@ def load(model: str | Path | None = None, *, objective: str | None = None, trust
     """
     if model is not None and is_foreign(model):
         # By name: an extra of a floor above, loaded only where it is asked for.
-        foreign = importlib.import_module("mezzotint.integrations.transformers")
+        foreign = extra("transformers")
         return foreign.load_transformers(model, objective, trust_remote_code=trust_remote_code)
     if objective is not None:
         raise ConfigError("an objective is that of a model of transformers: this package's models know their own")

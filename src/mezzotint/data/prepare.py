@@ -6,7 +6,6 @@ Alone writes data folders. Does not know how they are read.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import shutil
 import signal
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mezzotint.config import checked, shown
+from mezzotint.config import OPTIONS, shown
 from mezzotint.data.dataset import (
     FORMAT,
     HEADER_BYTES,
@@ -34,14 +33,13 @@ from mezzotint.data.dataset import (
 from mezzotint.data.sources import Account, documents
 from mezzotint.data.tokenizer import LONG_TEXT, Tokenizer, train_tokenizer
 from mezzotint.errors import DataError, Interrupted
+from mezzotint.extras import extra
 from mezzotint.files import atomic_folder, writing
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TOKENIZER_SAMPLE_BYTES = 16_000_000
 MAX_VOCAB = 65_535  # ids of 16 bits
 DEFAULT_VOCAB_SIZES = (4096, 2048, 1024, 512, 384)  # the first that the text is long enough for and can fill
 BYTES_PER_PIECE = 240  # of text, for a default above 1,024 pieces: 1 MB was enough to gain by 4,096 (LOG.md)
-HUB_REPOSITORY = "willdepueoai/parameter-golf"
 Progress = Callable[[str, int], None]
 """Called with (what is being done, documents so far)."""
 
@@ -223,7 +221,8 @@ def prepare(
     if isinstance(vocab_size, int) and not 262 <= vocab_size <= MAX_VOCAB:
         raise DataError(f"--vocab-size must lie between 262 (256 bytes come first) and 65,535, not {shown(vocab_size)}")
     for name, value in (("val_fraction", val_fraction), ("vocab_size", vocab_size), ("seed", seed)):
-        checked(name, value, DataError)
+        if value is not None:
+            OPTIONS[name].check("--" + name.replace("_", "-"), value, DataError)
     if not isinstance(text_field, str):
         raise DataError(f"text_field must be the name of a column or JSON key, not {shown(text_field)}")
     if val_fraction is not None and val:
@@ -373,27 +372,16 @@ def _write_description(folder: Path, tokenizer: Tokenizer, report: dict[str, Any
 
 def _prepare_published(source: str, out: Path, progress: Progress | None) -> dict[str, Any]:
     """Fetch `fineweb:VARIANT[:SHARDS]`, the challenge's published shards, through huggingface_hub."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise DataError("fineweb:... needs huggingface_hub: pip install 'mezzotint[hub]'") from error
     words = source.split(":")
     if len(words) not in (2, 3) or not words[1] or (len(words) == 3 and not words[2].isdigit()):
         raise DataError(f"{source!r}: write fineweb:sp1024, or fineweb:sp1024:10 for 10 training shards")
     name = f"fineweb10B_{words[1]}"
+    published = extra("published")
 
     def fetch(path: str) -> Path:
         if progress:
             progress(f"fetching {path}", 0)
-        try:
-            return Path(hf_hub_download(HUB_REPOSITORY, f"datasets/{path}", repo_type="dataset"))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in FULL_DISK:
-                raise
-            raise DataError(
-                f"cannot fetch datasets/{path} from {HUB_REPOSITORY}: {str(error).splitlines()[0]}"
-            ) from error
+        return published.fetch(path)
 
     try:
         manifest = json.loads(fetch("manifest.json").read_text())

@@ -24,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 
 from mezzotint.errors import DataError
+from mezzotint.extras import extra
 
 CHUNK = 1 << 20  # bytes read at once
 CODE = (
@@ -254,28 +255,17 @@ def _source_files(source: str | Path, account: Account) -> list[Path]:
 
 def _hub(source: str, name: str) -> Iterator[str | None]:
     """The texts of `hf:OWNER/NAME[:CONFIG][:SPLIT]` (or `hf:FOLDER...`), read as a stream through `datasets`."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError("hf:... needs datasets: pip install 'mezzotint[datasets]'") from error
     place, *rest = source.removeprefix("hf:").split(":")
     if not place or len(rest) > 2:
         raise DataError(f"{source!r}: write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG or hf:OWNER/NAME:CONFIG:SPLIT")
     if len(rest) == 1 and rest[0] in ("train", "validation", "test"):
         rest = ["", *rest]
     config, split = [*rest, "", ""][:2]
-    try:
-        rows = datasets.load_dataset(place, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            found = [] if name in row else name.split(".")
-            if found and found[0] not in row:
-                raise DataError(f'{source} has no column "{name}" (it has {", ".join(map(str, row))})')
-            yield from _strings(row if found else row[name], found, f'{source}: column "{name}"')
-    except DataError:
-        raise
-    except Exception as error:  # the library's own errors are of many kinds
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"cannot read {source}: {reason}") from error
+    for row in extra("datasets").rows(source, place, config or None, split or "train"):
+        found = [] if name in row else name.split(".")
+        if found and found[0] not in row:
+            raise DataError(f'{source} has no column "{name}" (it has {", ".join(map(str, row))})')
+        yield from _strings(row if found else row[name], found, f'{source}: column "{name}"')
 
 
 def documents(source: str | Path, text_field: str = "text", account: Account | None = None) -> Iterator[str]:

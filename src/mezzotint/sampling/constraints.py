@@ -11,20 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mezzotint.errors import ConfigError
+from mezzotint.extras import extra
 
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
-
-
-def _expression(pattern: str) -> Any:
-    """Compiled by the `regex` package, which can tell of a beginning whether it may still become a match."""
-    try:
-        import regex
-    except ImportError as error:
-        raise ConfigError("regex needs the extra: pip install 'mezzotint[regex]'") from error
-    try:
-        return regex.compile(pattern)
-    except regex.error as error:
-        raise ConfigError(f"regex {pattern!r} is not a regular expression: {error}") from error
 
 
 MATCH_SECONDS = 0.5  # a pattern that takes longer on the text of one gap is refused
@@ -51,7 +40,7 @@ class Constraint:
         avoided = frozenset(w.lower() for w in ([avoid] if isinstance(avoid, str) else avoid))
         if any(not WORD.fullmatch(w) for w in avoided):
             raise ConfigError("avoid takes single words, of letters and digits")
-        return cls(whole_words, max_words, None if regex is None else _expression(regex), avoided)
+        return cls(whole_words, max_words, None if regex is None else extra("regex").compiled(regex), avoided)
 
     def __bool__(self) -> bool:
         return self.whole_words or self.max_words is not None or self.expression is not None or bool(self.avoid)

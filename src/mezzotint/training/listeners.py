@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mezzotint.errors import ConfigError
+from mezzotint.extras import extra
 from mezzotint.files import atomic_write
 from mezzotint.training.checkpoint import save_checkpoint
 from mezzotint.training.step import Trainer
@@ -184,11 +184,7 @@ class TensorBoard(Listener):
     """Every figure of every row, as a TensorBoard scalar. Raises ConfigError where TensorBoard is not installed."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError("TensorBoard is not installed: pip install 'mezzotint[tensorboard]'") from error
-        self.board: Any = SummaryWriter(str(folder / "tensorboard"))
+        self.board: Any = extra("tensorboard").writer(folder / "tensorboard")
 
     def on_step(self, step: Step) -> None:
         for key, value in (step.row or {}).items():
