@@ -382,7 +382,7 @@ def fuzz(
                 row.processor, row.slowest = processor, f"{kind}, {len(text):,} characters"
             if ending == "broken":
                 keep.mkdir(parents=True, exist_ok=True)
-                (keep / f"{number:05d}.txt").write_text(text, "utf-8", "surrogatepass", "")
+                (keep / f"{number:05d}.txt").write_bytes(text.encode("utf-8", "surrogatepass"))
                 report.failures.append(f"{verb} {number} ({kind}, {len(text):,} characters): {remark}")
         if progress and (number + 1 - first) % 50 == 0:
             progress(f"{number + 1 - first:,} texts, {len(report.failures)} broken\n{report.table()}")
