@@ -282,7 +282,8 @@ def _serve(model: Any, seed: int, pipe: Connection) -> None:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     while (asked := pipe.recv()) is not None:
-        pipe.send(_attempt(model, *asked, seed))
+        verb, number = asked
+        pipe.send(_attempt(model, verb, number, seed))
 
 
 @dataclass
