@@ -16,8 +16,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from corpus import SHARED, TEXTS, needs_shared, small_tokenizer, write_jsonl, write_shard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mezzotint.data.prepare as prepare_module
+import mezzotint.data.sources as sources_module
 from mezzotint.data.dataset import HEADER_BYTES, Dataset
 from mezzotint.data.prepare import prepare
 from mezzotint.data.tokenizer import Tokenizer
@@ -347,8 +350,8 @@ def test_a_tokenizer_from_where_it_is(tmp_path, tokenizer):
     run = tmp_path / "run"
     run.mkdir()
     (run / "tokenizer.model").write_bytes(tokenizer.serialized)
-    for i, given in enumerate((tokenizer, run, run / "tokenizer.model")):
-        prepare([source], tmp_path / str(i), tokenizer=given)
+    for i, named in enumerate((tokenizer, run, run / "tokenizer.model")):
+        prepare([source], tmp_path / str(i), tokenizer=named)
         assert Dataset.open(tmp_path / str(i)).tokenizer.sha256 == tokenizer.sha256
     with pytest.raises(DataError, match="cannot read tokenizer"):
         prepare([source], tmp_path / "out", tokenizer=tmp_path / "0" / "nothing")
@@ -391,3 +394,79 @@ def test_default_vocabulary_grows_with_the_text(tmp_path, monkeypatch, size, tri
 def test_a_small_text_gets_a_vocabulary_that_it_can_fill(tmp_path):
     write_jsonl(tmp_path / "t.jsonl", TEXTS)
     assert prepare([tmp_path / "t.jsonl"], tmp_path / "out")["vocab_size"] in (384, 512, 1024)
+
+
+# --- one long document ------------------------------------------------------------------------------------------------
+
+
+def in_stretches(text: str, sizes: list[int]) -> list[str]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(text[start : start + size])
+        start += size
+    return [*parts, text[start:]]
+
+
+STRETCHED = st.tuples(st.text("ab \n\u00e9", max_size=60), st.lists(st.integers(0, 9), max_size=12))
+
+
+@given(STRETCHED, st.integers(1, 12))
+@settings(max_examples=300, deadline=None)
+def test_a_text_in_stretches_is_cut_like_the_whole(tokenizer, stretched, limit):
+    text, sizes = stretched
+    parts = in_stretches(text, sizes)
+    assert list(tokenizer.cut(parts, limit)) == list(tokenizer.cut(text, limit))
+    assert list(prepare_module._passages(parts, limit)) == [text[i : i + limit] for i in range(0, len(text), limit)]
+
+
+@given(STRETCHED, st.floats(0.01, 0.99))
+@settings(max_examples=300, deadline=None)
+def test_halves_of_a_text_in_stretches(stretched, fraction):
+    """As by its definition: the first boundary of the best kind from the place on, else the last one before."""
+    text, sizes = stretched
+    target = int(len(text) * (1 - fraction))
+    place = target
+    for mark in ("\n\n", "\n", " "):
+        at = text.find(mark, target)
+        at = at if at >= 0 else text.rfind(mark, 0, target)
+        if at > 0 and text[at + len(mark) :].strip():
+            place = at + len(mark)
+            break
+    if not 0 < place < len(text):
+        with pytest.raises(DataError, match="too short to split"):
+            prepare_module._halves(in_stretches(text, sizes), fraction)
+        return
+    first, last = prepare_module._halves(in_stretches(text, sizes), fraction)
+    assert ("".join(first), "".join(last)) == (text[:place], text[place:])
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_long_document_in_stretches_gives_the_same_folder(more, tmp_path, monkeypatch, tokenizer):
+    rng = np.random.default_rng(0)
+    words = [w for text in TEXTS for w in text.split()] + ["\n\n", "\u00e9t\u00e9", "1,000"]
+    (tmp_path / "long.txt").write_text("\ufeff" + " ".join(rng.choice(words, 4000)), "utf-8")
+    sources = [tmp_path / "long.txt"] + ([write_jsonl(tmp_path / "c.jsonl", TEXTS)] if more else [])
+    for name, long in (("whole", 10**9), ("stretches", 500)):
+        monkeypatch.setattr(prepare_module, "LONG_TEXT", 1000)
+        monkeypatch.setattr(sources_module, "LONG", long)
+        monkeypatch.setattr(sources_module, "CHUNK", 333)
+        prepare(sources, tmp_path / name / "given", tokenizer=tokenizer)
+        prepare(sources, tmp_path / name / "trained", vocab_size=340)
+    for path in sorted(p for p in (tmp_path / "whole").rglob("*") if p.is_file()):
+        assert path.read_bytes() == (tmp_path / "stretches" / path.relative_to(tmp_path / "whole")).read_bytes(), path
+
+
+def test_what_cannot_be_cut_is_not_held(tokenizer, monkeypatch):
+    from mezzotint.data import tokenizer as tokenizer_module
+
+    monkeypatch.setattr(tokenizer_module, "MOST_UNCUT", 1000)
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield "\u5c4b" * 100
+
+    with pytest.raises(DataError, match="break it into several documents"):
+        list(tokenizer.cut(endless(), 50))
+    assert len(taken) == 11

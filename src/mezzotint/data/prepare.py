@@ -30,7 +30,7 @@ from mezzotint.data.dataset import (
     TokenStream,
     checksums,
 )
-from mezzotint.data.sources import Account, documents
+from mezzotint.data.sources import Account, LongText, long_documents
 from mezzotint.data.tokenizer import LONG_TEXT, Tokenizer, train_tokenizer
 from mezzotint.errors import DataError, Interrupted
 from mezzotint.extras import extra
@@ -44,12 +44,23 @@ Progress = Callable[[str, int], None]
 """Called with (what is being done, documents so far)."""
 
 
-def _sample(texts: Iterable[str], limit: int, size: int) -> Iterator[str]:
+def _passages(text: str | LongText, size: int) -> Iterator[str]:
+    """A text in passages of `size` characters, the last one shorter."""
+    held = ""
+    for stretch in (text,) if isinstance(text, str) else text:
+        held += stretch
+        whole = len(held) // size * size
+        yield from (held[start : start + size] for start in range(0, whole, size))
+        held = held[whole:]
+    if held:
+        yield held
+
+
+def _sample(texts: Iterable[str | LongText], limit: int, size: int) -> Iterator[str]:
     """About `limit` of the texts' `size` bytes, evenly spread, in passages of 4,000 characters; all if they are fewer."""
     taken = seen = 0
     for text in texts:
-        for start in range(0, len(text), 4000):
-            passage = text[start : start + 4000]
+        for passage in _passages(text, 4000):
             length = len(passage.encode())
             if taken * size <= seen * limit:
                 yield passage
@@ -57,15 +68,55 @@ def _sample(texts: Iterable[str], limit: int, size: int) -> Iterator[str]:
             seen += length
 
 
-def _halves(text: str, fraction: float) -> tuple[str, str]:
-    """Cut one document near its end, at a paragraph, line or word boundary, so that it can be both splits."""
-    target = int(len(text) * (1 - fraction))
-    for mark in ("\n\n", "\n", " "):
-        at = text.find(mark, target)
-        at = at if at >= 0 else text.rfind(mark, 0, target)
-        if at > 0 and text[at + len(mark) :].strip():
-            return text[: at + len(mark)], text[at + len(mark) :]
-    return text[:target], text[target:]
+def _halves(text: str | LongText, fraction: float) -> tuple[Iterable[str], Iterable[str]]:
+    """Cut one document near its end, at a paragraph, line or word boundary, so that it can be both splits, in stretches.
+
+    Raises DataError if one of them is empty.
+    """
+    length = sum(map(len, _stretches(text)))
+    place = _boundary(_stretches(text), int(length * (1 - fraction)))
+    if not 0 < place < length:
+        raise DataError("the corpus is a single document too short to split; give --val or more text")
+    return _between(_stretches(text), 0, place), _between(_stretches(text), place, length)
+
+
+def _stretches(text: str | LongText) -> Iterable[str]:
+    return (text,) if isinstance(text, str) else text
+
+
+def _boundary(stretches: Iterable[str], target: int) -> int:
+    """Where a text is cut: behind the first paragraph's, line's or word's end from `target` on, else the last before."""
+    marks = ("\n\n", "\n", " ")
+    first, last = dict.fromkeys(marks, -1), dict.fromkeys(marks, -1)
+    before, offset, content = (
+        "",
+        0,
+        0,
+    )  # the character before, where a stretch begins, the end of what is no white space
+    for stretch in stretches:
+        text, offset = before + stretch, offset - len(before)
+        begin = max(0, target - offset)
+        for mark in marks:
+            if first[mark] < 0 and (at := text.find(mark, begin)) >= 0:
+                first[mark] = offset + at
+            if (at := text.rfind(mark, 0, begin)) >= 0:
+                last[mark] = offset + at
+        content = offset + len(text.rstrip()) if text.strip() else content
+        before, offset = text[-1:], offset + len(text)
+    for mark in marks:
+        at = first[mark] if first[mark] >= 0 else last[mark]
+        if at > 0 and content > at + len(mark):
+            return at + len(mark)
+    return target
+
+
+def _between(stretches: Iterable[str], begin: int, end: int) -> Iterator[str]:
+    """The characters from `begin` to `end`."""
+    offset = 0
+    for stretch in stretches:
+        if part := stretch[max(0, begin - offset) : max(0, end - offset)]:
+            yield part
+        offset += len(stretch)
 
 
 class _ShardWriter:
@@ -120,7 +171,7 @@ class _SplitWriter:
         self.faithful = True
         self.last: int | None = None
 
-    def add(self, text: str) -> None:
+    def add(self, text: str | Iterable[str]) -> None:
         for i, part in enumerate(self.tokenizer.cut(text, LONG_TEXT)):
             self.pending.append((part, i == 0))
             self.pending_size += len(part)
@@ -204,7 +255,7 @@ def prepare(
 
     sources, val: files and folders of them (kinds: see `sources`), `-` (UTF-8 text from standard input), `stdlib`,
     `hf:OWNER/NAME[:CONFIG][:SPLIT]`, or, alone, `fineweb:sp1024[:SHARDS]`. text_field: the column or JSON key of the text,
-    `a.b` for b inside a. Without `val`, a `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a single
+    `a.b` for b inside a. A file of text is read in stretches, so memory does not grow with it. Without `val`, a `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a single
     document, its end. tokenizer: one, its file, or a folder that holds it (a run, an exported model); without it, one of
     `vocab_size` pieces is trained on `sources` (default 4,096, or fewer where the text is too short for that).
 
@@ -294,12 +345,12 @@ class _Reading:
         self.account = Account()
         self.count = self.size = 0  # documents and bytes of the whole text, once it has been read
 
-    def documents(self, what: str) -> Iterator[str]:
+    def documents(self, what: str) -> Iterator[str | LongText]:
         """All documents, reported as `what`: how many, how many bytes, the time left once the size is known."""
         account, count, size, started = Account(), 0, 0, time.monotonic()
         for source in self.sources:
-            for text in documents(source, self.text_field, account):
-                count, size = count + 1, size + len(text.encode())
+            for text in long_documents(source, self.text_field, account):
+                count, size = count + 1, size + sum(len(part.encode()) for part in _stretches(text))
                 if self.progress and count % 256 == 0:
                     left = (self.size - size) / size * (time.monotonic() - started) if self.size else 0.0
                     said = f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left" if self.size else ""
@@ -342,8 +393,6 @@ def _prepare_texts(
             for i, text in enumerate(reading.documents("encoding")):
                 if not val.sources and count == 1:
                     first, last = _halves(text, val_fraction)
-                    if not first or not last:
-                        raise DataError("the corpus is a single document too short to split; give --val or more text")
                     train_split.add(first)
                     val_split.add(last)
                 else:

@@ -27,6 +27,7 @@ from mezzotint.errors import DataError
 from mezzotint.extras import extra
 
 CHUNK = 1 << 20  # bytes read at once
+LONG = 32_000_000  # characters of a file of text from which it is not held whole
 CODE = (
     ".py .pyi .js .jsx .mjs .ts .tsx .c .h .cc .cpp .cxx .hpp .cu .rs .go .java .kt .scala .swift .m .rb .php .pl .lua .r .jl .hs "
     ".ml .clj .ex .erl .sh .bash .ps1 .sql .html .css .scss .tex .rst .cs .fs .vb .zig .nim .dart .asm .cmake"
@@ -108,9 +109,27 @@ def _lines(characters: Iterable[str]) -> Iterator[str]:
         yield last
 
 
-def _text(path: Path, _: str) -> Iterator[str | None]:
+class LongText:
+    """A document that is not held whole: its characters in stretches, read from its file whenever they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[str]:
+        with _open(self.path) as file:
+            yield from _characters(file, self.path)
+
+
+def _text(path: Path, _: str) -> Iterator[str | LongText | None]:
     with _open(path) as file:
-        yield "".join(_characters(file, path))
+        begun, size = [], 0
+        for stretch in _characters(file, path):
+            begun.append(stretch)
+            size += len(stretch)
+            if size > LONG:
+                begun.clear()
+                break
+    yield LongText(path) if size > LONG else "".join(begun)
 
 
 def _jsonl(path: Path, name: str) -> Iterator[str | None]:
@@ -188,7 +207,7 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes and suffixes[-1] in READERS else ""
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[str | LongText | None]]] = {
     **dict.fromkeys(TEXT_SUFFIXES, _text),
     **dict.fromkeys(TABLES, _table),
     ".jsonl": _jsonl,
@@ -269,7 +288,17 @@ def _hub(source: str, name: str) -> Iterator[str | None]:
 
 
 def documents(source: str | Path, text_field: str = "text", account: Account | None = None) -> Iterator[str]:
-    """The non-empty documents of a source. Raises DataError.
+    """The non-empty documents of a source, each whole, as `long_documents` says. Raises DataError."""
+    for text in long_documents(source, text_field, account):
+        yield text if isinstance(text, str) else "".join(text)
+
+
+def long_documents(
+    source: str | Path, text_field: str = "text", account: Account | None = None
+) -> Iterator[str | LongText]:
+    """The non-empty documents of a source, a long file of text in stretches. Raises DataError.
+
+    Memory: LONG characters, or the longest line of records, row of a table or 256 rows of Parquet, whichever is more.
 
     source: a file, a folder of them, `stdlib`, or `hf:OWNER/NAME[:CONFIG][:SPLIT]`. text_field: the column or JSON key that
     holds the text, `a.b` for key b inside a. account: is told what was read and what was skipped.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 LONG_TEXT = 1_000_000  # characters encoded in one go
+MOST_UNCUT = 20_000_000  # characters of a long document between two places where it may be cut: 1 GB in the tokenizer
 MAX_BYTES = 16 << 20  # of a SentencePiece model
 MAX_JSON_BYTES = 40 << 20  # of a tokenizer.json
 MAX_PIECES = 300_000
@@ -224,20 +225,29 @@ class Tokenizer(Vocabulary, Protocol):
         """Ids of `text`, and for each the byte of `text` where what it was made from ends (never falling)."""
         ...
 
-    def cut(self, text: str, limit: int = LONG_TEXT) -> Iterator[str]:
-        """Parts of `text` whose ids by `encode_batch` are, put together, those of the whole.
+    def cut(self, text: str | Iterable[str], limit: int = LONG_TEXT) -> Iterator[str]:
+        """Parts of `text` (or of the text that its stretches make) whose ids by `encode_batch` are, put together, those
+        of the whole.
 
         A tokenizer takes some 50 bytes of memory per character of a text. Parts have `limit` characters or a little more
-        and are cut before a space between two letters; text with no such space is not cut.
+        and are cut before a space between two letters; text with no such space is not cut. Raises DataError for
+        stretches of a text that would have to be held for more than MOST_UNCUT characters.
         """
-        start = 0
-        while len(text) - start > limit and self._words_are_separate:
-            space = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])").search(text, start + limit)
-            if space is None:
-                break
-            yield text[start : space.start()]
-            start = space.start()
-        yield text[start:]
+        space = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])" if self._words_are_separate else "(?!)")
+        held, searched = "", 0
+        for stretch in (text,) if isinstance(text, str) else text:
+            held, begin = held + stretch, 0
+            while (found := space.search(held, max(begin + limit, searched))) is not None:
+                yield held[begin : found.start()]
+                begin, searched = found.start(), 0
+            held = held[begin:]
+            searched = max(0, len(held) - 1)  # a space there needs the next letter
+            if len(held) > MOST_UNCUT and not isinstance(text, str):
+                raise DataError(
+                    f"a text of more than {MOST_UNCUT:,} characters without a space between two letters cannot be cut for "
+                    "the tokenizer: break it into several documents"
+                )
+        yield held
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of text that follows other text, so that neither a dummy space is added nor its own space lost."""
