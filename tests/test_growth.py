@@ -10,6 +10,7 @@ import gzip
 import io
 import itertools
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -23,9 +24,10 @@ from mezzotint.compression.exact import ExactNetwork
 from mezzotint.data import sources
 from mezzotint.data.texts import TextWindows
 from mezzotint.data.tokenizer import Tokenizer
-from mezzotint.errors import ConfigError, DataError, MezzotintError
+from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
 from mezzotint.model import Attention, Denoiser, Model
 from mezzotint.sampling.draft import parse_gaps
+from mezzotint.system import peak_memory_bytes
 
 ABOUT_DOUBLE = 2.5  # twice the square would be 4
 
@@ -160,6 +162,19 @@ class TestSources:
             return allocated(lambda: self.drained(tmp_path / "t.jsonl"))
 
         grows(cost, (1 << 20, 1 << 21, 1 << 22), ABOUT_DOUBLE)
+
+
+@pytest.mark.parametrize("change", [{"width": 65_536, "mlp_ratio": 1.0}, {"layers": 256}, {"bigram_buckets": 1 << 24}])
+def test_a_run_folder_takes_what_its_weights_take(change, trained, tmp_path):
+    """Whatever its config.json says of them."""
+    shutil.copytree(trained.run, tmp_path / "run")
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    described["model"] |= change
+    (tmp_path / "run" / "config.json").write_text(json.dumps(described))
+    before = peak_memory_bytes()
+    with pytest.raises(CheckpointError, match="does not fit"):
+        mezzotint.load_run(tmp_path / "run")
+    assert peak_memory_bytes() < before + (256 << 20)
 
 
 def test_reading_gaps_takes_memory_in_proportion_to_the_text():

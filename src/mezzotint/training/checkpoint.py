@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -222,10 +223,12 @@ def load_run(run: Path) -> Model:
         tokenizer = Tokenizer.load(run)
     except (OSError, DataError) as error:
         raise CheckpointError(f"the run's tokenizer cannot be read: {error}") from error
-    network = Denoiser(described["model"])
+    with torch.device("meta"):  # whatever config.json says, no memory is taken but that of the weights
+        network = Denoiser(described["model"])
     try:
-        network.load_state_dict(load_file(folder / AVERAGE))
-    except RuntimeError as error:
+        weights = {name: value.float() for name, value in load_file(folder / AVERAGE).items()}
+        network.load_state_dict(weights, assign=True)
+    except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} does not fit the run's config.json") from error
     info = {"commit": described.get("commit"), "train": to_dict(described["train"]), "steps": state["step"]}
     return Model(described["model"], tokenizer, network.eval(), info)
