@@ -56,7 +56,7 @@ def why_not_written(path: Path | str, error: Exception) -> str:
     number = getattr(error, "errno", None)
     if number is None and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])
-    if number == errno.ENOENT:
+    if number == errno.ENOENT and not Path(path).parent.exists():
         reason = f"there is no folder {Path(path).parent}; make it first"
     else:
         reason = REASONS.get(number or 0) or getattr(error, "strerror", None) or " ".join(str(error).split())
