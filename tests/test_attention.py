@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mezzotint.attention
-from mezzotint.attention import noisy_block_mask
+from mezzotint.attention import flex_attention_under, noisy_block_mask
 from mezzotint.config import ModelConfig
 from mezzotint.model import Block, Denoiser, Float32Products
 
@@ -89,7 +89,7 @@ def test_flexible_attention_is_the_dense_one(prefix, monkeypatch):
         if flexible:
             network.compiled_block = torch.compile(Block.forward, dynamic=True, backend="eager")
             blocks = noisy_block_mask(14 + 4 * prefix, 14, 4, prefix, torch.device("cpu"))
-            tables = tables._replace(noisy_mask_blocks=blocks)
+            tables = tables._replace(noisy_attention=flex_attention_under(blocks))
         with torch.no_grad():  # on a CPU it has no backward pass
             found.append(network.hidden_blocks(noisy, ids, 4, tables, next_tokens=bool(prefix)))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)

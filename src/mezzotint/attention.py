@@ -88,12 +88,15 @@ def compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)  # type: ignore[return-value]
 
 
-@torch.compiler.disable
-def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
-    """Attention that skips what a FlexAttention mask rules out. Shapes as in `attend`. A graph of its own."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return compiled_flex_attention()(q, k, v, block_mask=block_mask)
+def flex_attention_under(mask: Any) -> AttentionFn:
+    """Attention that skips what a FlexAttention mask rules out, as a graph of its own. Shapes as in `attend`."""
+
+    def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return compiled_flex_attention()(q, k, v, block_mask=mask)
+
+    return torch.compiler.disable(attend_by_blocks)  # type: ignore[return-value]
 
 
 def noisy_block_mask(num_noisy: int, length: int, size: int, prefix: int, device: torch.device) -> Any:
@@ -116,23 +119,23 @@ def attend_doubled(
     size: int,
     clean_attn_mask: Tensor,
     noisy_attn_mask: Tensor,
-    noisy_mask_blocks: Any = None,
+    noisy_attention: AttentionFn | None = None,
 ) -> Tensor:
     """Attention over a doubled window [noisy | clean]. q: [B, H, N + T, D], or the noisy part of it; k, v: [B, H_kv,
     N + T, D]; returns as q.
 
     clean_attn_mask: [T, T], the clean part's. noisy_attn_mask: [N, N + T], the noisy part's: its own block of `size`
     noisy inputs, and the clean ones before. Written out, a noisy query meets the T clean keys and the `size` noisy ones
-    of its own block only. noisy_mask_blocks: the noisy part's mask for FlexAttention, where that is used.
+    of its own block only. noisy_attention: the noisy part's, where its mask is not used.
     """
     length = noisy_attn_mask.shape[0]  # N
     if q.shape[2] > length:
-        masks = (clean_attn_mask, noisy_attn_mask, noisy_mask_blocks)
+        masks = (clean_attn_mask, noisy_attn_mask, noisy_attention)
         clean_out = attend(q[:, :, length:], k[:, :, length:], v[:, :, length:], clean_attn_mask, causal=True)
         noisy_out = attend_doubled(q[:, :, :length], k, v, size, *masks)  # (B, H, N, D)
         return torch.cat((noisy_out, clean_out), dim=2)  # (B, H, N + T, D)
-    if noisy_mask_blocks is not None:
-        return attend_by_blocks(q, k, v, noisy_mask_blocks)  # type: ignore[reportCallIssue]
+    if noisy_attention is not None:
+        return noisy_attention(q, k, v)
     if not use_matmul_attention(q, length):
         return attend(q, k, v, noisy_attn_mask)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)

@@ -21,6 +21,7 @@ from mezzotint.attention import (
     attend,
     attend_doubled,
     block_mask,
+    flex_attention_under,
     noisy_block_mask,
     split_blocks,
 )
@@ -88,7 +89,8 @@ class Tables(NamedTuple):
     """What depends on the length and the block size of a window alone (`Denoiser.tables`).
 
     cos, sin: [inputs, 1, rotated channels / 2]. attn_mask: None, or [T, T] of `additive_mask`. noisy_attn_mask: for
-    a doubled window of N + T inputs only, [N, N + T]. noisy_mask_blocks: the same for FlexAttention, on CUDA.
+    a doubled window of N + T inputs only, [N, N + T]. noisy_attention: that of the
+    noisy part without its mask, on CUDA.
     A compiled graph that makes these itself works them out anew for every element that reads them: a tenth of a step.
     """
 
@@ -96,7 +98,7 @@ class Tables(NamedTuple):
     sin: Tensor
     attn_mask: Tensor | None
     noisy_attn_mask: Tensor | None = None
-    noisy_mask_blocks: Any = None
+    noisy_attention: AttentionFn | None = None
 
 
 class Attention(nn.Module):
@@ -310,10 +312,11 @@ class Denoiser(nn.Module):
         places = torch.cat((noisy_place, place))
         noisy = torch.cat((block[:, None] == block, place < block[:, None] * size), dim=1)
         masks = (additive_mask(block_mask(place, place, 1)), additive_mask(noisy))
-        blocks = None
+        attention = None
         if self.compiled_block is not None and weight.is_cuda:
-            blocks = noisy_block_mask(len(block), length, size, self.prefix_inputs(size), weight.device)
-        return Tables(cos[places], sin[places], *masks, blocks)
+            mask = noisy_block_mask(len(block), length, size, self.prefix_inputs(size), weight.device)
+            attention = flex_attention_under(mask)
+        return Tables(cos[places], sin[places], *masks, attention)
 
     def block_inputs(self, length: int, size: int) -> tuple[Tensor, Tensor]:
         """Number of the block, and place, of each input that the blocks of `length` positions read: int64 [N], [N].
@@ -369,7 +372,7 @@ class Denoiser(nn.Module):
         tables = tables or self._block_tables(length, size)
         assert tables.attn_mask is not None and tables.noisy_attn_mask is not None
         masks = {"clean_attn_mask": tables.attn_mask, "noisy_attn_mask": tables.noisy_attn_mask}
-        flexible = {"noisy_mask_blocks": tables.noisy_mask_blocks}
+        flexible = {"noisy_attention": tables.noisy_attention}
         attention_fn = partial(attend_doubled, size=size + prefix, **masks, **flexible)
         read = shift_right(clean, self.config.mask_id) if prefix else clean  # (B, T)
         ids, *embedded = self.embed_blocks(noisy, read, size)
