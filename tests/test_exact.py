@@ -136,7 +136,10 @@ class TestRefusals:
         [({"rotary_base": 0.5}, "rotary_base of at least 1"), ({"rotary_base": math.nan}, "rotary_base")],
     )
     def test_configs(self, change, message):
-        model = dataclasses.replace(MODEL, config=dataclasses.replace(MODEL.config, **change))
+        config = dataclasses.replace(MODEL.config)
+        for name, value in change.items():  # which the config itself would refuse
+            object.__setattr__(config, name, value)
+        model = dataclasses.replace(MODEL, config=config)
         with pytest.raises(MezzotintError, match=message):
             ExactNetwork(model)
 

@@ -30,8 +30,7 @@ from mezzotint.apps.charts import (
 from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.data.dataset import Dataset, Windows
 from mezzotint.data.tokenizer import check_same_tokenizer
-from mezzotint.errors import MezzotintError
-from mezzotint.files import atomic_write, writing
+from mezzotint.files import atomic_write
 from mezzotint.model import Model, count_parameters
 from mezzotint.packing.artifact import BUDGET, inspect_artifact, open_artifact
 from mezzotint.sampling.denoise import denoise
@@ -233,8 +232,7 @@ def report(
         provenance=provenance,
     )
     say("writing")
-    with writing(out, MezzotintError):
-        atomic_write(out, page)
+    atomic_write(out, page)
     titles = [c["title"] for c in charts] + (["Scores"] if scores else [])
     titles += (["Filled gaps"] if gaps else []) + (["Samples"] if texts else [])
     return {"file": str(out), "bytes": len(page.encode()), "sections": titles}
