@@ -228,6 +228,11 @@ class TrainConfig:
         "tokens of the blocks denoised one after another, given those before (0: whole windows; 1: next tokens only)",
         "[0, 65536]",
     )
+    order_lean: float = _option(
+        0.0,
+        "lean to the left of the orders that masks are drawn from, as of score --order-lean (0: any order alike)",
+        "[0, 1000]",
+    )
     short_share: float = _option(
         0.0, "share of the run, at its start, that trains on halves of windows, twice as many", "[0, 1]"
     )
@@ -272,6 +277,8 @@ class TrainConfig:
             raise ConfigError("set a positive number of minutes or steps")
         if not self.narrow_low < self.narrow_high:
             raise ConfigError("narrow_low must be below narrow_high")
+        if self.order_lean and (self.block_size or self.weighting != "nelbo"):
+            raise ConfigError("order_lean is for the NELBO of whole windows: leave out block_size and weighting")
 
 
 @dataclass(frozen=True)

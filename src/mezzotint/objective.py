@@ -89,6 +89,26 @@ def mask_by_noise(
     return ids.masked_fill(masked, mask_id), masked
 
 
+def lean_noise(noise: Tensor, lean: float) -> Tensor:
+    """Independent uniform numbers in 0..1, [B, T], as numbers whose least are the last of an order that leans to the left.
+
+    Masks by these (`mask_by_noise`) have the law of `lean_mask`. float64 [B, T].
+    """
+    place = torch.arange(noise.shape[1], dtype=torch.float64)
+    return -lean * place / noise.shape[1] - torch.log(-torch.log(noise.double().clamp_min(1e-300)))
+
+
+def lean_weights(masked: Tensor, lean: float) -> Tensor:
+    """What the NLL of each masked token weighs in the NELBO of leaning orders, float32 [B, T]; 0 where nothing is masked.
+
+    The number of masks times the token's chance to be next, so that `nelbo_per_window` of weighted NLL is T * sum_i chance_i
+    * NLL_i, see `lean_mask`. All are 1 for lean 0. masked: bool [B, T], some in each row.
+    """
+    place = torch.arange(masked.shape[1], dtype=torch.float64)
+    chance = (-lean * place / masked.shape[1]).expand(masked.shape).masked_fill(~masked, -torch.inf).softmax(1)
+    return (chance * masked.sum(1, keepdim=True)).float()
+
+
 def lean_mask(length: int, count: int, lean: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The last `count` of `length` positions in an order with a lean to the left, and their chances to be next.
 

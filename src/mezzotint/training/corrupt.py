@@ -15,7 +15,7 @@ from torch import Tensor
 from mezzotint import seeding
 from mezzotint.config import TrainConfig
 from mezzotint.model import shift_right
-from mezzotint.objective import block_counts, block_lengths, mask_by_noise
+from mezzotint.objective import block_counts, block_lengths, lean_noise, lean_weights, mask_by_noise
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def corrupt_batch(
     corrupted, masked = ids.clone(), torch.ones(ids.shape, dtype=torch.bool)
     if len(rows):
         noise = torch.from_numpy(seeding.row_noise(config.seed, step, (first_row + rows).tolist(), length))
+        noise = lean_noise(noise, config.order_lean) if config.order_lean else noise
         corrupted[rows], masked[rows] = mask_by_noise(ids[rows], noise, counts[own][rows], mask_id, size)
     corrupted[next_tokens] = shift_right(ids[next_tokens], mask_id)
     return CorruptedBatch(causal, counts if size else counts[:, 0], corrupted, masked, size)
@@ -104,7 +105,8 @@ class Pass:
 
     causal: left to right. corrupted, ids: int64 [b, T]. counts: as in `CorruptedBatch`, of these windows. predicted: None
     where all tokens are, else int64 [n], places in the [b * T] tokens one after another; b * T stands for no token and
-    fills up to a round number. With next tokens beside blocks the places are those of [2 * b * T].
+    fills up to a round number. With next tokens beside blocks the places are those of [2 * b * T]. weights: of each token's
+    NLL, float32 [b, T], where orders lean (`lean_weights`).
     """
 
     causal: bool
@@ -112,6 +114,7 @@ class Pass:
     ids: Tensor
     counts: Tensor
     predicted: Tensor | None
+    weights: Tensor | None = None
 
     def to(self, device: torch.device) -> Pass:
         """On a device; from pinned memory to CUDA, so that copies run beside the computation and nobody waits."""
@@ -120,7 +123,8 @@ class Pass:
             return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
         predicted = None if self.predicted is None else moved(self.predicted)
-        return Pass(self.causal, moved(self.corrupted), moved(self.ids), moved(self.counts), predicted)
+        weights = None if self.weights is None else moved(self.weights)
+        return Pass(self.causal, moved(self.corrupted), moved(self.ids), moved(self.counts), predicted, weights)
 
 
 @dataclass(frozen=True)
@@ -178,10 +182,11 @@ def prepare_step(
         for part in chosen.split(config.micro_batch or rows):
             if not len(part):
                 continue
-            predicted = None
+            predicted = weights = None
             if not left_to_right:
                 predicted = _places(batch.masked[part], both, rounded)
-            passes.append(Pass(left_to_right, batch.corrupted[part], ids[part], counts[part], predicted))
+                weights = lean_weights(batch.masked[part], config.order_lean) if config.order_lean else None
+            passes.append(Pass(left_to_right, batch.corrupted[part], ids[part], counts[part], predicted, weights))
     hidden = ~batch.causal
     return StepWork(
         step=step, stage=stage, passes=tuple(passes), num_windows=total, length=length,

@@ -228,6 +228,7 @@ class Trainer:
             with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 block_size = 1 if part.causal else work.size or 0
                 nll = self.loss(part.corrupted, part.ids, part.predicted, block_size, work.both).float()
+                nll = nll if part.weights is None else nll * part.weights
                 loss = self._share_of_loss(work, part, nll)
                 # DistributedDataParallel averages gradients over processes; shares are meant to be summed.
                 (loss * self.world).backward()
