@@ -58,6 +58,11 @@ def losses(data: Path, out: Path, processes: int, **settings) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def validations(run: Path) -> list[dict]:
+    made = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in made if "val_nelbo_bpb" in row]
+
+
 MIXED = {"weighting": "reference", "causal_share": 0.5, "micro_batch": 1, "short_share": 0.4, "narrow_share": 0.6}
 
 
@@ -70,6 +75,10 @@ def test_number_of_processes_changes_nothing(data, tmp_path, settings):
     for processes in (2, 4):
         together = losses(data, tmp_path / f"p{processes}", processes, **settings)
         np.testing.assert_allclose(together, alone, atol=1e-4)
+        one, other = (validations(tmp_path / name) for name in ("p1", f"p{processes}"))
+        assert [row["step"] for row in one] == [row["step"] for row in other] == list(range(5, 51, 5))
+        for key in ("val_nelbo_bpb", "val_causal_bpb") if settings.get("causal_share") else ("val_nelbo_bpb",):
+            np.testing.assert_allclose([row[key] for row in other], [row[key] for row in one], atol=1e-3)
 
 
 def test_blocks_are_drawn_for_all_processes_together(data, tmp_path):

@@ -68,7 +68,7 @@ def test_learns_and_reports(data, model, tmp_path):
     assert np.mean([r["train_nelbo_bpb"] for r in rows[-10:]]) < 0.8 * np.mean([r["train_nelbo_bpb"] for r in rows[:5]])
     assert result["steps"] == 60 and result["tokens"] == 60 * 4 * 16
     assert result["train_nelbo_bpb"] == pytest.approx(np.mean([r["train_nelbo_bpb"] for r in rows[-6:]]))
-    loaded = load_run(tmp_path / "run")
+    loaded = load_run(tmp_path / "run@last")
     assert loaded.config == model and loaded.info["steps"] == 60
     assert Path(result["final_checkpoint"]).is_dir()
 

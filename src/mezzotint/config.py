@@ -269,12 +269,25 @@ class TrainConfig:
     log_every: float = _option(1.0, "seconds between metric rows", "[0, 1e6]")
     checkpoint_minutes: float = _option(5.0, "minutes between checkpoints", "[0, 1e6]")
     keep_checkpoints: int = _option(2, "how many checkpoints to keep", "[1, 1000000]")
+    val_every: float = _option(
+        0.0,
+        "steps, or minutes of a run counted by minutes, between validations (0: about ten a run; below 0: none)",
+        "[-1, 1e9]",
+    )
+    val_tokens: int = _option(
+        0, "tokens of validation text to score each time (0: what takes about 2% of the run)", "[0, 1000000000]"
+    )
+    patience: int = _option(
+        0, "end the run after so many validations in a row that are no better (0: never)", "[0, 1000000]"
+    )
     tensorboard: bool = _option(False, "also write TensorBoard events (needs the tensorboard package)")
 
     def __post_init__(self) -> None:
         _check_fields(self)
         if self.steps == 0 and self.minutes == 0:
             raise ConfigError("set a positive number of minutes or steps")
+        if self.patience and self.val_every < 0:
+            raise ConfigError("patience counts validations: leave out val_every, or set how often there is one")
         if not self.narrow_low < self.narrow_high:
             raise ConfigError("narrow_low must be below narrow_high")
         if self.order_lean and (self.block_size or self.weighting != "nelbo"):

@@ -18,7 +18,7 @@ from mezzotint.extras import extra
 from mezzotint.model import Model
 from mezzotint.packing import safetensors
 from mezzotint.packing.artifact import MAGIC, open_artifact
-from mezzotint.training.checkpoint import load_run
+from mezzotint.training.checkpoint import load_run, split_run
 
 DEFAULT = "prose"
 
@@ -57,9 +57,10 @@ def is_foreign(name: str | Path) -> bool:
 
 
 def load(model: str | Path | None = None, *, objective: str | None = None, trust_remote_code: bool = False) -> Model:
-    """The model called `model`, on the CPU: a shipped one's name, a `.mzt` file, a run folder, an exported folder,
-    or a model of transformers: a folder of it, or `hf:OWNER/NAME` on the Hub. objective, trust_remote_code: of the last
-    alone, see `integrations.transformers.load_transformers`.
+    """The model called `model`, on the CPU: a shipped one's name, a `.mzt` file, a run folder (RUN for its best checkpoint
+    if validation ran, else its newest; RUN@last, RUN@STEP), an exported folder, or a model of transformers: a folder of
+    it, or `hf:OWNER/NAME` on the Hub. objective, trust_remote_code: of the last alone, see
+    `integrations.transformers.load_transformers`.
 
     A file or folder with a model that is there wins over a shipped model of the same name; None is always the shipped
     `prose`. Raises CheckpointError, ArtifactError or ConfigError.
@@ -78,7 +79,7 @@ def load(model: str | Path | None = None, *, objective: str | None = None, trust
         return safetensors.import_folder(path)
     if path.is_file():
         return open_artifact(path)
-    if (path / "config.json").is_file():
+    if (split_run(path)[0] / "config.json").is_file():
         return load_run(path)
     if path.is_dir() and str(model) not in pretrained_models():
         return load_run(path)  # says what the folder lacks

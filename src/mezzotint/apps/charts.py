@@ -165,10 +165,14 @@ def loss_chart(rows: Sequence[dict[str, Any]], validation: Estimate | None = Non
         if other:
             axes.plot([r["step"] for r in other], [r[key] for r in other], ".", color=MUTED, markersize=3,
                       alpha=0.5, label=f"training text, {label}")  # fmt: skip
-    scored = [r for r in rows if isinstance(r.get("val_nelbo_bpb"), (int, float))]
-    if scored:
-        axes.plot([r["step"] for r in scored], [r["val_nelbo_bpb"] for r in scored], "o-", color=SERIES[2],
-                  markersize=4, label="validation text")  # fmt: skip
+    for key, label, style in (
+        ("val_nelbo_bpb", "validation text", "o-"),
+        ("val_causal_bpb", "validation text, next tokens", "s--"),
+    ):
+        scored = [r for r in rows if isinstance(r.get(key), (int, float))]
+        if scored:
+            axes.plot([r["step"] for r in scored], [r[key] for r in scored], style, color=SERIES[2],
+                      markersize=4, label=label)  # fmt: skip
     if validation is not None:
         axes.axhline(validation.bpb, color=SERIES[2], linewidth=1.4, linestyle=(0, (4, 3)),
                      label=f"validation NELBO, {validation.bpb:.3f}")  # fmt: skip

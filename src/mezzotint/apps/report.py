@@ -37,7 +37,7 @@ from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.generate import sample
 from mezzotint.scoring import kinds, likelihood
 from mezzotint.scoring.statistics import Estimate
-from mezzotint.training.checkpoint import load_run, read_run
+from mezzotint.training.checkpoint import load_run, read_run, split_run
 
 Progress = Callable[[str], None]
 
@@ -125,7 +125,7 @@ def report(
     say = progress or (lambda _: None)
     run, out = Path(run), Path(out)
     run_config = read_run(run)
-    rows = read_metrics(run)
+    rows = read_metrics(split_run(run)[0])
     contents = inspect_artifact(Path(artifact)) if artifact is not None else None
     model = open_artifact(artifact) if artifact is not None else load_run(run)
     estimates = list(estimates)

@@ -28,6 +28,7 @@ class Progress:
         self.task: Any = None
         self.every, self.last = every, 0.0
         self.quiet = False
+        self.validated = ""
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -60,6 +61,9 @@ class Progress:
     def training(self, row: dict[str, Any]) -> None:
         """A metrics row of `train`."""
         left = int(row["seconds_left"])
+        if row.get("val_nelbo_bpb") is not None:
+            causal = row.get("val_causal_bpb")
+            self.validated = f"  validation {row['val_nelbo_bpb']:.3f}" + (f", causal {causal:.3f}" if causal else "")
         for kind, words in (
             ("nelbo", "bits/byte (training NELBO)"),
             ("narrow", "(some mask rates)"),
@@ -72,7 +76,8 @@ class Progress:
             loss = ""
         self.bar(
             row["progress"],
-            f"step {row['step']}  {loss}  {row['tokens_per_second']:,.0f} tokens/s  {left // 60}:{left % 60:02d} left",
+            f"step {row['step']}  {loss}{self.validated}  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"{left // 60}:{left % 60:02d} left",
         )
 
     def passes(self, what: str) -> Any:

@@ -146,9 +146,28 @@ def run_train(arguments: argparse.Namespace, progress: Progress) -> None:
                 "training NELBO",
                 "none" if bpb is None else f"{bpb:.4f} bits/byte (last tenth of the run, training text)",
             ),
+            *_validation_lines(result),
             ("checkpoint", result["final_checkpoint"]),
         ]
         emit(arguments, result, lines)
+
+
+def _validation_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The last validation, and the best one where that is another."""
+    if result["best"] is None:
+        return []
+
+    def figures(part: dict[str, Any]) -> str:
+        causal = part["val_causal_bpb"]
+        return f"{part['val_nelbo_bpb']:.4f} bits/byte (NELBO)" + (f", {causal:.4f} (causal)" if causal else "")
+
+    lines = [("validation", figures(result))]
+    if result["best"]["step"] != result["steps"]:
+        early = " (ended early)" if result["ended_early"] else ""
+        lines.append(("best", f"{figures(result['best'])} at step {result['best']['step']:,}{early}"))
+        if result["best_checkpoint"]:
+            lines.append(("best checkpoint", result["best_checkpoint"]))
+    return lines
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from mezzotint.config import ModelConfig, TrainConfig, from_dict, to_dict
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError
-from mezzotint.files import atomic_folder, why_not_written, writing
+from mezzotint.files import atomic_folder, atomic_write, why_not_written, writing
 from mezzotint.model import Denoiser, Model
 from mezzotint.system import try_lock
 from mezzotint.training.step import Trainer
@@ -35,6 +35,8 @@ WEIGHTS, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
     "state.json",
     "manifest.json",
 )
+
+BEST = "best.json"
 
 
 def _sha256(path: Path) -> str:
@@ -51,7 +53,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
-    """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep`.
+    """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep` and the best.
 
     Raises CheckpointError, and MezzotintError rather than save the weights of a step that was not finite.
     """
@@ -74,9 +76,37 @@ def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
             (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{why_not_written(folder, error)}; earlier checkpoints are kept") from error
+    best = best_step(run)
     for old in _checkpoint_folders(run)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if best is None or old != checkpoint_folder(run, best):
+            shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def mark_best(run: Path, step: int, figures: dict[str, Any]) -> None:
+    """Name the checkpoint of `step`, which is there, the best; it is kept beside the newest ones."""
+    atomic_write(run / BEST, json.dumps({"step": step, **figures}))
+
+
+def best_step(run: Path) -> int | None:
+    """The step of the checkpoint with the best validation, None where no validation ran."""
+    try:
+        step = json.loads((run / BEST).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if type(step) is int else None
+
+
+def read_metrics_rows(run: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl that are whole and have a step; none where there is no such file."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
+    return rows
 
 
 def _checkpoint_folders(run: Path) -> list[Path]:
@@ -107,6 +137,48 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None] = lambda line: None
     raise CheckpointError(f"{run} has no valid checkpoint; train it first with `mezzotint train`")
 
 
+def split_run(name: Path | str) -> tuple[Path, str]:
+    """RUN@WHICH -> (RUN, WHICH), WHICH being `last`, `best` or a step; WHICH is empty for RUN alone.
+
+    A folder whose own name has an @ is itself.
+    """
+    path = Path(name)
+    folder, sign, which = path.name.rpartition("@")
+    if not sign or not folder or path.exists():
+        return path, ""
+    return path.with_name(folder), which
+
+
+def choose_checkpoint(run: Path, which: str = "") -> tuple[Path, dict[str, Any]]:
+    """A run's checkpoint and its state: its best if validation ran, else its newest valid one.
+
+    which: `last` for the newest, `best`, or a step. Damaged ones are skipped, with a line on standard error, unless
+    asked for by step. Raises CheckpointError, naming the steps there are.
+    """
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    best = best_step(run)
+    if which.isascii() and which.isdigit():
+        folder = checkpoint_folder(run, int(which))
+        if not folder.is_dir():
+            steps = ", ".join(str(int(f.name[5:])) for f in reversed(_checkpoint_folders(run)))
+            raise CheckpointError(f"{run} has no checkpoint of step {which}; there are: {steps or 'none'}")
+        return folder, check_checkpoint(folder)
+    if which not in ("", "last", "best"):
+        raise CheckpointError(f"{run}@{which}: name a checkpoint as RUN@last, RUN@best or RUN@STEP")
+    if which == "best" and best is None:
+        raise CheckpointError(f"{run} has no best checkpoint: no validation ran; take RUN@last")
+    if which != "last" and best is not None:
+        folder = checkpoint_folder(run, best)
+        try:
+            return folder, check_checkpoint(folder)
+        except CheckpointError as error:
+            say(f"skipping the best checkpoint: {error}")
+    return newest_checkpoint(run, say)
+
+
 def load_checkpoint(folder: Path, state: dict[str, Any], trainer: Trainer) -> None:
     """Put a checkpoint back into the trainer. Raises CheckpointError if it does not fit the model."""
     try:
@@ -122,8 +194,8 @@ def load_checkpoint(folder: Path, state: dict[str, Any], trainer: Trainer) -> No
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """A run's config.json, with `model` and `train` as dataclasses. Raises CheckpointError."""
-    path = Path(run) / "config.json"
+    """A run's config.json, with `model` and `train` as dataclasses. run: RUN or RUN@WHICH. Raises CheckpointError."""
+    path = split_run(run)[0] / "config.json"
     try:
         described = json.loads(path.read_text())
         described["model"] = from_dict(ModelConfig, described["model"])
@@ -137,7 +209,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 FREE_TO_CHANGE = frozenset(
     ("minutes", "steps", "micro_batch", "device", "compile", "log_every", "checkpoint_minutes", "keep_checkpoints",
-     "tensorboard")
+     "tensorboard", "val_every", "val_tokens", "patience")
 )  # fmt: skip
 """Settings that may change when a run is resumed: how long, where and with what notes, not what is learnt."""
 
@@ -212,13 +284,14 @@ def _open_lock(run: Path, path: Path) -> int:
 
 
 def load_run(run: Path) -> Model:
-    """The model of a run folder: the averaged weights of its newest valid checkpoint, in eval mode on the CPU.
+    """The model of a run folder, in eval mode on the CPU: the averaged weights of a checkpoint.
 
-    Raises CheckpointError.
+    run: RUN for its best if validation ran, else its newest valid one; RUN@last for the newest, RUN@STEP for that of a
+    step. Raises CheckpointError.
     """
-    run = Path(run)
+    run, which = split_run(run)
     described = read_run(run)
-    folder, state = newest_checkpoint(run, lambda line: print(line, file=sys.stderr))
+    folder, state = choose_checkpoint(run, which)
     try:
         tokenizer = Tokenizer.load(run)
     except (OSError, DataError) as error:

@@ -18,7 +18,7 @@ import numpy as np
 
 from mezzotint.extras import extra
 from mezzotint.files import atomic_write
-from mezzotint.training.checkpoint import save_checkpoint
+from mezzotint.training.checkpoint import mark_best, save_checkpoint
 from mezzotint.training.step import Trainer
 
 Progress = Callable[[dict[str, Any]], None]
@@ -31,14 +31,17 @@ class Step:
 
     figures: what `Trainer.run_step` gave. progress: share of the run that is done, 0..1. seconds: of training so far.
     last: whether the run ends here (a run counted by the clock knows that only afterwards, and tells `on_end`).
-    save: whether a checkpoint is due. row: the row of metrics.jsonl, if this step has one.
+    validate: whether a validation is due, in all processes. validation: its figures, as metrics.jsonl holds them.
+    better: whether they are the best so far. row: the row of metrics.jsonl, if this step has one.
     """
 
     figures: Mapping[str, float]
     progress: float
     seconds: float
     last: bool = False
-    save: bool = False
+    validate: bool = False
+    validation: dict[str, Any] | None = None
+    better: bool = False
     row: dict[str, Any] | None = None
 
 
@@ -75,6 +78,7 @@ class MetricsLog(Listener):
         }  # of the steps since the last row
         self.tail: list[float] = []  # (all) NELBOs of this process, for the mean over the run's last tenth
         self.unread: list[Mapping[str, float]] = []  # of steps whose figures may still be on their way
+        self.last_figures: Mapping[str, float] = {}
         self.logged_at = time.monotonic()
         self.writes = trainer.rank == 0
         if not self.writes:
@@ -100,12 +104,20 @@ class MetricsLog(Listener):
 
     def on_step(self, step: Step) -> None:
         self.unread.append(step.figures)
-        now = time.monotonic()
-        if now - self.logged_at >= self.trainer.config.log_every or step.last:
-            step.row = self._row(step)
-            self.logged_at = now
-            if self.writes:
-                self.metrics.write(json.dumps(step.row) + "\n")
+        self.last_figures = step.figures
+        due = time.monotonic() - self.logged_at >= self.trainer.config.log_every
+        if due or step.last or step.validation is not None:
+            self._write(step)
+
+    def on_end(self, step: Step) -> None:
+        if step.validation is not None:
+            self._write(step)
+
+    def _write(self, step: Step) -> None:
+        step.row = {**self._row(step), **(step.validation or {})}
+        self.logged_at = time.monotonic()
+        if self.writes:
+            self.metrics.write(json.dumps(step.row) + "\n")
 
     def _read(self) -> None:
         """Take in the figures of the steps so far, for which a GPU is waited for: once in a row, not in every step."""
@@ -128,9 +140,7 @@ class MetricsLog(Listener):
             "tokens": self.trainer.step * self.tokens_per_step,
             "seconds": round(step.seconds, 3),
             **means,
-            "loss": step.figures["loss"],
-            "lr_scale": step.figures["lr_scale"],
-            "grad_norm": step.figures["grad_norm"],
+            **{name: self.last_figures.get(name) for name in ("loss", "lr_scale", "grad_norm")},
             "tokens_per_second": self.tokens_per_second(step.seconds),
         }
 
@@ -152,7 +162,7 @@ class MetricsLog(Listener):
 
 
 class Checkpointer(Listener):
-    """Writes a checkpoint when one is due and at the end; the first process does."""
+    """Writes a checkpoint when one is due, when a validation is the best so far, and at the end; the first process does."""
 
     def __init__(self, folder: Path, trainer: Trainer, log: MetricsLog) -> None:
         self.folder, self.trainer, self.log = folder, trainer, log
@@ -173,11 +183,18 @@ class Checkpointer(Listener):
         self.saved_at = time.monotonic()
 
     def on_step(self, step: Step) -> None:
-        if step.save:
+        if step.better or self.due():
             self.save()
+        self._mark(step)
 
     def on_end(self, step: Step) -> None:
         self.save()
+        self._mark(step)
+
+    def _mark(self, step: Step) -> None:
+        """Name the checkpoint that was just written the best one, if it is."""
+        if step.better and self.trainer.rank == 0:
+            mark_best(self.folder, self.trainer.step, step.validation or {})
 
 
 class TensorBoard(Listener):
@@ -188,8 +205,10 @@ class TensorBoard(Listener):
 
     def on_step(self, step: Step) -> None:
         for key, value in (step.row or {}).items():
-            if key not in ("step", "tokens", "seconds") and value is not None:
+            if key not in ("step", "tokens", "seconds", "val_tokens") and value is not None:
                 self.board.add_scalar(key, value, (step.row or {})["step"])
+
+    on_end = on_step
 
     def close(self) -> None:
         self.board.close()
@@ -205,3 +224,5 @@ class ProgressReport(Listener):
         if step.row is not None:
             share = max(step.progress, 1e-9)
             self.progress({**step.row, "progress": share, "seconds_left": step.seconds * (1 - share) / share})
+
+    on_end = on_step

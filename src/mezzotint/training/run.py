@@ -5,7 +5,8 @@ Knows the order of a run: set up, compile, step after step, end. What is noted a
 
 A run folder holds config.json, tokenizer.model, metrics.jsonl (a row per logged step), train.log and
 checkpoints/step_XXXXXXXX/ with weights.safetensors, average.safetensors (the EMA, which is what is scored),
-optimizer.safetensors, state.json and, written last, manifest.json with the SHA-256 of each. No pickle anywhere.
+optimizer.safetensors, state.json and, written last, manifest.json with the SHA-256 of each. best.json names the step of
+the checkpoint with the best validation. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -26,19 +27,22 @@ import torch
 import torch.distributed as dist
 
 from mezzotint.config import ModelConfig, TrainConfig, to_dict
-from mezzotint.data.dataset import Dataset
+from mezzotint.data.dataset import Dataset, TokenStream
 from mezzotint.data.loader import Loader
 from mezzotint.distributed import agree_on, choose_device, process_group
-from mezzotint.errors import CheckpointError, ConfigError, Interrupted
+from mezzotint.errors import CheckpointError, ConfigError, DataError, Interrupted
 from mezzotint.files import atomic_write, reported
 from mezzotint.model import Denoiser, count_parameters
 from mezzotint.system import commit_id, peak_memory_bytes
 from mezzotint.training.checkpoint import (
+    BEST,
     _checkpoint_folders,
+    best_step,
     changed_settings,
     checkpoint_folder,
     load_checkpoint,
     newest_checkpoint,
+    read_metrics_rows,
     run_lock,
 )
 from mezzotint.training.listeners import (
@@ -51,6 +55,7 @@ from mezzotint.training.listeners import (
     TensorBoard,
 )
 from mezzotint.training.step import Trainer, deterministic_sums
+from mezzotint.training.validation import Validated, Validation, past_validations
 
 SECONDS_BETWEEN_SIGNS = 10.0
 """How often a run says that it is still compiling."""
@@ -140,8 +145,13 @@ def train(
     those named in `changes`, each of which is noted in train.log with the step from which it holds. A run counted by
     steps that is stopped and resumed ends bit-equal on the CPU. One process at a time may train in a folder.
 
+    About ten times a run (`val_every`) the averaged weights are scored on a fixed part of the validation text, with
+    fixed masks; the checkpoint with the best figures is kept (`best.json` names its step) beside the newest ones.
+
     Returns steps, tokens, seconds, tokens_per_second, parameters, train_nelbo_bpb (mean over the last tenth of the
-    steps, an estimate on training text), final_checkpoint, setup_seconds (compilation, not counted in `seconds`),
+    steps, an estimate on training text), val_nelbo_bpb and val_causal_bpb (of the last validation; None without), best
+    (step and figures of the best one), best_checkpoint, ended_early (by `patience`), validation_seconds (of this call,
+    counted in `seconds` but for a last one), final_checkpoint, setup_seconds (compilation, not counted in `seconds`),
     compiled, peak_memory_bytes.
     Raises DataError, ConfigError, CheckpointError; Interrupted after a signal, with a checkpoint written, or at once
     while the step is compiled, when there is nothing to save. `warn` is also called from a thread, every ten seconds
@@ -221,6 +231,33 @@ def _restore(job: _Job, described: dict[str, Any], trainer: Trainer) -> list[str
     return [begun, *(f"from step {trainer.step} on: {line}" for line in changed)]
 
 
+def _validation_text(job: _Job, dataset: Dataset) -> TokenStream | None:
+    """The validation split; None where there is none and nobody asked for validation. Raises DataError."""
+    try:
+        stream = dataset.split("val")
+        if len(stream) == 0:
+            raise DataError(f"{job.data} has no validation text: leave out --val-every")
+    except DataError:
+        if job.config.val_every > 0 or job.config.patience:
+            raise
+        return None
+    return stream
+
+
+def _history(job: _Job, trainer: Trainer) -> list[Validated]:
+    """The validations of the run so far, the same in all processes; best.json is dropped where it is of a later step."""
+    shared: list[Any] = [[]]
+    if job.first:
+        rows = read_metrics_rows(job.out) if trainer.step else []
+        shared = [[row for row in rows if row["step"] <= trainer.step]]
+        best = best_step(job.out)
+        if best is not None and best > trainer.step:
+            (job.out / BEST).unlink()
+    if job.world > 1:
+        dist.broadcast_object_list(shared)
+    return past_validations(shared[0], job.config)
+
+
 def _write_folder(job: _Job, described: dict[str, Any], dataset: Dataset) -> None:
     """Settings and tokenizer of the run; what a killed process left half-written goes."""
     job.out.mkdir(parents=True, exist_ok=True)
@@ -261,8 +298,12 @@ class _Run:
         if job.first:
             _write_folder(job, described, dataset)
         self.log = MetricsLog(job.out, self.trainer, bits_per_nat)
+        # Validation comes before the log, whose row shows its figures, and both before the checkpoint that names the best.
         self.checkpoints = Checkpointer(job.out, self.trainer, self.log)
-        self.listeners: list[Listener] = [self.log, self.checkpoints]
+        self.validation = Validation(
+            self.trainer, _validation_text(job, dataset), _history(job, self.trainer), self.log.line
+        )
+        self.listeners: list[Listener] = [self.validation, self.log, self.checkpoints]
         if job.config.tensorboard and job.first:
             self.listeners.append(TensorBoard(job.out))
         if job.progress is not None and job.first:
@@ -305,9 +346,10 @@ class _Run:
         while True:
             trainer.seconds = self.seconds()
             # Clocks and signals differ between processes; the first one decides for all.
-            flags = [self.share_done(trainer.seconds), float(bool(signals.received)), float(self.checkpoints.due())]
-            share, stopped, save = agree_on(flags, self.job.world)
-            if share >= 1.0:
+            validate = self.validation.due_after_next_step(trainer.seconds)
+            flags = [self.share_done(trainer.seconds), float(bool(signals.received)), float(validate)]
+            share, stopped, validate = agree_on(flags, self.job.world)
+            if share >= 1.0 or self.validation.gave_up:
                 break
             if stopped:
                 self.checkpoints.save()
@@ -315,11 +357,21 @@ class _Run:
             figures = trainer.run_step(share)
             trainer.seconds = self.seconds()
             last = bool(config.steps) and trainer.step == config.steps
-            step = Step(figures, self.share_done(trainer.seconds), trainer.seconds, last, bool(save))
+            step = Step(figures, self.share_done(trainer.seconds), trainer.seconds, last, bool(validate))
             for listener in self.listeners:
                 listener.on_step(step)
+        end = Step({}, self.share_done(trainer.seconds), trainer.seconds, last=True)
         for listener in self.listeners:
-            listener.on_end(Step({}, 1.0, trainer.seconds, last=True))
+            listener.on_end(end)
+        if self.validation.gave_up and self.job.first:
+            self._say_why_it_ended()
+
+    def _say_why_it_ended(self) -> None:
+        best = self.validation.best
+        assert best is not None
+        text = f"the last {self.job.config.patience} validations were no better than that of step {best.step}"
+        self.log.line(text)
+        self.job.warn(f"ended at step {self.trainer.step}: {text}")
 
     def close(self) -> None:
         """Let go of files and threads, however the run ended."""
@@ -332,6 +384,8 @@ class _Run:
         """See `train`."""
         trainer = self.trainer
         made = trainer.step > self.first_step
+        last, best = (self.validation.history or [None])[-1], self.validation.best
+        kept = best_step(self.job.out)
         return {
             "steps": trainer.step,
             "tokens": trainer.step * self.log.tokens_per_step,
@@ -339,6 +393,11 @@ class _Run:
             "tokens_per_second": self.log.tokens_per_second(trainer.seconds) if made else 0.0,
             "parameters": count_parameters(trainer.network),
             "train_nelbo_bpb": self.log.final_bpb(),
+            **(last.figures() if last else {"val_nelbo_bpb": None, "val_causal_bpb": None}),
+            "best": {"step": best.step, **best.figures()} if best else None,
+            "best_checkpoint": None if kept is None else str(checkpoint_folder(self.job.out, kept)),
+            "ended_early": self.validation.gave_up,
+            "validation_seconds": self.validation.spent,
             "final_checkpoint": str(checkpoint_folder(self.job.out, trainer.step)),
             "setup_seconds": self.setup_seconds,
             "compiled": trainer.compiled,
