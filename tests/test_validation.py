@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mezzotint.cli.console import Progress
+from mezzotint.cli.main import main
 from mezzotint.config import ModelConfig, TrainConfig, to_dict
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
@@ -264,3 +266,18 @@ def test_rows_without_figures_are_no_validations():
     ]
     (one,) = past_validations(made, dataclasses.replace(QUICK, causal_share=0.25))
     assert (one.step, one.objective_bpb, one.tokens) == (2, 1.75, 5)
+
+
+def test_the_command_line_shows_validations(data, tmp_path, capsys):
+    words = ["train", str(data), "--out", str(tmp_path / "run"), "--preset", "tiny", "--steps", "6", "--layers", "1"]
+    words += ["--batch", "2", "--no-compile", "--sequence-length", "16", "--device", "cpu"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    made = validations(tmp_path / "run")
+    assert f"{made[-1]['val_nelbo_bpb']:.4f} bits/byte (NELBO), {made[-1]['val_causal_bpb']:.4f} (causal)" in shown.out
+    console = Progress(every=0.0)
+    console.training({**made[0], "progress": 0.5, "seconds_left": 1.0})
+    line = f"validation {made[0]['val_nelbo_bpb']:.3f}, causal {made[0]['val_causal_bpb']:.3f}"
+    assert line in capsys.readouterr().err
+    console.training({**rows(tmp_path / "run")[0], "val_nelbo_bpb": None, "progress": 0.6, "seconds_left": 1.0})
+    assert line in capsys.readouterr().err, "the last figures stay on the line"

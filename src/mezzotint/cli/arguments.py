@@ -159,7 +159,12 @@ def add_foreign(parser: argparse.ArgumentParser) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The RUN that a command is about."""
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder: its best checkpoint if validation ran, else its newest (RUN@last, RUN@STEP: that one)")
+    parser.add_argument(
+        "run_folder",
+        type=Path,
+        metavar="RUN",
+        help="run folder: its best checkpoint if validation ran, else its newest (RUN@last, RUN@STEP: that one)",
+    )
 
 
 def named(text: str) -> Path:
