@@ -60,6 +60,13 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def gradients_of(net: torch.nn.Module) -> torch.Tensor:
+    """The gradients of all parameters in one row; every one must have one."""
+    found = [p.grad for p in net.parameters()]
+    assert all(g is not None for g in found)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+
 def test_learns_and_reports(data, model, tmp_path):
     config = dataclasses.replace(QUICK, steps=60)
     result = train(data, tmp_path / "run", model=model, config=config)
@@ -200,7 +207,7 @@ def test_gradient_of_blocks_is_that_of_the_stated_loss(data, model, share, shift
     torch.manual_seed(0)
     net = Denoiser(dataclasses.replace(model, neighbour_reach=2, shifted_output=shifted))
     with torch.no_grad():
-        net.neighbour_taps.normal_(0, 0.3)
+        next(p for name, p in net.named_parameters() if name == "neighbour_taps").normal_(0, 0.3)
     config = dataclasses.replace(QUICK, causal_share=share, block_size=6, weighting=weighting, micro_batch=1)
     loader = Loader(Dataset.open(data).split("train"), 16, 4, 0)
     trainer = Trainer(net, config, loader, torch.device("cpu"))
@@ -223,7 +230,7 @@ def test_gradient_of_blocks_is_that_of_the_stated_loss(data, model, share, shift
             canvas = torch.cat((ids[row, :start], batch.corrupted[row, start : start + 6]))
             logp = net(canvas[None], block_size=6)[0].log_softmax(-1)
             hidden = [i for i in range(start, len(canvas)) if batch.masked[row, i]]
-            nll = -sum(logp[i, ids[row, i]] for i in hidden)
+            nll = -torch.stack([logp[i, ids[row, i]] for i in hidden]).sum()
             bounds[-1] += float(nll.detach()) * (len(canvas) - start) / len(hidden)
             if weighting == "nelbo":  # a mean over all windows, whichever way they are learnt
                 weight = (1 - share if shifted else 1) * (len(canvas) - start) / len(hidden) / 64
@@ -231,7 +238,7 @@ def test_gradient_of_blocks_is_that_of_the_stated_loss(data, model, share, shift
                 weight = (1 - share) / masked_tokens
             expected = expected + weight * nll
     expected.backward()
-    torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in net.parameters()]), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(got, gradients_of(net), atol=1e-6, rtol=1e-4)
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     assert nelbo == pytest.approx(sum(bounds) / len(bounds) / 16, rel=1e-5)
 
@@ -253,13 +260,13 @@ def test_gradient_is_that_of_the_stated_loss(data, model, share):
     for row in range(4):
         size = int(batch.causal[row])
         logp = net(batch.corrupted[row : row + 1], block_size=size)[0].log_softmax(-1)
-        nll = -sum(logp[i, ids[row, i]] for i in range(16) if batch.masked[row, i])
+        nll = -torch.stack([logp[i, ids[row, i]] for i in range(16) if batch.masked[row, i]]).sum()
         term = nll / int(batch.counts[row])
         expected = expected + term / 4
         if not batch.causal[row] or share == 1:
             bound, masked_rows = bound + float(term.detach()), masked_rows + 1
     expected.backward()
-    torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in net.parameters()]), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(got, gradients_of(net), atol=1e-6, rtol=1e-4)
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     assert nelbo == pytest.approx(bound / masked_rows, rel=1e-5)
 
@@ -486,9 +493,9 @@ def test_a_lock_is_held_by_who_holds_it_not_by_what_its_file_says(tmp_path):
 def test_a_killed_training_leaves_no_lock(tmp_path):
     script = "import pathlib, sys; from mezzotint.training.checkpoint import run_lock\n"
     script += "with run_lock(pathlib.Path(sys.argv[1])): print('holds', flush=True); sys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], **pipes) as holder:
-        assert holder.stdout.readline().strip() == b"holds"
+    words = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline().strip() == b"holds"
         with pytest.raises(CheckpointError, match=f"process {holder.pid} on"), run_lock(tmp_path):
             pass
         holder.kill()
