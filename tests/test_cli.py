@@ -23,7 +23,7 @@ from mezzotint.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig
 from mezzotint.errors import MezzotintError
 
 COMMANDS = (
-    "demo", "prepare", "train", "pack", "score", "sample", "fill", "inspect", "submit", "report", "compress",
+    "demo", "prepare", "train", "tune", "pack", "score", "sample", "fill", "inspect", "submit", "report", "compress",
     "decompress", "serve", "export", "import",
 )  # fmt: skip
 

@@ -402,6 +402,34 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+LEARNT = ("causal_share", "block_size", "weighting")
+"""Training settings that say what a model learns, and so stay as they were when it learns on."""
+
+
+def fine_tuning(trained: Any) -> TrainConfig:
+    """Settings to go on with from a model's weights, on other text. trained: what the model says of its training.
+
+    What it learns stays as it was. Rates are a quarter of a new model's and fall over nearly the whole run after a short
+    warm-up; no curriculum, which is for weights that know nothing. Settings that are none count as not given.
+    """
+    settings: dict[str, Any] = {}
+    rules = {item.name: item.metadata["rule"] for item in dataclasses.fields(TrainConfig)}
+    for name in (*LEARNT, "neuron_decay"):
+        try:
+            settings[name] = rules[name].check(name, trained[name])
+        except (KeyError, TypeError, ConfigError):
+            continue
+    return TrainConfig(
+        matrix_lr=0.005,
+        embedding_lr=0.0025,
+        scalar_lr=0.0025,
+        warmup=0.03,
+        warmdown=0.95,
+        momentum_warmup=0.03,
+        **settings,
+    )
+
+
 def from_dict(kind: type[Any], values: Any) -> Any:
     """A `ModelConfig` or `TrainConfig` from a JSON object. Raises ConfigError on unknown fields or wrong types."""
     if not isinstance(values, dict):

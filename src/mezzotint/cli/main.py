@@ -51,6 +51,7 @@ COMMANDS = {
         ),
         Command("prepare", "turn text into token shards", "training"),
         Command("train", "train a denoiser", "training", "own"),
+        Command("tune", "a model for texts of your own: fine-tune, pack, and score before and after", "tuning"),
         Command("pack", "quantize, entropy-code and fit a run into one .mzt file", "packing", "shared"),
         Command("score", "measure likelihood, with its kind and standard error", "scoring", "shared"),
         Command("compare", "is the second model better than the first?", "scoring", "shared"),

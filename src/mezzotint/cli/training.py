@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from mezzotint.cli.arguments import add_out, add_preset_settings, add_run, by_rule, describe, named, settings
 from mezzotint.cli.console import Progress, emit, table
-from mezzotint.cli.inputs import run_data
+from mezzotint.cli.inputs import load_model, run_data
 from mezzotint.cli.processes import first
 from mezzotint.cli.streams import input_file, output_file
-from mezzotint.config import PRESETS, ModelConfig, Rule, TrainConfig, preset
+from mezzotint.config import PRESETS, ModelConfig, Rule, TrainConfig, fine_tuning, preset
 from mezzotint.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mezzotint.data.tokenizer import Tokenizer
+    from mezzotint.model import Model
 
 DEFAULT_PRESET = "small"
 
@@ -102,6 +103,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"settings to start from [{DEFAULT_PRESET}; with --resume the run's own]",
     )
     parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="MODEL",
+        help="start from a model's weights: its shape, what it has learnt to do, and rates for fine-tuning",
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="go on from the newest valid checkpoint of RUN, with its settings"
     )
     parser.add_argument(
@@ -119,7 +126,14 @@ def run_train(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.data.dataset import Dataset
     from mezzotint.training.run import train
 
-    model, config = train_configs(arguments, Dataset.open(arguments.data).tokenizer)
+    init = None
+    if arguments.init is not None:
+        if arguments.resume or arguments.preset is not None:
+            raise ConfigError(
+                "--init says where a new run starts and what shape it has: leave out --resume and --preset"
+            )
+        init = load_model(arguments.init)
+    model, config = train_configs(arguments, Dataset.open(arguments.data).tokenizer, init)
     if first() and progress.console.is_terminal:
         progress.say(f"setting up {model.layers} layers x {model.width}; compiling can take a minute")
     result = train(
@@ -129,6 +143,7 @@ def run_train(arguments: argparse.Namespace, progress: Progress) -> None:
         config=config,
         resume=arguments.resume,
         changes=list(_changes(arguments)),
+        init=init,
         progress=progress.training,
         warn=progress.say,
     )
@@ -185,8 +200,10 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
     return changes
 
 
-def train_configs(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ModelConfig, TrainConfig]:
-    """The preset's settings, or with `--resume` the run's own, changed by the options given."""
+def train_configs(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, init: Model | None = None
+) -> tuple[ModelConfig, TrainConfig]:
+    """The preset's settings, or with `--resume` the run's own, or those for fine-tuning, changed by the options given."""
     train_changes = settings(arguments, TrainConfig) | _changes(arguments)
     if "minutes" in train_changes:
         train_changes.setdefault("steps", 0)  # steps would have the last word
@@ -202,6 +219,8 @@ def train_configs(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[
         if arguments.preset is not None:
             model, train = preset(arguments.preset).model, preset(arguments.preset).train
             model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    elif init is not None:
+        model, train = init.config, fine_tuning(init.info.get("train"))
     else:
         chosen = preset(arguments.preset or DEFAULT_PRESET)
         model, train = dataclasses.replace(chosen.model, vocab_size=tokenizer.vocab_size), chosen.train

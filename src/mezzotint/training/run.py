@@ -29,10 +29,11 @@ import torch.distributed as dist
 from mezzotint.config import ModelConfig, TrainConfig, to_dict
 from mezzotint.data.dataset import Dataset, TokenStream
 from mezzotint.data.loader import Loader
+from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.distributed import agree_on, choose_device, process_group
 from mezzotint.errors import CheckpointError, ConfigError, DataError, Interrupted
 from mezzotint.files import atomic_write, reported
-from mezzotint.model import Denoiser, count_parameters
+from mezzotint.model import Denoiser, Model, count_parameters
 from mezzotint.system import commit_id, peak_memory_bytes
 from mezzotint.training.checkpoint import (
     BEST,
@@ -116,6 +117,7 @@ class _Job:
     config: TrainConfig
     resume: bool
     changes: Sequence[str]
+    init: Model | None
     progress: Progress | None
     warn: Callable[[str], None]
     rank: int
@@ -135,6 +137,7 @@ def train(
     config: TrainConfig,
     resume: bool = False,
     changes: Sequence[str] = (),
+    init: Model | None = None,
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -142,7 +145,9 @@ def train(
 
     With `resume`, goes on from the newest valid checkpoint of `out` (from the start if it has none); the same model
     and data are required, and the same settings but for those of `FREE_TO_CHANGE` (the run's length among them) and
-    those named in `changes`, each of which is noted in train.log with the step from which it holds. A run counted by
+    those named in `changes`, each of which is noted in train.log with the step from which it holds. init: a model whose
+    weights the run starts from, of the same shape and tokenizer; the optimizer is new (`config.fine_tuning` has settings
+    for it). A run counted by
     steps that is stopped and resumed ends bit-equal on the CPU. One process at a time may train in a folder.
 
     About ten times a run (`val_every`) the averaged weights are scored on a fixed part of the validation text, with
@@ -165,7 +170,7 @@ def train(
         _Signals().collected() as signals,
     ):
         job = _Job(
-            Path(data), Path(out), model, config, resume, changes, progress, warn, rank, world, local_rank
+            Path(data), Path(out), model, config, resume, changes, init, progress, warn, rank, world, local_rank
         )  # fmt: skip
         run = _Run(job)
         try:
@@ -201,7 +206,10 @@ def _setup(job: _Job) -> tuple[Dataset, dict[str, Any], Trainer, list[str]]:
     _same_everywhere(described, job.world)
     # 2. Network, optimizers and data order from the seed.
     torch.manual_seed(job.config.seed)
-    network = Denoiser(model).to(device)
+    network = Denoiser(model)
+    if job.init is not None and not (job.resume and _checkpoint_folders(job.out)):
+        described["init"] = _start_from(network, job.init, dataset)
+    network.to(device)
     loader = Loader(stream, model.sequence_length, job.config.batch, job.config.seed, job.rank, job.world)
     trainer = Trainer(network, job.config, loader, device)
     # 3. Where the run was.
@@ -209,6 +217,16 @@ def _setup(job: _Job) -> tuple[Dataset, dict[str, Any], Trainer, list[str]]:
     _same_everywhere({"step to go on from, in a folder that all must see": trainer.step}, job.world)
     notes.append(f"parameters {count_parameters(network)}, processes {job.world}, device {device}")
     return dataset, described, trainer, notes
+
+
+def _start_from(network: Denoiser, init: Model, dataset: Dataset) -> dict[str, Any]:
+    """Put a model's weights into the network; returns what config.json says of it. Raises ConfigError, DataError."""
+    if init.config != network.config:
+        names = [name for name, value in to_dict(init.config).items() if getattr(network.config, name) != value]
+        raise ConfigError(f"the model to start from has another {', '.join(names)}: its shape is the run's")
+    check_same_tokenizer(init, dataset)
+    network.load_state_dict(init.network.state_dict())
+    return {"sha256": init.sha256, "steps": init.info.get("steps")}
 
 
 def _restore(job: _Job, described: dict[str, Any], trainer: Trainer) -> list[str]:
@@ -221,6 +239,8 @@ def _restore(job: _Job, described: dict[str, Any], trainer: Trainer) -> list[str
                 raise CheckpointError(
                     f"{job.out} was trained with another {key}; resume it with the same, or start anew"
                 )
+        if "init" in before:
+            described["init"] = before["init"]
         changed = changed_settings(job.out, job.config, job.changes)
         folder, state = newest_checkpoint(job.out, job.warn)
         load_checkpoint(folder, state, trainer)
