@@ -24,7 +24,7 @@ from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
 from mezzotint.data.prepare import prepare
 from mezzotint.errors import CheckpointError, ConfigError, Interrupted, MezzotintError
-from mezzotint.model import Denoiser
+from mezzotint.model import Block, Denoiser, attend
 from mezzotint.system import try_lock
 from mezzotint.training import run as run_module
 from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock
@@ -287,6 +287,49 @@ def test_resume_is_bit_equal(data, model, tmp_path, stop, share):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 13)) and resumed["steps"] == whole["steps"]
+
+
+@pytest.mark.parametrize("block_size", [0, 4])
+def test_dropout_drops_in_training_alone(model, block_size):
+    torch.manual_seed(0)
+    net = Denoiser(model)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    ids = torch.randint(0, 200, (4, 16))
+    plain = net(ids, block_size=block_size)
+    net.set_dropout(0.5)
+    dropped = [net(ids, block_size=block_size) for _ in range(2)]
+    assert not torch.allclose(dropped[0], plain, atol=1e-3) and not torch.allclose(*dropped, atol=1e-3)
+    assert torch.equal(net.eval()(ids, block_size=block_size), plain)
+
+
+def test_dropout_takes_the_stated_share_and_keeps_the_mean():
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    torch.manual_seed(0)
+    mean = torch.stack([attend(q, k, v, dropout=0.3) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, attend(q, k, v), atol=0.1, rtol=0)
+    block = Block(ModelConfig(width=16, heads=2, kv_heads=2), 0)
+    block.dropout = 0.3
+    kept = block._dropped(torch.ones(1000, 100))
+    assert float((kept == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert float(kept.mean()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_run_with_dropout_that_is_resumed_is_the_same_run(data, model, tmp_path):
+    config = dataclasses.replace(QUICK, dropout=0.2, causal_share=0.5, micro_batch=1)
+
+    def interrupt(row):
+        if row["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train(data, tmp_path / "whole", model=model, config=config)
+    train(data, tmp_path / "none", model=model, config=dataclasses.replace(config, dropout=0.0))
+    with pytest.raises(Interrupted):
+        train(data, tmp_path / "parts", model=model, config=config, progress=interrupt)
+    train(data, tmp_path / "parts", model=model, config=config, resume=True)
+    whole, parts, none = (weights(tmp_path / name) for name in ("whole", "parts", "none"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert any(not torch.equal(whole[k], none[k]) for k in whole)
 
 
 def test_damaged_checkpoint_is_skipped_and_said(data, model, tmp_path):

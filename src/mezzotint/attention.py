@@ -66,18 +66,20 @@ class MatmulAttention(torch.autograd.Function):
         return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+) -> Tensor:
     """Softmax attention with grouped heads. q: [B, H, T, D]; k, v: [B, H_kv, S, D]; attn_mask: [T, S] of `additive_mask`.
 
-    `causal` says that the mask is that of blocks of one position, T = S.
+    `causal` says that the mask is that of blocks of one position, T = S. dropout: share of the weights that are dropped.
     """
-    if use_matmul_attention(q, k.shape[2]):
+    if not dropout and use_matmul_attention(q, k.shape[2]):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         return MatmulAttention.apply(q, k, v, attn_mask)
     grouped = q.shape[1] != k.shape[1]
     attn_mask = None if attn_mask is None or causal else attn_mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=causal, enable_gqa=grouped)
 
 
 @functools.cache
@@ -120,6 +122,7 @@ def attend_doubled(
     clean_attn_mask: Tensor,
     noisy_attn_mask: Tensor,
     noisy_attention: AttentionFn | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention over a doubled window [noisy | clean]. q: [B, H, N + T, D], or the noisy part of it; k, v: [B, H_kv,
     N + T, D]; returns as q.
@@ -127,17 +130,19 @@ def attend_doubled(
     clean_attn_mask: [T, T], the clean part's. noisy_attn_mask: [N, N + T], the noisy part's: its own block of `size`
     noisy inputs, and the clean ones before. Written out, a noisy query meets the T clean keys and the `size` noisy ones
     of its own block only. noisy_attention: the noisy part's, where its mask is not used.
+    dropout: share of the weights that are dropped; then nothing is written out.
     """
     length = noisy_attn_mask.shape[0]  # N
     if q.shape[2] > length:
-        masks = (clean_attn_mask, noisy_attn_mask, noisy_attention)
-        clean_out = attend(q[:, :, length:], k[:, :, length:], v[:, :, length:], clean_attn_mask, causal=True)
+        masks = (clean_attn_mask, noisy_attn_mask, noisy_attention, dropout)
+        clean_q, clean_k, clean_v = (x[:, :, length:] for x in (q, k, v))  # (B, H, T, D)
+        clean_out = attend(clean_q, clean_k, clean_v, clean_attn_mask, causal=True, dropout=dropout)
         noisy_out = attend_doubled(q[:, :, :length], k, v, size, *masks)  # (B, H, N, D)
         return torch.cat((noisy_out, clean_out), dim=2)  # (B, H, N + T, D)
-    if noisy_attention is not None:
+    if noisy_attention is not None and not dropout:
         return noisy_attention(q, k, v)
-    if not use_matmul_attention(q, length):
-        return attend(q, k, v, noisy_attn_mask)
+    if dropout or not use_matmul_attention(q, length):
+        return attend(q, k, v, noisy_attn_mask, dropout=dropout)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     q = q * q.shape[-1] ** -0.5

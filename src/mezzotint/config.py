@@ -255,6 +255,11 @@ class TrainConfig:
     beta1: float = _option(0.9, "AdamW first-moment decay", "[0, 1)")
     beta2: float = _option(0.95, "AdamW second-moment decay", "[0, 1)")
     weight_decay: float = _option(0.04, "decoupled weight decay of matrices and embeddings", "[0, 10]")
+    dropout: float = _option(
+        0.0,
+        "share of attention weights and of layers' outputs dropped in training, for text that is read many times",
+        "[0, 1)",
+    )
     grad_clip: float = _option(1.0, "global gradient norm above which gradients are scaled down (0: never)", "[0, 1e6]")
     warmup: float = _option(0.01, "share of the run over which the learning rate rises from 0", "[0, 1]")
     warmdown: float = _option(0.5, "share of the run, at its end, over which the learning rate falls", "[0, 1]")

@@ -173,6 +173,7 @@ class Block(nn.Module):
         width = config.width
         self.attention_scale = nn.Parameter(torch.ones(width)) if config.channel_scales else None
         self.mlp_scale = nn.Parameter(torch.ones(width)) if config.channel_scales else None
+        self.dropout = 0.0
         mix = torch.zeros(2, width)
         mix[0].fill_(1.0)
         self.embedding_mix = nn.Parameter(mix) if config.embedding_mix else None
@@ -182,6 +183,10 @@ class Block(nn.Module):
         if scale is not None:
             return normed * scale
         return normed * self.norm_scale if self.norm_scale != 1.0 else normed
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """With dropout, in training only; without it nothing is drawn."""
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
     def forward(
         self, x: Tensor, embedded: Tensor, *attention: Any, num_queries: int | None, norm_scale: Tensor | None = None
@@ -193,9 +198,9 @@ class Block(nn.Module):
         if self.embedding_mix is not None:
             mix = self.embedding_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * embedded
-        a = self.attention(self.norm(x, norm_scale), *attention, num_queries)
+        a = self._dropped(self.attention(self.norm(x, norm_scale), *attention, num_queries))
         x = x[:, :num_queries] + (a * self.attention_scale.to(a.dtype) if self.attention_scale is not None else a)
-        m = self.mlp(self.norm(x, norm_scale))
+        m = self._dropped(self.mlp(self.norm(x, norm_scale)))
         return x + (m * self.mlp_scale.to(m.dtype) if self.mlp_scale is not None else m)
 
 
@@ -245,7 +250,21 @@ class Denoiser(nn.Module):
         self.skip_scales = nn.Parameter(torch.ones(skips, config.width)) if config.unet_skips else None
         self.compiled_block: Callable[..., Tensor] | None = None
         self.norm_scales: list[Tensor] | None = None
+        self.dropout = 0.0
         self.reset_parameters()
+
+    def set_dropout(self, share: float) -> None:
+        """Drop this share of the attention weights and of what each layer adds to the residual stream, in training mode.
+
+        No part of the model's description: a setting of training. Draws from torch's global generator.
+        """
+        for module in self.modules():
+            if isinstance(module, (Denoiser, Block)):
+                module.dropout = share
+
+    @property
+    def _attention_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def reset_parameters(self) -> None:
         """Orthogonal matrices, zero output projections, small normal embeddings, from torch's global generator."""
@@ -346,7 +365,8 @@ class Denoiser(nn.Module):
         tables = tables or self.tables(length, block_size)
         if self.prefix_inputs(size):
             ids = shift_right(ids, self.config.mask_id, keep_last=True)  # (B, 1 + T)
-        attention_fn = partial(attend, attn_mask=tables.attn_mask, causal=tables.attn_mask is not None)
+        causal, dropout = tables.attn_mask is not None, self._attention_dropout
+        attention_fn = partial(attend, attn_mask=tables.attn_mask, causal=causal, dropout=dropout)
         x = self.embed(ids, size == 1)  # (B, T or 1 + T, W)
         return self._layers(x, ids, tables.cos, tables.sin, lambda layer: attention_fn, length)
 
@@ -372,8 +392,8 @@ class Denoiser(nn.Module):
         tables = tables or self._block_tables(length, size)
         assert tables.attn_mask is not None and tables.noisy_attn_mask is not None
         masks = {"clean_attn_mask": tables.attn_mask, "noisy_attn_mask": tables.noisy_attn_mask}
-        flexible = {"noisy_attention": tables.noisy_attention}
-        attention_fn = partial(attend_doubled, size=size + prefix, **masks, **flexible)
+        more = {"noisy_attention": tables.noisy_attention, "dropout": self._attention_dropout}
+        attention_fn = partial(attend_doubled, size=size + prefix, **masks, **more)
         read = shift_right(clean, self.config.mask_id) if prefix else clean  # (B, T)
         ids, *embedded = self.embed_blocks(noisy, read, size)
         num_noisy = ids.shape[1]

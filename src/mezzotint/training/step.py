@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mezzotint import seeding
 from mezzotint.config import TrainConfig
 from mezzotint.data.loader import Loader, Prefetch
 from mezzotint.distributed import rank_and_size
@@ -158,6 +159,7 @@ class Trainer:
             raise ConfigError(f"batch {config.batch} must be a multiple of the {self.world} processes")
         if config.short_share and network.config.sequence_length % 2:
             raise ConfigError("short_share halves windows: sequence_length must be even")
+        network.set_dropout(config.dropout)
         self.optimizers = Optimizers(network, config)
         self.average = MovingAverage(network, config.ema_horizon)
         self.step = 0
@@ -258,6 +260,9 @@ class Trainer:
         `settle` waits.
         """
         stage = stage_at(self.config, progress)
+        if self.config.dropout:  # so that a resumed run drops what one left alone does
+            key = f"dropout {self.config.seed} {self.step} {self.rank}"
+            torch.manual_seed(seeding.named_generator(key).initial_seed())
         figures = self._gradients(self.batches.batch(self.step, stage))
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip or math.inf)
         kind = "nelbo"
