@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mezzotint.cli.main import main
 from mezzotint.config import ModelConfig, TrainConfig, preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
@@ -27,7 +28,7 @@ from mezzotint.errors import CheckpointError, ConfigError, Interrupted, Mezzotin
 from mezzotint.model import Block, Denoiser, attend
 from mezzotint.system import try_lock
 from mezzotint.training import run as run_module
-from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock
+from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock, stable_step
 from mezzotint.training.optim import MovingAverage, Optimizers
 from mezzotint.training.run import train
 from mezzotint.training.step import Trainer, corrupt_batch
@@ -330,6 +331,34 @@ def test_a_run_with_dropout_that_is_resumed_is_the_same_run(data, model, tmp_pat
     whole, parts, none = (weights(tmp_path / name) for name in ("whole", "parts", "none"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
     assert any(not torch.equal(whole[k], none[k]) for k in whole)
+
+
+def test_a_run_that_is_extended_is_the_longer_run(data, model, tmp_path, capsys):
+    """From before its warm-down; the finished run stays as it is."""
+    config = dataclasses.replace(QUICK, warmup=0.0, momentum_warmup=0.0, steps=8, val_every=-1, keep_checkpoints=1)
+    train(data, tmp_path / "short", model=model, config=config)
+    train(data, tmp_path / "long", model=model, config=dataclasses.replace(config, steps=12))
+    assert stable_step(tmp_path / "short") == 4 and stable_step(tmp_path / "long") == 6
+    before = weights(tmp_path / "short")
+    words = ["train", str(tmp_path / "short"), "--extend", "--out", str(tmp_path / "more")]
+    assert main([*words, "--steps", "8"]) == 0
+    longer, extended = weights(tmp_path / "long"), weights(tmp_path / "more")
+    assert all(torch.equal(longer[k], extended[k]) for k in longer)
+    assert all(torch.equal(before[k], v) for k, v in weights(tmp_path / "short").items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13)) and stable_step(tmp_path / "more") == 6
+    capsys.readouterr()
+    for more, said in (
+        (["--steps", "8"], "exists"),
+        ([], "how much longer"),
+        (["--minutes", "1"], "counted by steps"),
+        (["--steps", "8", "--resume"], "leave out --resume"),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "short" / "stable.json").unlink()
+    assert main([*words[:-1], str(tmp_path / "other"), "--steps", "8"]) == 2
+    assert "before its warm-down" in capsys.readouterr().err
 
 
 def test_damaged_checkpoint_is_skipped_and_said(data, model, tmp_path):

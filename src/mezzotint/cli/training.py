@@ -95,7 +95,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "Writes a run folder with config, metrics, log and checkpoints. Under torchrun every process takes its share "
         "of the batch. Any setting of the preset can be changed.",
     )
-    parser.add_argument("data", type=Path, metavar="DATA", help="prepared folder")
+    parser.add_argument("data", type=Path, metavar="DATA", help="prepared folder; with --extend a run")
     add_out(parser, "RUN", "run folder to write", named)
     parser.add_argument(
         "--preset",
@@ -107,6 +107,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="MODEL",
         help="start from a model's weights: its shape, what it has learnt to do, and rates for fine-tuning",
+    )
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on with a finished run from before its warm-down, for so many more --minutes or --steps, as RUN",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest valid checkpoint of RUN, with its settings"
@@ -127,6 +132,8 @@ def run_train(arguments: argparse.Namespace, progress: Progress) -> None:
     from mezzotint.training.run import train
 
     init = None
+    if arguments.extend:
+        _extend(arguments)
     if arguments.init is not None:
         if arguments.resume or arguments.preset is not None:
             raise ConfigError(
@@ -183,6 +190,29 @@ def _validation_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         if result["best_checkpoint"]:
             lines.append(("best checkpoint", result["best_checkpoint"]))
     return lines
+
+
+def _extend(arguments: argparse.Namespace) -> None:
+    """Make of `--extend` a run to resume: a copy of what it was before its warm-down, and the longer time it gets."""
+    from mezzotint.training.checkpoint import extend_run, read_run
+
+    if arguments.resume or arguments.init is not None or arguments.preset is not None:
+        raise ConfigError("--extend goes on with the run as it is: leave out --resume, --init and --preset")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--extend is for one process; stop it once it trains, and go on with torchrun and --resume")
+    given, run = settings(arguments, TrainConfig), arguments.data
+    by_steps = "steps" in given
+    if by_steps == ("minutes" in given):
+        raise ConfigError("--extend needs to know how much longer: give --minutes or --steps")
+    if (read_run(run)["train"].steps > 0) != by_steps:
+        raise ConfigError(f"{run} is counted by {'minutes' if by_steps else 'steps'}: say so how much longer")
+    arguments.data = Path(read_run(run)["data_folder"])
+    state = extend_run(run, arguments.out)
+    if by_steps:
+        arguments.set_steps += state["step"]
+    else:
+        arguments.set_minutes += state["seconds"] / 60
+    arguments.resume = True
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Any]:

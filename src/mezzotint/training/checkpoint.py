@@ -36,7 +36,8 @@ WEIGHTS, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
     "manifest.json",
 )
 
-BEST = "best.json"
+BEST, STABLE = "best.json", "stable.json"
+"""Which steps' checkpoints are kept beside the newest: the best validation's, and the last before the warm-down."""
 
 
 def _sha256(path: Path) -> str:
@@ -53,7 +54,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
-    """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep` and the best.
+    """Write the checkpoint of the trainer's step whole or not at all, then drop all but the newest `keep` and the marked.
 
     Raises CheckpointError, and MezzotintError rather than save the weights of a step that was not finite.
     """
@@ -76,9 +77,9 @@ def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
             (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{why_not_written(folder, error)}; earlier checkpoints are kept") from error
-    best = best_step(run)
+    kept = [checkpoint_folder(run, step) for step in (best_step(run), stable_step(run)) if step is not None]
     for old in _checkpoint_folders(run)[keep:]:
-        if best is None or old != checkpoint_folder(run, best):
+        if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -90,11 +91,48 @@ def mark_best(run: Path, step: int, figures: dict[str, Any]) -> None:
 
 def best_step(run: Path) -> int | None:
     """The step of the checkpoint with the best validation, None where no validation ran."""
+    return _marked_step(run / BEST)
+
+
+def stable_step(run: Path) -> int | None:
+    """The step of the last checkpoint before the warm-down, None where there is none."""
+    return _marked_step(run / STABLE)
+
+
+def mark_stable(run: Path, step: int) -> None:
+    """Name the checkpoint of `step`, which is there, the last before the warm-down; it is kept, for `extend_run`."""
+    atomic_write(run / STABLE, json.dumps({"step": step}))
+
+
+def _marked_step(path: Path) -> int | None:
     try:
-        step = json.loads((run / BEST).read_text())["step"]
+        step = json.loads(path.read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return step if type(step) is int else None
+
+
+def extend_run(run: Path, out: Path) -> dict[str, Any]:
+    """Make `out` a run folder that goes on, when it is resumed, from the last checkpoint of `run` before its warm-down.
+
+    `run` stays as it is. Returns the checkpoint's state (step, seconds). Raises CheckpointError.
+    """
+    read_run(run)
+    step = stable_step(run)
+    if out.exists():
+        raise CheckpointError(f"{out} exists; name a new folder for the longer run")
+    if step is None:
+        raise CheckpointError(
+            f"{run} kept no checkpoint from before its warm-down: it has none, or did not come so far"
+        )
+    folder = checkpoint_folder(run, step)
+    state = check_checkpoint(folder)
+    tokenizer = Tokenizer.load(run).file_name
+    with writing(out, CheckpointError), atomic_folder(out) as copy:
+        shutil.copytree(folder, checkpoint_folder(copy, step))
+        for name in ("config.json", tokenizer, "metrics.jsonl"):
+            shutil.copy(run / name, copy / name)
+    return state
 
 
 def read_metrics_rows(run: Path) -> list[dict[str, Any]]:

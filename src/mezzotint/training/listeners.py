@@ -18,7 +18,7 @@ import numpy as np
 
 from mezzotint.extras import extra
 from mezzotint.files import atomic_write
-from mezzotint.training.checkpoint import mark_best, save_checkpoint
+from mezzotint.training.checkpoint import mark_best, mark_stable, save_checkpoint, stable_step
 from mezzotint.training.step import Trainer
 
 Progress = Callable[[dict[str, Any]], None]
@@ -162,11 +162,16 @@ class MetricsLog(Listener):
 
 
 class Checkpointer(Listener):
-    """Writes a checkpoint when one is due, when a validation is the best so far, and at the end; the first process does."""
+    """Writes a checkpoint when one is due, when a validation is the best so far, before the warm-down, and at the end.
+
+    The first process does. The best and the one before the warm-down are kept beside the newest.
+    """
 
     def __init__(self, folder: Path, trainer: Trainer, log: MetricsLog) -> None:
         self.folder, self.trainer, self.log = folder, trainer, log
         self.saved_at = time.monotonic()
+        stable = stable_step(folder)
+        self.stable = stable is not None and stable <= trainer.step
 
     def due(self) -> bool:
         """Whether the last checkpoint is older than the settings allow."""
@@ -183,9 +188,20 @@ class Checkpointer(Listener):
         self.saved_at = time.monotonic()
 
     def on_step(self, step: Step) -> None:
-        if step.better or self.due():
+        falls = self._falls_from_here(step.progress)
+        if step.better or falls or self.due():
             self.save()
         self._mark(step)
+        if falls and self.trainer.rank == 0:
+            mark_stable(self.folder, self.trainer.step)
+
+    def _falls_from_here(self, progress: float) -> bool:
+        """Whether the learning rate falls from the next step on, and no checkpoint from before is kept yet."""
+        warmdown = self.trainer.config.warmdown
+        if self.stable or not 0 < warmdown < 1 or progress < 1 - warmdown or progress >= 1:
+            return False
+        self.stable = True
+        return True
 
     def on_end(self, step: Step) -> None:
         self.save()

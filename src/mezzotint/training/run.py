@@ -5,8 +5,8 @@ Knows the order of a run: set up, compile, step after step, end. What is noted a
 
 A run folder holds config.json, tokenizer.model, metrics.jsonl (a row per logged step), train.log and
 checkpoints/step_XXXXXXXX/ with weights.safetensors, average.safetensors (the EMA, which is what is scored),
-optimizer.safetensors, state.json and, written last, manifest.json with the SHA-256 of each. best.json names the step of
-the checkpoint with the best validation. No pickle anywhere.
+optimizer.safetensors, state.json and, written last, manifest.json with the SHA-256 of each. best.json and stable.json name
+the steps of the checkpoint with the best validation and of the last before the warm-down. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -315,14 +315,13 @@ class _Run:
         dataset, described, self.trainer, notes = _setup(job)
         # nats per token -> bits per byte of the training text
         bits_per_nat = 1 / self.trainer.loader.stream.bytes_per_token() / math.log(2)
+        val_text = _validation_text(job, dataset)
         if job.first:
             _write_folder(job, described, dataset)
         self.log = MetricsLog(job.out, self.trainer, bits_per_nat)
         # Validation comes before the log, whose row shows its figures, and both before the checkpoint that names the best.
         self.checkpoints = Checkpointer(job.out, self.trainer, self.log)
-        self.validation = Validation(
-            self.trainer, _validation_text(job, dataset), _history(job, self.trainer), self.log.line
-        )
+        self.validation = Validation(self.trainer, val_text, _history(job, self.trainer), self.log.line)
         self.listeners: list[Listener] = [self.validation, self.log, self.checkpoints]
         if job.config.tensorboard and job.first:
             self.listeners.append(TensorBoard(job.out))
