@@ -285,6 +285,11 @@ class TrainConfig:
     patience: int = _option(
         0, "end the run after so many validations in a row that are no better (0: never)", "[0, 1000000]"
     )
+    track: str = _option(
+        "none",
+        "also write figures for a tracker, offline in the run folder (each needs the extra of its name)",
+        choices=("none", "tensorboard", "trackio", "wandb", "mlflow"),
+    )
     tensorboard: bool = _option(False, "also write TensorBoard events (needs the tensorboard package)")
 
     def __post_init__(self) -> None:

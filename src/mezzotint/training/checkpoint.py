@@ -247,7 +247,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 FREE_TO_CHANGE = frozenset(
     ("minutes", "steps", "micro_batch", "device", "compile", "log_every", "checkpoint_minutes", "keep_checkpoints",
-     "tensorboard", "val_every", "val_tokens", "patience")
+     "tensorboard", "track", "val_every", "val_tokens", "patience")
 )  # fmt: skip
 """Settings that may change when a run is resumed: how long, where and with what notes, not what is learnt."""
 

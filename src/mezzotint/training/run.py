@@ -12,6 +12,7 @@ the steps of the checkpoint with the best validation and of the last before the 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import shutil
@@ -287,6 +288,18 @@ def _write_folder(job: _Job, described: dict[str, Any], dataset: Dataset) -> Non
     atomic_write(job.out / dataset.tokenizer.file_name, dataset.tokenizer.serialized)
 
 
+def _trackers(job: _Job) -> list[Listener]:
+    """The trackers that were asked for. Raises ConfigError where one is not installed."""
+    asked, found = job.config.track, []
+    if job.config.tensorboard or asked == "tensorboard":
+        found.append(TensorBoard(job.out))
+    if asked not in ("none", "tensorboard"):
+        # By name: an extra of a floor above, loaded only where it is asked for.
+        trackers = importlib.import_module("mezzotint.integrations.trackers")
+        found.append(trackers.tracker(asked, job.out, {**to_dict(job.model), **to_dict(job.config)}))
+    return found
+
+
 @contextlib.contextmanager
 def _signs_of_life(say: Callable[[str], None], what: str) -> Iterator[None]:
     """Say every few seconds for how long this has been going on."""
@@ -323,8 +336,7 @@ class _Run:
         self.checkpoints = Checkpointer(job.out, self.trainer, self.log)
         self.validation = Validation(self.trainer, val_text, _history(job, self.trainer), self.log.line)
         self.listeners: list[Listener] = [self.validation, self.log, self.checkpoints]
-        if job.config.tensorboard and job.first:
-            self.listeners.append(TensorBoard(job.out))
+        self.listeners += _trackers(job) if job.first else []
         if job.progress is not None and job.first:
             self.listeners.append(ProgressReport(job.progress))
         for line in notes:
