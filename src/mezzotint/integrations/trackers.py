@@ -80,11 +80,12 @@ class Trackio(Tracker):
 
 
 class MLflow(Tracker):
-    """MLflow, in RUN/mlflow.db, or where MLFLOW_TRACKING_URI says."""
+    """MLflow, in RUN/mlruns, or where MLFLOW_TRACKING_URI says."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # files need no database packages
         library = _library("mlflow")
-        uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').resolve()}")
+        uri = os.environ.get("MLFLOW_TRACKING_URI", (folder / "mlruns").resolve().as_uri())
         self.client = library.MlflowClient(tracking_uri=uri)
         known = self.client.get_experiment_by_name("mezzotint")
         experiment = known.experiment_id if known else self.client.create_experiment("mezzotint")
