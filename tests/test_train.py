@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mezzotint.attention import attend
 from mezzotint.cli.main import main
 from mezzotint.config import ModelConfig, TrainConfig, preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
 from mezzotint.data.prepare import prepare
 from mezzotint.errors import CheckpointError, ConfigError, Interrupted, MezzotintError
-from mezzotint.model import Block, Denoiser, attend
+from mezzotint.model import Block, Denoiser
 from mezzotint.system import try_lock
 from mezzotint.training import run as run_module
 from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock, stable_step
