@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mezzotint.cli.arguments import add_out, add_preset_settings, add_run, by_rule, describe, named, settings
 from mezzotint.cli.console import Progress, emit, table
 from mezzotint.cli.inputs import load_model, run_data
-from mezzotint.cli.processes import first
+from mezzotint.cli.processes import first, several
 from mezzotint.cli.streams import input_file, output_file
 from mezzotint.config import PRESETS, ModelConfig, Rule, TrainConfig, fine_tuning, preset
 from mezzotint.errors import ConfigError, DataError
@@ -198,7 +198,7 @@ def _extend(arguments: argparse.Namespace) -> None:
 
     if arguments.resume or arguments.init is not None or arguments.preset is not None:
         raise ConfigError("--extend goes on with the run as it is: leave out --resume, --init and --preset")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several():
         raise ConfigError("--extend is for one process; stop it once it trains, and go on with torchrun and --resume")
     given, run = settings(arguments, TrainConfig), arguments.data
     by_steps = "steps" in given

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import DEFAULT_MODEL, add_out, describe
+from mezzotint.cli.arguments import DEFAULT_MODEL, add_out, describe, named
 from mezzotint.cli.console import Progress, emit, table
 from mezzotint.cli.inputs import load_model
 from mezzotint.cli.scoring import score_by
@@ -41,7 +41,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         "on while training, and scored before and after. Data and run stay in a folder beside the file.",
     )
     parser.add_argument("sources", nargs="+", metavar="TEXTS", help="files and folders, as `prepare` takes them")
-    add_out(parser, "MODEL.mzt", "file to write")
+    add_out(parser, "MODEL.mzt", "file to write", named)
     parser.add_argument("--minutes", type=float, default=3.0, help="training time [3]")
     parser.add_argument("--model", type=Path, metavar="MODEL", help=f"to start from [the shipped {DEFAULT_MODEL}]")
     parser.add_argument("--work", type=Path, metavar="DIR", help="new folder for data and run [MODEL.work]")
