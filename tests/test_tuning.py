@@ -33,7 +33,7 @@ def test_a_run_starts_from_a_models_weights(trained, tmp_path):
         after = load_run(run).network.state_dict()
         assert all(torch.equal(after[k], v) for k, v in model.network.state_dict().items())
         described = json.loads((run / "config.json").read_text())
-        assert described["init"] == {"sha256": model.sha256, "steps": 30}
+        assert described["init"] == {"sha256": model.sha256, "steps": model.info["steps"]}
         train(trained.data, run, model=model.config, config=dataclasses.replace(STILL, steps=3), resume=True)
         assert json.loads((run / "config.json").read_text())["init"] == described["init"]
 
