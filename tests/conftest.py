@@ -34,7 +34,9 @@ def trained(tmp_path_factory) -> Trained:
         (texts / f"{i}.txt").write_text(" ".join(rng.choice(words, 80)) + ".\n")
     mezzotint.prepare([texts], folder / "data", vocab_size=290, val_fraction=0.2)
     model = mezzotint.ModelConfig(vocab_size=290, sequence_length=32, layers=2, width=32, heads=2, kv_heads=2)
-    config = mezzotint.TrainConfig(steps=30, batch=4, compile=False, log_every=0.0, dtype="float32", device="cpu")
+    config = mezzotint.TrainConfig(
+        steps=30, batch=4, compile=False, log_every=0.0, dtype="float32", device="cpu", val_every=-1.0
+    )
     mezzotint.train(folder / "data", folder / "run", model=model, config=config)
     stream = mezzotint.Dataset.open(folder / "data").split("train")
     mezzotint.pack(mezzotint.load_run(folder / "run"), stream, folder / "model.mzt")
