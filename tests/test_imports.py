@@ -64,8 +64,8 @@ def test_imports_point_down(path):
 
 
 EXTRAS = {
-    "datasets", "huggingface_hub", "lm_eval", "mkdocs", "regex", "starlette", "tensorboard", "tokenizers", "transformers",
-    "uvicorn",
+    "datasets", "huggingface_hub", "lm_eval", "mkdocs", "mlflow", "mlflow_skinny", "regex", "starlette", "tensorboard",
+    "tokenizers", "trackio", "transformers", "uvicorn", "wandb",
 }  # fmt: skip
 """What packages of the extras import as; `tensorboard` comes through PyTorch as well."""
 

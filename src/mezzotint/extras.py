@@ -15,6 +15,7 @@ PROVIDERS = {
     "regex": "patterns that can tell a beginning from what can never match",
     "tensorboard": "a run's figures for TensorBoard",
     "tokenizers": "tokenizer.json of Hugging Face",
+    "trackers": "a run's figures for Trackio, Weights & Biases and MLflow",
     "transformers": "models of other software",
 }
 """Module of `integrations` -> what it provides to the rooms below. A new one is a row here."""

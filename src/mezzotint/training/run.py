@@ -12,7 +12,6 @@ the steps of the checkpoint with the best validation and of the last before the 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import math
 import shutil
@@ -33,6 +32,7 @@ from mezzotint.data.loader import Loader
 from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.distributed import agree_on, choose_device, process_group
 from mezzotint.errors import CheckpointError, ConfigError, DataError, Interrupted
+from mezzotint.extras import extra
 from mezzotint.files import atomic_write, reported
 from mezzotint.model import Denoiser, Model, count_parameters
 from mezzotint.system import commit_id, peak_memory_bytes
@@ -294,9 +294,7 @@ def _trackers(job: _Job) -> list[Listener]:
     if job.config.tensorboard or asked == "tensorboard":
         found.append(TensorBoard(job.out))
     if asked not in ("none", "tensorboard"):
-        # By name: an extra of a floor above, loaded only where it is asked for.
-        trackers = importlib.import_module("mezzotint.integrations.trackers")
-        found.append(trackers.tracker(asked, job.out, {**to_dict(job.model), **to_dict(job.config)}))
+        found.append(extra("trackers").tracker(asked, job.out, {**to_dict(job.model), **to_dict(job.config)}))
     return found
 
 
