@@ -339,6 +339,55 @@ DATA is a folder of the challenge's shards with their tokenizer.
 {commit}"""
 
 
+def _checked(run: Path, artifact: Path, out: Path) -> tuple[dict[str, Any], Model]:
+    """The run's settings and the artifact's model, if they belong together and `out` may be written."""
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file; name a folder for the record")
+    if out.is_dir() and any(out.iterdir()) and not (out / "submission.json").is_file():
+        raise ArtifactError(f"{out} holds other files; name a new or empty folder for the record")
+    run_config = read_run(run)
+    model = open_artifact(artifact)
+    if not (run / "train.log").is_file():
+        raise CheckpointError(f"{run} has no train.log, which a record must hold")
+    if model.config != run_config["model"]:
+        raise ArtifactError(f"{artifact} was not packed from {run}: their model settings differ")
+    if model.info.get("train") not in (None, to_dict(run_config["train"])):
+        raise ArtifactError(f"{artifact} was not packed from {run}: their training settings differ")
+    return run_config, model
+
+
+def _counted(artifact: Path, texts: dict[str, str]) -> dict[str, int]:
+    """Bytes of the artifact, of each script, of the `code` and in `total`. Raises ArtifactError over the budget."""
+    sizes = {"artifact": artifact.stat().st_size, **{script: len(text.encode()) for script, text in texts.items()}}
+    code = sizes["code"] = sizes[TRAIN_SCRIPT] + sizes[SCORE_SCRIPT]
+    sizes["total"] = sizes["artifact"] + code
+    if sizes["total"] > BUDGET:
+        raise ArtifactError(
+            f"artifact {sizes['artifact']:,} + code {code:,} = {sizes['total']:,} bytes, over {BUDGET:,}: pack again with "
+            f"--budget {BUDGET - code}"
+        )
+    return sizes
+
+
+def _score_fields(best: Estimate, sizes: dict[str, int]) -> dict[str, Any]:
+    """Fields of submission.json that are measured."""
+    return {
+        "val_loss": best.nats_per_token,
+        "val_bpb": best.bpb,
+        "val_bpb_kind": best.kind,
+        "val_bpb_stderr": best.stderr_bpb if math.isfinite(best.stderr_bpb) else None,
+        "val_tokens": best.tokens,
+        "bytes_total": sizes["total"],
+        "bytes_code": sizes["code"],
+    }
+
+
+def _without_place(log: str, run_config: dict[str, Any]) -> str:
+    """The log as it is, but for where the data lay on the machine that trained."""
+    place = json.dumps(run_config.get("data_folder") or "")
+    return log.replace(place, '"DATA"') if len(place) > 2 else log
+
+
 def submit(
     run: Path | str,
     artifact: Path | str,
@@ -367,29 +416,9 @@ def submit(
     """
     say = progress or (lambda _: None)
     run, artifact, out = Path(run), Path(artifact), Path(out)
-    if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file; name a folder for the record")
-    if out.is_dir() and any(out.iterdir()) and not (out / "submission.json").is_file():
-        raise ArtifactError(f"{out} holds other files; name a new or empty folder for the record")
-    run_config = read_run(run)
-    model = open_artifact(artifact)
-    log = run / "train.log"
-    if not log.is_file():
-        raise CheckpointError(f"{run} has no train.log, which a record must hold")
-    if model.config != run_config["model"]:
-        raise ArtifactError(f"{artifact} was not packed from {run}: their model settings differ")
-    if model.info.get("train") not in (None, to_dict(run_config["train"])):
-        raise ArtifactError(f"{artifact} was not packed from {run}: their training settings differ")
-
+    run_config, model = _checked(run, artifact, out)
     texts = scripts(run)
-    sizes = {"artifact": artifact.stat().st_size, **{script: len(text.encode()) for script, text in texts.items()}}
-    code = sizes[TRAIN_SCRIPT] + sizes[SCORE_SCRIPT]
-    sizes["total"] = sizes["artifact"] + code
-    if sizes["total"] > BUDGET:
-        raise ArtifactError(
-            f"artifact {sizes['artifact']:,} + code {code:,} = {sizes['total']:,} bytes, over {BUDGET:,}: pack again with "
-            f"--budget {BUDGET - code}"
-        )
+    sizes = _counted(artifact, texts)
     estimates = list(estimates)
     if not estimates:
         if dataset is None:
@@ -411,21 +440,13 @@ def submit(
         "blurb": blurb,
         "date": date or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "track": track,
-        "val_loss": best.nats_per_token,
-        "val_bpb": best.bpb,
-        "val_bpb_kind": best.kind,
-        "val_bpb_stderr": best.stderr_bpb if math.isfinite(best.stderr_bpb) else None,
-        "val_tokens": best.tokens,
-        "bytes_total": sizes["total"],
-        "bytes_code": code,
+        **_score_fields(best, sizes),
     }
     say("writing the record")
     with writing(out, MezzotintError), atomic_folder(out) as folder:
         shutil.copyfile(artifact, folder / ARTIFACT)
-        # The log as it is, but for where the data lay on the machine that trained.
-        place = json.dumps(run_config.get("data_folder") or "")
-        words = log.read_text(encoding="utf-8")
-        (folder / "train.log").write_text(words.replace(place, '"DATA"') if len(place) > 2 else words, "utf-8")
+        log = _without_place((run / "train.log").read_text("utf-8"), run_config)
+        (folder / "train.log").write_text(log, "utf-8")
         for script, text in texts.items():
             (folder / script).write_bytes(text.encode())
         needs = _needs(module_sources(("training.run", "packing.pack", "scoring.likelihood")))
@@ -436,7 +457,7 @@ def submit(
     return {
         "folder": str(out),
         "artifact_bytes": sizes["artifact"],
-        "code_bytes": code,
+        "code_bytes": sizes["code"],
         "total_bytes": sizes["total"],
         "budget_bytes": BUDGET,
         "val_bpb": best.bpb,
