@@ -20,6 +20,7 @@ PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (lambda value: hasattr(value, "__index__"), "a whole number"),
     "float": (lambda value: hasattr(value, "__float__") or hasattr(value, "__index__"), "a number"),
     "str": (lambda value: isinstance(value, str), "text"),
+    "bytes": (lambda value: isinstance(value, (bytes, bytearray, memoryview)), "bytes"),
     "bool": (lambda value: type(value).__name__ in ("bool", "bool_"), "True or False"),
     "Path": (lambda value: isinstance(value, (str, os.PathLike)), "a path"),
     "None": (lambda value: value is None, "None"),

@@ -40,7 +40,10 @@ def model_config(data: Path) -> ModelConfig:
     return ModelConfig(vocab_size=vocab, sequence_length=16, layers=1, width=16, heads=2, kv_heads=1)
 
 
-CONFIG = TrainConfig(steps=STEPS, batch=4, compile=False, dtype="float32", log_every=0.0, causal_share=0.5)
+# A rate that falls from the start: no checkpoint is kept of the weights before it falls.
+CONFIG = TrainConfig(
+    steps=STEPS, batch=4, compile=False, dtype="float32", log_every=0.0, causal_share=0.5, warmdown=1.0
+)
 
 
 def forked(work: Callable[[], Any]) -> int:
