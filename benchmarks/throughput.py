@@ -56,8 +56,12 @@ class EveryPosition(MaskedLoss):
         return nll * masked.view(ids.shape)
 
 
-def kernel_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def kernel_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+) -> Tensor:
     """PyTorch's fused kernel in place of `model.attend`."""
+    if dropout:
+        raise ValueError("the rows are timed without dropout")
     grouped = q.shape[1] != k.shape[1]
     attn_mask = None if attn_mask is None or causal else attn_mask.to(q.dtype)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
@@ -108,32 +112,34 @@ def main(words: Sequence[str] | None = None) -> None:
         {"step": "the reference's", "config": dataclasses.replace(base, causal_share=0.0), "reference": True},
     ]
     own_attention = mezzotint.model.attend
-    for row in rows:
-        torch.manual_seed(0)
-        mezzotint.model.attend = kernel_attention if row["reference"] else own_attention
-        network = Denoiser(model)
-        trainer = Trainer(network, row["config"], RandomWindows(model, base.batch), torch.device("cpu"))  # type: ignore[arg-type]
-        if row["reference"]:
-            trainer.loss = EveryPosition(network, row["config"].compile)
-            ours = trainer.optimizers.muon
-            group = ours.param_groups[0]
-            keep = {k: group[k] for k in ("lr", "weight_decay", "momentum", "adjust_lr_fn")}
-            trainer.optimizers.muon = torch.optim.Muon(group["params"], **keep)  # type: ignore[assignment]
-        trainer.warm_up()
-        row.update(trainer=trainer, times=[], flops=model_flops(model, row["config"], network))
-        for _ in range(2):
-            trainer.run_step(0.3)
-    peaks = []
-    for _ in range(options.rounds):
-        peaks.append(peak(model, base.batch * model.sequence_length))
+    try:
         for row in rows:
-            # What is compiled depends on which attention it finds.
+            torch.manual_seed(0)
             mezzotint.model.attend = kernel_attention if row["reference"] else own_attention
-            started = time.perf_counter()
-            for _ in range(options.steps):
-                row["trainer"].run_step(0.3)
-            row["times"].append((time.perf_counter() - started) / options.steps)
-    mezzotint.model.attend = own_attention
+            network = Denoiser(model)
+            trainer = Trainer(network, row["config"], RandomWindows(model, base.batch), torch.device("cpu"))  # type: ignore[arg-type]
+            if row["reference"]:
+                trainer.loss = EveryPosition(network, row["config"].compile)
+                ours = trainer.optimizers.muon
+                group = ours.param_groups[0]
+                keep = {k: group[k] for k in ("lr", "weight_decay", "momentum", "adjust_lr_fn")}
+                trainer.optimizers.muon = torch.optim.Muon(group["params"], **keep)  # type: ignore[assignment]
+            trainer.warm_up()
+            row.update(trainer=trainer, times=[], flops=model_flops(model, row["config"], network))
+            for _ in range(2):
+                trainer.run_step(0.3)
+        peaks = []
+        for _ in range(options.rounds):
+            peaks.append(peak(model, base.batch * model.sequence_length))
+            for row in rows:
+                # What is compiled depends on which attention it finds.
+                mezzotint.model.attend = kernel_attention if row["reference"] else own_attention
+                started = time.perf_counter()
+                for _ in range(options.steps):
+                    row["trainer"].run_step(0.3)
+                row["times"].append((time.perf_counter() - started) / options.steps)
+    finally:
+        mezzotint.model.attend = own_attention
     best = statistics.median(peaks)
     tokens = base.batch * model.sequence_length
     print(f"{count_parameters(rows[0]['trainer'].network):,} parameters, batch {base.batch} x {model.sequence_length}, "

@@ -40,7 +40,7 @@ def model_config(data: Path) -> ModelConfig:
     return ModelConfig(vocab_size=vocab, sequence_length=16, layers=1, width=16, heads=2, kv_heads=1)
 
 
-# A rate that falls from the start: no checkpoint is kept of the weights before it falls.
+# A rate that falls from the start: no checkpoint is made of the weights before it falls.
 CONFIG = TrainConfig(
     steps=STEPS, batch=4, compile=False, dtype="float32", log_every=0.0, causal_share=0.5, warmdown=1.0
 )
@@ -82,8 +82,9 @@ def steps(data: Path, home: Path) -> dict[str, Any]:
     draw, trials = random.Random(0), []
     for number, k in enumerate(draw.sample(range(1, STEPS), 20)):
         run = home / f"killed{number}"
-        # With and without checkpoints in between: the latter starts anew.
-        config = dataclasses.replace(CONFIG, checkpoint_minutes=0.0 if number % 4 else 60.0, keep_checkpoints=1)
+        # With and without checkpoints in between (validation makes them too): the latter starts anew.
+        between = {"checkpoint_minutes": 0.0} if number % 4 else {"checkpoint_minutes": 60.0, "val_every": -1.0}
+        config = dataclasses.replace(CONFIG, keep_checkpoints=1, **between)
 
         def kill(row: dict[str, Any], k: int = k) -> None:
             if row["step"] == k:
