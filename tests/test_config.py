@@ -143,7 +143,7 @@ def words_of(command: str) -> list[str]:
     """Its arguments that must be there."""
     return {
         "train": ["d", "--out", "r"], "pack": ["r", "--out", "m"], "prepare": ["t", "--out", "d"], "score": ["m", "d"],
-        "compare": ["m", "n", "d"], "fill": ["m", "a ____"], "submit": ["r", "m", "--out", "o"], "report": ["r", "--out", "o"],
+        "compare": ["m", "n", "d"], "fill": ["m", "a ____"], "submit": ["r", "m", "--out", "o"], "report": ["r", "--out", "o"], "tune": ["t", "--out", "o"],
     }.get(command, [])  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import DEFAULT_MODEL, add_out, describe, named
+from mezzotint.cli.arguments import DEFAULT_MODEL, add_out, by_rule, describe, named
 from mezzotint.cli.console import Progress, emit, table
 from mezzotint.cli.inputs import load_model
 from mezzotint.cli.scoring import score_by
@@ -42,7 +42,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("sources", nargs="+", metavar="TEXTS", help="files and folders, as `prepare` takes them")
     add_out(parser, "MODEL.mzt", "file to write", named)
-    parser.add_argument("--minutes", type=float, default=3.0, help="training time [3]")
+    parser.add_argument("--minutes", type=by_rule("minutes"), default=3.0, help="training time [3]")
     parser.add_argument("--model", type=Path, metavar="MODEL", help=f"to start from [the shipped {DEFAULT_MODEL}]")
     parser.add_argument("--work", type=Path, metavar="DIR", help="new folder for data and run [MODEL.work]")
     parser.add_argument("--text-field", default="text", metavar="A.B", help="column or JSON key of the text [text]")
@@ -105,8 +105,6 @@ def run_tune(arguments: argparse.Namespace, progress: Progress) -> None:
 
 def _check(arguments: argparse.Namespace, work: Path) -> None:
     """Raise ConfigError for what would fail only after minutes."""
-    if not 0 < arguments.minutes < 1e6:
-        raise ConfigError(f"--minutes must be positive, not {arguments.minutes}")
     if "-" in arguments.sources:
         raise ConfigError("the texts are read twice, standard input only once: name files")
     if not arguments.out.parent.is_dir():
