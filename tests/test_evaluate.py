@@ -524,7 +524,7 @@ class TestJournal:
         script = tmp_path / "run.py"
         script.write_text(
             "import sys, json, pathlib\n"
-            f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            f"sys.path.insert(0, {str(Path(__file__).parent / 'helpers')!r})\n"
             "from toy import TableModel, toy_windows\n"
             "from mezzotint.scoring.likelihood import nelbo, chain_rule\n"
             "from mezzotint.distributed import process_group\n"
