@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+# Processes that run the tests; each takes up to 2 GB.
+PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -12,7 +14,7 @@ demo: $(VENV)/.base
 	$(BIN)/mezzotint demo --out demo
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest --durations=15
+	$(BIN)/pytest --durations=15 --numprocesses $(PROCESSES) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks
