@@ -665,7 +665,7 @@ ODD = st.text(
     pieces_of_text=st.lists(ODD, min_size=2, max_size=4),
     gap=st.lists(st.sampled_from(["____", "______", "[MASK]", "[MASK*3]"]), min_size=3, max_size=3),
     form=st.sampled_from(["NFC", "NFD", None]),
-    seed=st.integers(0, 2**63 - 1),
+    seed=st.integers(-3, 2**70),
 )
 def test_fixed_text_comes_back_byte_for_byte(make, pieces_of_text, gap, form, seed):
     fixed = [unicodedata.normalize(form, t) if form else t for t in pieces_of_text]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from corpus import prepared_words
 from safetensors.torch import load_file
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,28 +25,22 @@ from mezzotint.cli.main import main
 from mezzotint.config import ModelConfig, TrainConfig, preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
-from mezzotint.data.prepare import prepare
 from mezzotint.errors import CheckpointError, ConfigError, Interrupted, MezzotintError
 from mezzotint.model import Block, Denoiser
 from mezzotint.system import try_lock
 from mezzotint.training import run as run_module
 from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock, stable_step
+from mezzotint.training.corrupt import corrupt_batch
 from mezzotint.training.optim import MovingAverage, Optimizers
 from mezzotint.training.run import train
-from mezzotint.training.step import Trainer, corrupt_batch
+from mezzotint.training.step import Trainer
 
 QUICK = TrainConfig(steps=12, batch=4, compile=False, dtype="float32", log_every=0.0, checkpoint_minutes=60)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("train")
-    words = ["the", "old", "plate", "was", "dark", "until", "a", "burnisher", "drew", "light", "out", "slowly"]
-    rng = np.random.default_rng(0)
-    lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
-    prepare([folder / "corpus.jsonl"], folder / "data", vocab_size=280, val_fraction=0.1)
-    return folder / "data"
+    return prepared_words(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from corpus import prepared_words
 from safetensors.torch import load_file
 
 from mezzotint.cli.console import Progress
@@ -20,7 +21,6 @@ from mezzotint.cli.main import main
 from mezzotint.config import ModelConfig, TrainConfig, to_dict
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
-from mezzotint.data.prepare import prepare
 from mezzotint.errors import CheckpointError, ConfigError, DataError, Interrupted
 from mezzotint.model import Denoiser, Model
 from mezzotint.pretrained import load
@@ -39,13 +39,7 @@ QUICK = TrainConfig(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("validation")
-    words = ["the", "old", "plate", "was", "dark", "until", "a", "burnisher", "drew", "light", "out", "slowly"]
-    rng = np.random.default_rng(0)
-    lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
-    prepare([folder / "corpus.jsonl"], folder / "data", vocab_size=280, val_fraction=0.1)
-    return folder / "data"
+    return prepared_words(tmp_path_factory.mktemp("validation"))
 
 
 @pytest.fixture(scope="module")

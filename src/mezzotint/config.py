@@ -62,6 +62,8 @@ class Rule:
         shown_most = f"{self.most:,}" if self.kind is int else shown_most
         upto = "" if self.most == math.inf else f" {'below' if self.below else 'at most'} {shown_most}"
         if self.kind is int:
+            if self.least == -math.inf:
+                return "a whole number" + (f",{upto}" if upto else "")
             if self.least == 1:
                 return "a positive whole number" + (f",{upto}" if upto else "")
             return f"a whole number from {self.least:,}" + (f" to {shown_most}" if upto else " on")

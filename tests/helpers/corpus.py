@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from mezzotint.data.prepare import prepare
 from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
 
 SHARED = Path(os.environ.get("MEZZOTINT_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
@@ -36,6 +37,16 @@ def small_tokenizer() -> Tokenizer:
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     return path
+
+
+def prepared_words(folder: Path) -> Path:
+    """Sixty texts of a few words, prepared in `folder`: enough to train on for some steps."""
+    words = ["the", "old", "plate", "was", "dark", "until", "a", "burnisher", "drew", "light", "out", "slowly"]
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    prepare([folder / "corpus.jsonl"], folder / "data", vocab_size=280, val_fraction=0.1)
+    return folder / "data"
 
 
 def write_shard(path: Path, ids: np.ndarray, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:

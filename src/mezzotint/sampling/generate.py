@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mezzotint import seeding
-from mezzotint.config import OPTIONS, REVEAL_OPTIONS, SamplingConfig, SamplingOptions
+from mezzotint.config import OPTIONS, REVEAL_OPTIONS, Rule, SamplingConfig, SamplingOptions
 from mezzotint.data.texts import check_text
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ConfigError
@@ -123,11 +123,12 @@ def sample(
         # The surest first, on a canvas of nothing but masks, says the same again and again; noise on the order cures it.
         settings.setdefault("order_noise", 4.0)
     check_text(prompt)
-    for option, value in (("n", n), ("seed", seed), *([("length", length)] if length is not None else [])):
-        OPTIONS[option].check(option, value)
+    OPTIONS["n"].check("n", n)
+    Rule(int).check("seed", seed)
     window, mask_id, bos = model.config.sequence_length, model.config.mask_id, model.tokenizer.bos_id
     prompt_ids = [bos, *model.tokenizer.encode(model.tokenizer.without_pending_space(prompt))]
     length = max(1, window // 2, window - len(prompt_ids)) if length is None else length
+    OPTIONS["length"].check("length", length)
     if n * (len(prompt_ids) + length) > MOST_TOKENS:
         raise ConfigError(
             f"{n:,} texts of {length:,} tokens behind {len(prompt_ids):,} are more than {MOST_TOKENS:,} tokens at once: "
@@ -147,9 +148,7 @@ def sample(
         stop = min(canvas.shape[1], start + window)
         view = canvas[:, start:stop].clone()
         target = (view == mask_id) & ~ended[:, None]
-        watch = None
-        if on_step is not None:
-            watch = _in_window(on_step, canvas, confidence, start, passes)
+        watch = None if on_step is None else _in_window(on_step, canvas, confidence, start, passes)
         round_seed = seed + 0x9E3779B97F4A7C15 * round_
         result = denoise(
             model, view, seed=round_seed, target=target, allowed=allowed, stop_id=bos, attention=attention,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.config import OPTIONS, SamplingConfig, SamplingOptions, checked, parse_attention
+from mezzotint.config import OPTIONS, Rule, SamplingConfig, SamplingOptions, checked, parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Model
 from mezzotint.sampling.candidates import BEAM_LENGTHS, Candidate, Search, beam
@@ -293,8 +293,8 @@ def infill(
         raise ConfigError("lengths to try must be at least 1 token each")
     for name, value in (("n", n), ("candidates", 1 if candidates is None else candidates)):
         OPTIONS["answers"].check(name, value)
-    for name, value in (("seed", seed), ("max_words", max_words)):
-        checked(name, value)
+    checked("max_words", max_words)
+    Rule(int).check("seed", seed)
     draft = Draft(model, text)
     if candidates is None:
         candidates = 1 if drawn else max(LEAST, CANDIDATES * FEW // max(FEW, len(draft.gaps)))

@@ -25,7 +25,6 @@ from mezzotint.model import Denoiser, Tables
 from mezzotint.objective import nelbo_per_window, token_nll, training_loss
 from mezzotint.system import keep_freed_memory
 from mezzotint.training.corrupt import Pass, Stage, StepWork, prepare_step, stage_at
-from mezzotint.training.corrupt import corrupt_batch as corrupt_batch
 from mezzotint.training.optim import MovingAverage, Optimizers
 
 
