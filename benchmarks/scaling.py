@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py DATA --out DIR [--sizes 3x96 4x128 5x192 6x256] [--tokens 1000000 3000000 9000000]
                                  [--preset small] [--predict PARAMETERS:TOKENS ...] [--seed 0]
+                                 [--batch WINDOWS ...] [--device auto]
 
 Every size (LAYERSxWIDTH) is trained from scratch for every number of tokens, as a learning rate that falls to the end
 of another run would give another figure, with the recipe of the preset, and scored on the same windows and masks:
@@ -11,7 +12,8 @@ NELBO (upper bound), chain and causal (exact), in bits per byte. To each of the 
     L(N, D) = E + A / N^alpha + B / D^beta      N: all parameters, D: training tokens, repeated ones counted again,
 
 and its intervals are those of a bootstrap over residuals: they hold the scatter of the runs and of the fit, but not the
-choice of the text that is scored, which all runs share, nor the error of a law that bends outside the grid. DIR keeps
+choice of the text that is scored, which all runs share, nor the error of a law that bends outside the grid. Longer runs may
+have larger steps (`--batch`, one for each of `--tokens`), as a step's best size grows with the run. DIR keeps
 `rows.jsonl` (finished runs, which are not made again), `fit.json` and `scaling.svg`. Runs go on where they stopped.
 Knows nothing of minutes: what a step costs is for `throughput.py`.
 """
@@ -115,8 +117,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def sized(base: Preset, size: str, tokens: int, vocab_size: int, seed: int) -> Preset:
-    """The recipe of `base` for LAYERSxWIDTH and a number of tokens."""
+def sized(base: Preset, size: str, tokens: int, vocab_size: int, seed: int, batch: int = 0) -> Preset:
+    """The recipe of `base` for LAYERSxWIDTH and a number of tokens. batch: windows of a step (0: those of `base`)."""
     layers, width = (int(part) for part in size.split("x"))
     heads = max(1, width // HEAD_WIDTH) if width % HEAD_WIDTH == 0 else 2
     late = min(base.model.value_embedding_layers, base.model.layers)
@@ -124,15 +126,20 @@ def sized(base: Preset, size: str, tokens: int, vocab_size: int, seed: int) -> P
         base.model, vocab_size=vocab_size, layers=layers, width=width, heads=heads, kv_heads=heads,
         value_embedding_layers=layers if late == base.model.layers else min(late, layers),
     )  # fmt: skip
-    steps = max(1, round(tokens / (base.train.batch * model.sequence_length)))
-    return Preset(model, dataclasses.replace(base.train, steps=steps, seed=seed))
+    batch = batch or base.train.batch
+    steps = max(1, round(tokens / (batch * model.sequence_length)))
+    return Preset(model, dataclasses.replace(base.train, steps=steps, seed=seed, batch=batch))
 
 
-def measure(dataset: Dataset, size: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(dataset: Dataset, size: str, tokens: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train and score one point of the grid."""
-    recipe = sized(preset(options.preset), size, tokens, dataset.tokenizer.vocab_size, options.seed)
-    recipe = Preset(recipe.model, dataclasses.replace(recipe.train, compile=not options.eager))
-    result, model = trained(options.data, options.out / f"{size}_{tokens}_{options.seed}", recipe)
+    recipe = sized(preset(options.preset), size, tokens, dataset.tokenizer.vocab_size, options.seed, batch)
+    # On a GPU another length of windows is another graph to compile, and halves cost what whole ones do.
+    short = 0.0 if options.device == "cuda" else recipe.train.short_share
+    config = dataclasses.replace(recipe.train, compile=not options.eager, device=options.device, short_share=short)
+    result, model = trained(options.data, options.out / f"{size}_{tokens}_{options.seed}", Preset(recipe.model, config))
+    if options.device != "auto":
+        model.network.to(options.device)
     windows = dataset.split("val").windows(model.config.sequence_length)
     found = scores(model, windows, tokens=options.score_tokens, chain_tokens=options.chain_tokens)
     return {**{name: result[name] for name in ("parameters", "tokens", "seconds")}, **found}
@@ -199,15 +206,23 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--score-tokens", type=int, default=65_536, help="tokens scored by nelbo and causal [65536]")
     parser.add_argument("--chain-tokens", type=int, default=4_096, help="tokens scored by the chain rule [4096]")
     parser.add_argument("--predict", type=_pair, nargs="+", default=[], metavar="PARAMETERS:TOKENS")
+    parser.add_argument("--batch", type=int, nargs="+", metavar="WINDOWS", help="of a step, one for each of --tokens")
+    parser.add_argument("--device", default="auto", help="to train and score on [train: auto, score: the CPU]")
     parser.add_argument("--bootstrap", type=int, default=400, help="fits for the intervals [400]")
     parser.add_argument("--eager", action="store_true", help="train without torch.compile")
     options = parser.parse_args(words)
     dataset = Dataset.open(options.data)
+    batches = options.batch or [0] * len(options.tokens)
+    if len(batches) != len(options.tokens):
+        raise SystemExit(f"{len(batches)} batches for {len(options.tokens)} numbers of tokens: one for each")
     book, rows = Book(options.out / "rows.jsonl"), []
-    for tokens in sorted(options.tokens):
+    for tokens, batch in sorted(zip(options.tokens, batches, strict=True)):
         for size in options.sizes:
             key = {"size": size, "asked": tokens, "seed": options.seed, "preset": options.preset}
-            row = book.get(lambda size=size, tokens=tokens: measure(dataset, size, tokens, options), **key)
+            key |= {"batch": batch} if batch else {}
+            row = book.get(
+                lambda size=size, tokens=tokens, batch=batch: measure(dataset, size, tokens, batch, options), **key
+            )
             rows.append(row)
             bits = ", ".join(f"{m} {row[m]['bpb']:.3f}" for m in METRICS if m in row)
             print(f"{size}, {row['parameters']:,} parameters, {row['tokens']:,} tokens: {bits}", flush=True)
