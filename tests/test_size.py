@@ -11,12 +11,9 @@ import mezzotint
 SOURCE = Path(mezzotint.__file__).parent
 FILE, CLASS, FUNCTION, PARAMETERS = 650, 220, 80, 6
 EXCEPTIONS = {
-    "apps/report.py: report": "collects a page's parts one after another; to be cut",
-    "apps/serve.py: create_app": "the routes of one page, each a few lines",
     "compression/exact.py: ExactNetwork": "one network in exact arithmetic, layer by layer",
     "model.py": "one network, its layers and its cache",
     "model.py: Denoiser": "one network",
-    "scoring/nelbo.py: _over_orders": "what its two callers share",
 }
 """What is, or may be, longer -> why."""
 

@@ -11,6 +11,7 @@ import importlib.resources
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,92 +99,81 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def report(
-    run: Path | str,
-    out: Path | str,
-    *,
-    artifact: Path | str | None = None,
-    dataset: Dataset | None = None,
-    estimates: Sequence[Estimate] = (),
-    tokens: int | None = 32_768,
-    samples: int = 3,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write the report of a run folder to `out`, one HTML file.
+@dataclass
+class _Shown:
+    """What a report shows. rows: of metrics.jsonl; contents: of the artifact, if there is one; sampling: how texts were drawn."""
 
-    artifact: the packed model; adds the bytes per tensor, and the figures and texts are then the artifact's rather than
-    the run's. dataset: adds validation figures, the mask-rate chart and filled gaps; its NELBO is scored on about
-    `tokens` tokens unless `estimates` already holds one. samples: texts from nothing (0: none).
+    model: Model
+    rows: list[dict[str, Any]]
+    contents: dict[str, Any] | None
+    estimates: list[Estimate]
+    curve: list[RateBin] = field(default_factory=list)
+    gaps: list[dict[str, str]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    sampling: str = ""
 
-    Returns `file`, `bytes`, `sections` (the titles of what is in it). Raises CheckpointError, ArtifactError, DataError
-    and OSError; `out` is then untouched.
-    """
-    import jinja2
+    @property
+    def bound(self) -> Estimate | None:
+        """The NELBO, where it is a bound."""
+        bounds = (e for e in self.estimates if e.method.startswith("nelbo") and e.kind == kinds.UPPER_BOUND)
+        return next(bounds, None)
+
+
+def _measure(shown: _Shown, dataset: Dataset, tokens: int | None, seed: int, say: Progress) -> None:
+    """Add what validation text shows: the NELBO unless it is there, the mask-rate curve and filled gaps."""
+    model = shown.model
+    check_same_tokenizer(model, dataset)
+    windows = dataset.split("val").windows(model.config.sequence_length)
+    if not any(e.method.startswith("nelbo") for e in shown.estimates):
+        say("scoring")
+        shown.estimates.insert(0, likelihood.nelbo(model, windows, tokens=tokens, seed=seed))
+    if not model.block_size:  # a model of blocks has not learnt masks that see both sides
+        say("measuring cross-entropy against mask rate")
+        shown.curve = mask_rate_curve(model, windows, tokens=tokens, repeats=4, seed=seed)
+        say("filling gaps")
+        shown.gaps = filled_gaps(model, windows, seed=seed)
+
+
+def _tiles(shown: _Shown) -> list[dict[str, str]]:
+    """The figures at the top of the page."""
+    contents, tiles = shown.contents, []
+    if shown.bound is not None:
+        tiles.append((f"≤ {shown.bound.bpb:.3f}", "bits per byte of validation text (NELBO)"))
+    exact = next((e for e in shown.estimates if e.kind == kinds.EXACT), None)
+    if exact is not None:
+        tiles.append((f"{exact.bpb:.3f}", f"bits per byte, exact ({exact.method})"))
+    if contents is not None:
+        tiles.append((f"{contents['bytes']:,}", f"bytes in the artifact, of {BUDGET:,} allowed"))
+    tiles.append((f"{count_parameters(shown.model.network):,}", "parameters"))
+    if contents is not None:
+        tiles.append((f"{contents['bits_per_parameter']:.2f}", "bits per parameter, everything counted"))
+    if shown.rows:
+        last = shown.rows[-1]
+        tiles.append((f"{last['step']:,}", f"steps in {_duration(float(last.get('seconds', 0)))}"))
+        tiles.append((f"{last.get('tokens', 0):,}", "tokens read"))
+    return [{"value": value, "label": label} for value, label in tiles]
+
+
+def _score(e: Estimate) -> dict[str, Any]:
+    """A row of the table of scores."""
+    comparable, sentence = comparison(e.kind)
+    error = f"{e.stderr_bpb:.4f}" if math.isfinite(e.stderr_bpb) else "unknown"
+    return {"method": e.method, "kind": e.kind, "bpb": f"{e.bpb:.4f}", "stderr": error, "tokens": f"{e.tokens:,}",
+            "comparable": comparable, "comparison": sentence}  # fmt: skip
+
+
+def _charts(shown: _Shown) -> list[dict[str, Any]]:
+    """Title, note, SVG and table of each chart that there are figures for."""
     from markupsafe import Markup
 
-    say = progress or (lambda _: None)
-    run, out = Path(run), Path(out)
-    run_config = read_run(run)
-    rows = read_metrics(split_run(run)[0])
-    contents = inspect_artifact(Path(artifact)) if artifact is not None else None
-    model = open_artifact(artifact) if artifact is not None else load_run(run)
-    estimates = list(estimates)
-    curve: list[RateBin] = []
-    gaps: list[dict[str, str]] = []
-    if dataset is not None:
-        check_same_tokenizer(model, dataset)
-        windows = dataset.split("val").windows(model.config.sequence_length)
-        if not any(e.method.startswith("nelbo") for e in estimates):
-            say("scoring")
-            estimates.insert(0, likelihood.nelbo(model, windows, tokens=tokens, seed=seed))
-        if not model.block_size:  # a model of blocks has not learnt masks that see both sides
-            say("measuring cross-entropy against mask rate")
-            curve = mask_rate_curve(model, windows, tokens=tokens, repeats=4, seed=seed)
-            say("filling gaps")
-            gaps = filled_gaps(model, windows, seed=seed)
-    texts: list[str] = []
-    sampling = ""
-    if samples:
-        say("sampling")
-        drawn = sample(model, samples, seed=seed)
-        texts = [_clean(text) for text in drawn.texts]
-        sampling = f"{drawn.forward_passes} forward passes, seed {seed}"
-
-    bound = next((e for e in estimates if e.method.startswith("nelbo") and e.kind == kinds.UPPER_BOUND), None)
-    parameters = count_parameters(model.network)
-    last = rows[-1] if rows else {}
-    tiles = []
-    if bound is not None:
-        tiles.append({"value": f"≤ {bound.bpb:.3f}", "label": "bits per byte of validation text (NELBO)"})
-    exact = next((e for e in estimates if e.kind == kinds.EXACT), None)
-    if exact is not None:
-        tiles.append({"value": f"{exact.bpb:.3f}", "label": f"bits per byte, exact ({exact.method})"})
-    if contents is not None:
-        tiles.append({"value": f"{contents['bytes']:,}", "label": f"bytes in the artifact, of {BUDGET:,} allowed"})
-    tiles.append({"value": f"{parameters:,}", "label": "parameters"})
-    if contents is not None:
-        tiles.append(
-            {"value": f"{contents['bits_per_parameter']:.2f}", "label": "bits per parameter, everything counted"}
-        )
-    if last:
-        tiles.append({"value": f"{last['step']:,}", "label": f"steps in {_duration(float(last.get('seconds', 0)))}"})
-        tiles.append({"value": f"{last.get('tokens', 0):,}", "label": "tokens read"})
-
-    scores = []
-    for e in estimates:
-        comparable, sentence = comparison(e.kind)
-        error = f"{e.stderr_bpb:.4f}" if math.isfinite(e.stderr_bpb) else "unknown"
-        scores.append({"method": e.method, "kind": e.kind, "bpb": f"{e.bpb:.4f}", "stderr": error,
-                       "tokens": f"{e.tokens:,}", "comparable": comparable, "comparison": sentence})  # fmt: skip
-
+    curve, contents = shown.curve, shown.contents
     charts = []
-    if any(isinstance(r.get("train_nelbo_bpb"), (int, float)) for r in rows):
+    if any(isinstance(r.get("train_nelbo_bpb"), (int, float)) for r in shown.rows):
         charts.append({
             "title": "Loss",
             "note": "The curve is the NELBO of the masked windows of each step: the same quantity as the score below, on "
             "training text.",
-            "svg": Markup(loss_chart(rows, bound)),
+            "svg": Markup(loss_chart(shown.rows, shown.bound)),
         })  # fmt: skip
     if curve:
         mean = sum(b.bpb for b in curve) / len(curve)
@@ -206,33 +196,80 @@ def report(
             "svg": Markup(bytes_chart(contents)),
             "table": _tensor_table(contents),
         })  # fmt: skip
+    return charts
 
-    provenance = [f"Weights: {Path(artifact).name if artifact is not None else 'the averaged weights of the run'}."]
+
+def _provenance(weights: str, contents: dict[str, Any] | None, commit: str | None) -> list[str]:
+    lines = [f"Weights: {weights}."]
     if contents is not None:
-        provenance.append(f"SHA-256 of the artifact: {contents['sha256']}")
-    if run_config.get("commit"):
-        provenance.append(f"Trained at commit {run_config['commit']}")
-    config = model.config
+        lines.append(f"SHA-256 of the artifact: {contents['sha256']}")
+    if commit:
+        lines.append(f"Trained at commit {commit}")
+    return lines
+
+
+def _template() -> Any:
+    import jinja2
+
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(
+    return environment.from_string(
         importlib.resources.files("mezzotint.apps").joinpath("report.html").read_text("utf-8")
     )
-    page = template.render(
+
+
+def report(
+    run: Path | str,
+    out: Path | str,
+    *,
+    artifact: Path | str | None = None,
+    dataset: Dataset | None = None,
+    estimates: Sequence[Estimate] = (),
+    tokens: int | None = 32_768,
+    samples: int = 3,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the report of a run folder to `out`, one HTML file.
+
+    artifact: the packed model; adds the bytes per tensor, and the figures and texts are then the artifact's rather than
+    the run's. dataset: adds validation figures, the mask-rate chart and filled gaps; its NELBO is scored on about
+    `tokens` tokens unless `estimates` already holds one. samples: texts from nothing (0: none).
+
+    Returns `file`, `bytes`, `sections` (the titles of what is in it). Raises CheckpointError, ArtifactError, DataError
+    and OSError; `out` is then untouched.
+    """
+    say = progress or (lambda _: None)
+    run, out = Path(run), Path(out)
+    run_config = read_run(run)
+    rows = read_metrics(split_run(run)[0])
+    contents = inspect_artifact(Path(artifact)) if artifact is not None else None
+    model = open_artifact(artifact) if artifact is not None else load_run(run)
+    shown = _Shown(model, rows, contents, list(estimates))
+    if dataset is not None:
+        _measure(shown, dataset, tokens, seed, say)
+    if samples:
+        say("sampling")
+        drawn = sample(model, samples, seed=seed)
+        shown.texts = [_clean(text) for text in drawn.texts]
+        shown.sampling = f"{drawn.forward_passes} forward passes, seed {seed}"
+    charts = _charts(shown)
+    weights = Path(artifact).name if artifact is not None else "the averaged weights of the run"
+    page = _template().render(
         title=run.resolve().name or "run",
-        summary=f"A masked-diffusion language model: {config.layers} layers, {config.width} wide, "
-        f"{config.vocab_size:,} tokens, windows of {config.sequence_length:,}.",
-        tiles=tiles,
-        scores=scores,
+        summary=f"A masked-diffusion language model: {model.config.layers} layers, {model.config.width} wide, "
+        f"{model.config.vocab_size:,} tokens, windows of {model.config.sequence_length:,}.",
+        tiles=_tiles(shown),
+        scores=[_score(estimate) for estimate in shown.estimates],
         charts=charts,
-        gaps=gaps,
-        samples=texts,
-        sampling=sampling,
-        settings=[_settings("Model", config), _settings("Training", run_config["train"])],
+        gaps=shown.gaps,
+        samples=shown.texts,
+        sampling=shown.sampling,
+        settings=[_settings("Model", model.config), _settings("Training", run_config["train"])],
         version=mezzotint.__version__,
-        provenance=provenance,
+        provenance=_provenance(weights, contents, run_config.get("commit")),
     )
     say("writing")
     atomic_write(out, page)
-    titles = [c["title"] for c in charts] + (["Scores"] if scores else [])
-    titles += (["Filled gaps"] if gaps else []) + (["Samples"] if texts else [])
+    titles = [c["title"] for c in charts] + (["Scores"] if shown.estimates else [])
+    titles += (["Filled gaps"] if shown.gaps else []) + (["Samples"] if shown.texts else [])
     return {"file": str(out), "bytes": len(page.encode()), "sections": titles}

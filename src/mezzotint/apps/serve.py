@@ -239,6 +239,20 @@ def _event(kind: str, data: Any) -> bytes:
 PAGE = Form(streamed=True, event=_event, error=lambda refused: {"error": str(refused)})
 
 
+def _facts(model: Model, name: str) -> dict[str, Any]:
+    """What the page is told about its model and its bounds."""
+    return {
+        "name": name,
+        "parameters": count_parameters(model.network),
+        "window": model.config.sequence_length,
+        "vocabulary": model.config.vocab_size,
+        "samplers": list(SAMPLERS),
+        "max_characters": MAX_CHARACTERS,
+        "max_gaps": MAX_GAPS,
+        "about": about_model(model, name),
+    }
+
+
 def create_app(
     model: Model,
     *,
@@ -256,7 +270,7 @@ def create_app(
     """
     check_fills(model)
     page = importlib.resources.files("mezzotint.apps").joinpath("serve.html").read_text("utf-8")
-    description = about_model(model, name)
+    facts = _facts(model, name)
     desks: list[Desk] = []  # made in the running loop
 
     def desk() -> Desk:
@@ -268,18 +282,7 @@ def create_app(
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
 
     async def about(_: Request) -> Response:
-        return JSONResponse(
-            {
-                "name": name,
-                "parameters": count_parameters(model.network),
-                "window": model.config.sequence_length,
-                "vocabulary": model.config.vocab_size,
-                "samplers": list(SAMPLERS),
-                "max_characters": MAX_CHARACTERS,
-                "max_gaps": MAX_GAPS,
-                "about": description,
-            }
-        )
+        return JSONResponse(facts)
 
     @PAGE.answers
     async def fill(request: Request) -> Response:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -207,7 +208,7 @@ def orders_matrix(model: Model, plan: Scoring, orders: int, lean: float = 0.0) -
     as `orders` grow (Burda et al. 2016, "Importance weighted autoencoders", theorem 1, with the law of the orders as
     proposal; with lean, the mixture is that of the leaning law).
     """
-    return _over_orders(model, plan, "orders", orders, orders, lean, lambda nats: _mean_nats(nats).item())
+    return _over_orders(model, plan, _Orders("orders", orders, orders, lean), lambda nats: _mean_nats(nats).item())
 
 
 def lower_matrix(model: Model, plan: Scoring, orders: int, lean: float, slack: float) -> np.ndarray:
@@ -229,7 +230,7 @@ def lower_matrix(model: Model, plan: Scoring, orders: int, lean: float, slack: f
         pairs = ((first.clamp_max(LEAST_TANGENT) - slack, second), (second.clamp_max(LEAST_TANGENT) - slack, first))
         return float(sum(q + 1 - torch.exp(q - p) for q, p in pairs)) / 2
 
-    return _over_orders(model, plan, f"lower {slack}", orders, 2 * orders, lean, bound)
+    return _over_orders(model, plan, _Orders(f"lower {slack}", orders, 2 * orders, lean), bound)
 
 
 LEAST_TANGENT = 1e6  # nats
@@ -240,37 +241,45 @@ def _mean_nats(nats: Tensor) -> Tensor:
     return math.log(len(nats)) - torch.logsumexp(-nats, 0)
 
 
-def _over_orders(
-    model: Model, plan: Scoring, method: str, orders: int, drawn: int, lean: float, figure: Callable[[Tensor], float]
-) -> np.ndarray:
-    """`figure` of -log p(x | order), float64 [drawn], of random orders, for every repeat and window."""
-    if orders < 1:
-        raise DataError(f"a bound needs at least 1 order, not {orders}")
-    if not lean >= 0:
-        raise DataError(f"orders lean to the left by 0 or more, not by {lean}")
+@dataclass(frozen=True)
+class _Orders:
+    """Random orders of a figure. asked: as its caller said; drawn: of a window in a repeat; lean: see `lean_mask`."""
+
+    method: str
+    asked: int
+    drawn: int
+    lean: float
+
+    def __post_init__(self) -> None:
+        if self.asked < 1:
+            raise DataError(f"a bound needs at least 1 order, not {self.asked}")
+        if not self.lean >= 0:
+            raise DataError(f"orders lean to the left by 0 or more, not by {self.lean}")
+
+    def order(self, length: int, random: torch.Generator) -> list[np.ndarray]:
+        """One of them, of a window of `length` tokens: a position a group."""
+        place = torch.arange(length, dtype=torch.float64)
+        noise = torch.rand(length, generator=random, dtype=torch.float64).clamp_min(1e-300)
+        score = -place if math.isinf(self.lean) else -self.lean * place / length - torch.log(-torch.log(noise))
+        return [np.array([i]) for i in score.argsort(descending=True).tolist()]
+
+
+def _over_orders(model: Model, plan: Scoring, orders: _Orders, figure: Callable[[Tensor], float]) -> np.ndarray:
+    """`figure` of -log p(x | order), float64 [drawn], for every repeat and window: float64 [repeats, windows]."""
     if plan.repeats < 2:
         raise DataError("a standard error needs at least 2 repeats")
     n, lengths = len(plan.chosen), plan.lengths
 
-    def order(r: int, w: int, k: int) -> list[np.ndarray]:
-        random = seeding.generator(plan.seed, r, 1 + plan.chosen[w], k)
-        place = torch.arange(lengths[w], dtype=torch.float64)
-        noise = torch.rand(lengths[w], generator=random, dtype=torch.float64).clamp_min(1e-300)
-        score = -place if math.isinf(lean) else -lean * place / lengths[w] - torch.log(-torch.log(noise))
-        return [np.array([i]) for i in score.argsort(descending=True).tolist()]
+    def order(unit: int, k: int) -> list[np.ndarray]:
+        r, w = divmod(unit, n)
+        return orders.order(lengths[w], seeding.generator(plan.seed, r, 1 + plan.chosen[w], k))
 
-    settings = {
-        "method": method,
-        "repeats": plan.repeats,
-        "seed": plan.seed,
-        "orders": orders,
-        "order_lean": str(lean),
-    }
+    settings = {"method": orders.method, "repeats": plan.repeats, "seed": plan.seed, "orders": orders.asked,
+                "order_lean": str(orders.lean)}  # fmt: skip
     with plan.book(model, settings, plan.repeats * n) as book:
         todo = book.mine()
-        jobs = [(unit % n, order(unit // n, unit % n, k)) for unit in todo for k in range(drawn)]
+        jobs = [(unit % n, order(unit, k)) for unit in todo for k in range(orders.drawn)]
         found = revealed_nats(model, plan, jobs)
         for unit in todo:
-            nats = torch.tensor([next(found) for _ in range(drawn)], dtype=torch.float64)
-            book.record(unit, figure(nats))
+            book.record(unit, figure(torch.tensor([next(found) for _ in range(orders.drawn)], dtype=torch.float64)))
     return book.result().T.reshape(plan.repeats, n)
