@@ -32,7 +32,7 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def say(text: str) -> None:
+def say(text: object) -> None:
     """A line of progress, on standard error."""
     print(text, file=sys.stderr, flush=True)
 

@@ -317,8 +317,8 @@ def test_a_journal_keeps_what_was_done_when_interrupted_at_once(score, tmp_path)
     windows = toy_windows(model, 100)
     whole = score(model, windows)
 
-    def stop(done, total):
-        if done >= total // 2:
+    def stop(told):
+        if told.done >= told.total // 2:
             raise KeyboardInterrupt
 
     assert Journal.interval == 30.0

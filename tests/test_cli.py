@@ -21,6 +21,7 @@ import mezzotint
 from mezzotint.cli import arguments, console, main, packing, training
 from mezzotint.config import PRESETS, ModelConfig, SamplingConfig, TrainConfig
 from mezzotint.errors import MezzotintError
+from mezzotint.progress import Progress
 
 COMMANDS = (
     "demo", "prepare", "train", "tune", "pack", "score", "sample", "fill", "inspect", "submit", "report", "compress",
@@ -353,14 +354,14 @@ def test_a_terminal_without_unicode_is_no_error(trained):
 
 
 def test_progress_off_a_terminal_is_plain_lines(capsys):
-    progress = console.Progress(every=0.0)
-    progress.training(
-        {"step": 7, "train_nelbo_bpb": 2.5, "tokens_per_second": 1e4, "progress": 0.5, "seconds_left": 75}
-    )
-    progress.passes("nelbo")(1, 4)
-    progress.close()
+    display = console.Display(every=0.0)
+    row = {"step": 7, "train_nelbo_bpb": 2.5, "tokens_per_second": 1e4, "progress": 0.5, "seconds_left": 75}
+    display.training(Progress("step 7", 0.5, 1.0, row))
+    display.bar_of("nelbo")(Progress.nth("pass", 1, 4))
+    display.close()
     printed = capsys.readouterr()
     assert printed.out == "" and "\x1b" not in printed.err
+    assert "nelbo: pass 1 of 4" in printed.err
     assert "step 7" in printed.err and "1:15 left" in printed.err and "pass 1 of 4" in printed.err
 
 

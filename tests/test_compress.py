@@ -167,7 +167,7 @@ class TestFiles:
         source.write_bytes(predictable())
         seen = []
         report = compress_file(
-            source, packed, MODEL, check=True, progress=lambda done, total: seen.append((done, total))
+            source, packed, MODEL, check=True, progress=lambda told: seen.append((told.done, told.total))
         )
         assert report.output_bytes == packed.stat().st_size and report.input_bytes == source.stat().st_size
         assert report.checked and (report.input_bytes, report.input_bytes) in seen

@@ -128,8 +128,8 @@ def test_a_run_goes_on_from_its_checkpoint(data, tmp_path):
     config = dataclasses.replace(QUICK, causal_share=0.5, matrix_lr=0.01, embedding_lr=0.003, scalar_lr=0.003)
     train(data, tmp_path / "whole", model=model, config=config)
 
-    def interrupt(row):
-        if row["step"] == 9:
+    def interrupt(told):
+        if told.figures["step"] == 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="--resume"):

@@ -259,7 +259,7 @@ class TestNelbo:
         for score in (nelbo, chain_rule, causal, reconstruction_score):
             seen.clear()
             model.rows = 0
-            estimate = score(model, windows, progress=lambda done, total: seen.append((done, total)))
+            estimate = score(model, windows, progress=lambda told: seen.append((told.done, told.total)))
             assert estimate.forward_passes == model.rows
             assert seen[-1] == (model.rows, model.rows)
             assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -480,8 +480,8 @@ class TestJournal:
         class Stop(Exception):
             pass
 
-        def progress(done, total):
-            if done >= after:
+        def progress(told):
+            if told.done >= after:
                 raise Stop
 
         with pytest.raises(Stop):

@@ -15,7 +15,7 @@ from mezzotint.extras import PROVIDERS
 
 FLOORS = [
     ["errors"],
-    ["files", "seeding", "distributed", "system", "signatures", "extras"],
+    ["files", "seeding", "progress", "distributed", "system", "signatures", "extras"],
     ["config"],
     ["attention", "objective", "data"],
     ["model"],

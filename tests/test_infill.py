@@ -216,7 +216,9 @@ def test_work_is_linear_in_the_gaps():
         model = Counted(own_tokenizer(), ["x"], window=48)
         told = []
         text = "The old ____ opened the door and said that he would not go to London again. " * gaps
-        filled = infill(model, text, candidates=8, lengths=(1, 2), progress=lambda i, n, told=told: told.append((i, n)))
+        filled = infill(
+            model, text, candidates=8, lengths=(1, 2), progress=lambda at, told=told: told.append((at.done, at.total))
+        )
         assert "____" not in filled.text and told == [(i + 1, gaps) for i in range(gaps)]
         counted.append((model.rows_seen, model.tokens_seen))
     for small, large in itertools.pairwise(counted):

@@ -360,7 +360,12 @@ def test_a_tokenizer_from_where_it_is(tmp_path, tokenizer):
 def test_progress_says_bytes_and_time_left(tmp_path):
     source = write_jsonl(tmp_path / "c.jsonl", ["the plate is dark"] * 600 + TEXTS)
     said: list[str] = []
-    prepare([source], tmp_path / "out", vocab_size=340, progress=lambda what, seen: said.append(f"{what} {seen}"))
+    prepare(
+        [source],
+        tmp_path / "out",
+        vocab_size=340,
+        progress=lambda told: said.append(f"{told.text.partition(': ')[0]} {told.done}"),
+    )
     assert any(line.startswith("reading (") and line.endswith("MB) 256") for line in said)
     assert any(line.startswith("encoding (") and "s left)" in line for line in said)
 

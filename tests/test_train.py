@@ -273,8 +273,8 @@ def test_resume_is_bit_equal(data, model, tmp_path, stop, share):
     config = dataclasses.replace(QUICK, causal_share=share)
     whole = train(data, tmp_path / "whole", model=model, config=config)
 
-    def interrupt(row):
-        if row["step"] == stop:
+    def interrupt(told):
+        if told.figures["step"] == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match=f"step {stop}.*--resume"):
@@ -315,8 +315,8 @@ def test_dropout_takes_the_stated_share_and_keeps_the_mean():
 def test_a_run_with_dropout_that_is_resumed_is_the_same_run(data, model, tmp_path):
     config = dataclasses.replace(QUICK, dropout=0.2, causal_share=0.5, micro_batch=1)
 
-    def interrupt(row):
-        if row["step"] == 5:
+    def interrupt(told):
+        if told.figures["step"] == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
     train(data, tmp_path / "whole", model=model, config=config)
@@ -472,8 +472,8 @@ def test_two_compiled_runs_on_two_threads_are_equal(data, model, tmp_path, compi
 
 
 def test_a_compiled_run_that_is_resumed_is_the_same_run(data, model, tmp_path, compiled_run, two_threads):
-    def interrupt(row):
-        if row["step"] == 3:
+    def interrupt(told):
+        if told.figures["step"] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="step 3"):

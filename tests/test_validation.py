@@ -16,7 +16,7 @@ import torch
 from corpus import prepared_words
 from safetensors.torch import load_file
 
-from mezzotint.cli.console import Progress
+from mezzotint.cli.console import Display
 from mezzotint.cli.main import main
 from mezzotint.config import ModelConfig, TrainConfig, to_dict
 from mezzotint.data.dataset import Dataset
@@ -24,6 +24,7 @@ from mezzotint.data.loader import Loader
 from mezzotint.errors import CheckpointError, ConfigError, DataError, Interrupted
 from mezzotint.model import Denoiser, Model
 from mezzotint.pretrained import load
+from mezzotint.progress import Progress
 from mezzotint.scoring.chain import causal_matrix
 from mezzotint.scoring.plan import Scoring
 from mezzotint.training import validation
@@ -126,7 +127,7 @@ def test_a_subset_is_fixed_and_spread(data, shape):
 def test_a_run_validates_ten_times_and_is_the_same_run(data, shape, tmp_path):
     """Rows of metrics.jsonl have the figures, TensorBoard too; no weight, no random number depends on it."""
     told = []
-    result = train(data, tmp_path / "a", model=shape, config=QUICK, progress=told.append)
+    result = train(data, tmp_path / "a", model=shape, config=QUICK, progress=lambda at: told.append(at.figures))
     never = train(data, tmp_path / "b", model=shape, config=dataclasses.replace(QUICK, val_every=-1))
     for name in ("weights", "average", "optimizer"):
         one, other = (load_file(Path(r["final_checkpoint"]) / f"{name}.safetensors") for r in (result, never))
@@ -150,8 +151,8 @@ def test_a_resumed_run_validates_as_one_left_alone(data, shape, tmp_path):
     config = dataclasses.replace(QUICK, val_every=3, log_every=0.0)
     train(data, tmp_path / "whole", model=shape, config=config)
 
-    def interrupt(row):
-        if row["step"] == 7:
+    def interrupt(told):
+        if told.figures["step"] == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="step 7"):
@@ -273,9 +274,10 @@ def test_the_command_line_shows_validations(data, tmp_path, capsys):
     shown = capsys.readouterr()
     made = validations(tmp_path / "run")
     assert f"{made[-1]['val_nelbo_bpb']:.4f} bits/byte (NELBO), {made[-1]['val_causal_bpb']:.4f} (causal)" in shown.out
-    console = Progress(every=0.0)
-    console.training({**made[0], "progress": 0.5, "seconds_left": 1.0})
+    console = Display(every=0.0)
+    console.training(Progress("", 0.5, 1.0, {**made[0], "seconds_left": 1.0}))
     line = f"validation {made[0]['val_nelbo_bpb']:.3f}, causal {made[0]['val_causal_bpb']:.3f}"
     assert line in capsys.readouterr().err
-    console.training({**rows(tmp_path / "run")[0], "val_nelbo_bpb": None, "progress": 0.6, "seconds_left": 1.0})
+    row = {**rows(tmp_path / "run")[0], "val_nelbo_bpb": None, "seconds_left": 1.0}
+    console.training(Progress("", 0.6, 1.0, row))
     assert line in capsys.readouterr().err, "the last figures stay on the line"

@@ -27,6 +27,7 @@ from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
 from mezzotint.errors import CheckpointError
 from mezzotint.model import Denoiser
+from mezzotint.progress import Progress
 from mezzotint.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from mezzotint.training.run import train
 from mezzotint.training.step import Trainer
@@ -86,8 +87,8 @@ def steps(data: Path, home: Path) -> dict[str, Any]:
         between = {"checkpoint_minutes": 0.0} if number % 4 else {"checkpoint_minutes": 60.0, "val_every": -1.0}
         config = dataclasses.replace(CONFIG, keep_checkpoints=1, **between)
 
-        def kill(row: dict[str, Any], k: int = k) -> None:
-            if row["step"] == k:
+        def kill(told: Progress, k: int = k) -> None:
+            if told.figures["step"] == k:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def first(run: Path = run, config: TrainConfig = config, kill: Any = kill) -> None:
@@ -184,8 +185,8 @@ def compiled(data: Path, run: Path, when: str) -> dict[str, Any]:
     torch.set_num_threads(2)
     config = dataclasses.replace(CONFIG, steps=6, causal_share=0.0, compile=True, checkpoint_minutes=0.0)
 
-    def kill(row: dict[str, Any]) -> None:
-        if str(row["step"]) == when:
+    def kill(told: Progress) -> None:
+        if str(told.figures["step"]) == when:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def warn(line: str) -> None:

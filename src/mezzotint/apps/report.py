@@ -10,7 +10,7 @@ import dataclasses
 import importlib.resources
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,12 @@ from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.files import atomic_write
 from mezzotint.model import Model, count_parameters
 from mezzotint.packing.artifact import BUDGET, inspect_artifact, open_artifact
+from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.generate import sample
 from mezzotint.scoring import kinds, likelihood
 from mezzotint.scoring.statistics import Estimate
 from mezzotint.training.checkpoint import load_run, read_run, split_run
-
-Progress = Callable[[str], None]
 
 
 def _clean(text: str) -> str:
@@ -119,18 +118,18 @@ class _Shown:
         return next(bounds, None)
 
 
-def _measure(shown: _Shown, dataset: Dataset, tokens: int | None, seed: int, say: Progress) -> None:
+def _measure(shown: _Shown, dataset: Dataset, tokens: int | None, seed: int, tell: OnProgress) -> None:
     """Add what validation text shows: the NELBO unless it is there, the mask-rate curve and filled gaps."""
     model = shown.model
     check_same_tokenizer(model, dataset)
     windows = dataset.split("val").windows(model.config.sequence_length)
     if not any(e.method.startswith("nelbo") for e in shown.estimates):
-        say("scoring")
+        tell(Progress("scoring"))
         shown.estimates.insert(0, likelihood.nelbo(model, windows, tokens=tokens, seed=seed))
     if not model.block_size:  # a model of blocks has not learnt masks that see both sides
-        say("measuring cross-entropy against mask rate")
+        tell(Progress("measuring cross-entropy against mask rate"))
         shown.curve = mask_rate_curve(model, windows, tokens=tokens, repeats=4, seed=seed)
-        say("filling gaps")
+        tell(Progress("filling gaps"))
         shown.gaps = filled_gaps(model, windows, seed=seed)
 
 
@@ -227,7 +226,7 @@ def report(
     tokens: int | None = 32_768,
     samples: int = 3,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Write the report of a run folder to `out`, one HTML file.
 
@@ -238,7 +237,7 @@ def report(
     Returns `file`, `bytes`, `sections` (the titles of what is in it). Raises CheckpointError, ArtifactError, DataError
     and OSError; `out` is then untouched.
     """
-    say = progress or (lambda _: None)
+    tell = progress or silent
     run, out = Path(run), Path(out)
     run_config = read_run(run)
     rows = read_metrics(split_run(run)[0])
@@ -246,9 +245,9 @@ def report(
     model = open_artifact(artifact) if artifact is not None else load_run(run)
     shown = _Shown(model, rows, contents, list(estimates))
     if dataset is not None:
-        _measure(shown, dataset, tokens, seed, say)
+        _measure(shown, dataset, tokens, seed, tell)
     if samples:
-        say("sampling")
+        tell(Progress("sampling"))
         drawn = sample(model, samples, seed=seed)
         shown.texts = [_clean(text) for text in drawn.texts]
         shown.sampling = f"{drawn.forward_passes} forward passes, seed {seed}"
@@ -268,7 +267,7 @@ def report(
         version=mezzotint.__version__,
         provenance=_provenance(weights, contents, run_config.get("commit")),
     )
-    say("writing")
+    tell(Progress("writing"))
     atomic_write(out, page)
     titles = [c["title"] for c in charts] + (["Scores"] if shown.estimates else [])
     titles += (["Filled gaps"] if shown.gaps else []) + (["Samples"] if shown.texts else [])

@@ -19,7 +19,7 @@ import lzma
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ from mezzotint.errors import ArtifactError, CheckpointError, DataError, Mezzotin
 from mezzotint.files import atomic_folder, writing
 from mezzotint.model import Model, count_parameters
 from mezzotint.packing.artifact import BUDGET, open_artifact
+from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.scoring import kinds, likelihood
 from mezzotint.scoring.statistics import Estimate
 from mezzotint.training.checkpoint import read_run
 
-Progress = Callable[[str], None]
 TRAIN_SCRIPT, SCORE_SCRIPT, ARTIFACT = "train_gpt.py", "score.py", "model.mzt"
 TRACK = "track_non_record_16mb"
 _LOADER = '''\
@@ -107,7 +107,8 @@ def main():
     model = from_dict(ModelConfig, RUN["model"])
     run, artifact = options.out / "run", options.out / "{artifact}"
 
-    def show(row):
+    def show(progress):
+        row = progress.figures
         print(f"step {{row['step']}} loss {{row['loss']:.4f}} {{row['seconds']:.0f}} s", flush=True)
 
     figures = train(options.data, run, model=model, config=from_dict(TrainConfig, settings), progress=show)
@@ -403,7 +404,7 @@ def submit(
     track: str = TRACK,
     date: str | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Write the record folder of a run and its artifact to `out`, whole or not at all.
 
@@ -414,7 +415,7 @@ def submit(
     Raises ArtifactError if artifact and scripts exceed the challenge's budget (naming the budget to pack with), and
     CheckpointError, ArtifactError or DataError if run, artifact and data do not belong together.
     """
-    say = progress or (lambda _: None)
+    tell = progress or silent
     run, artifact, out = Path(run), Path(artifact), Path(out)
     run_config, model = _checked(run, artifact, out)
     texts = scripts(run)
@@ -424,7 +425,7 @@ def submit(
         if dataset is None:
             raise DataError("a record needs a score: give the data to score the artifact on")
         check_same_tokenizer(model, dataset)
-        say("scoring the artifact")
+        tell(Progress("scoring the artifact"))
         windows = dataset.split("val").windows(model.config.sequence_length)
         estimates = [likelihood.nelbo(model, windows, tokens=tokens, seed=seed)]
     best = estimates[0]
@@ -442,7 +443,7 @@ def submit(
         "track": track,
         **_score_fields(best, sizes),
     }
-    say("writing the record")
+    tell(Progress("writing the record"))
     with writing(out, MezzotintError), atomic_folder(out) as folder:
         shutil.copyfile(artifact, folder / ARTIFACT)
         log = _without_place((run / "train.log").read_text("utf-8"), run_config)

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mezzotint.cli.streams import to_standard
+from mezzotint.progress import OnProgress, Progress
 
 
-class Progress:
+class Display:
     """Progress on standard error: a live line on a terminal, a plain line every few seconds elsewhere."""
 
     def __init__(self, every: float = 5.0) -> None:
@@ -30,10 +31,10 @@ class Progress:
         self.quiet = False
         self.validated = ""
 
-    def say(self, text: str) -> None:
+    def say(self, text: str | Progress) -> None:
         """One line that stays."""
         if not self.quiet:
-            self.console.print(text, markup=False, style="dim")
+            self.console.print(str(text), markup=False, style="dim")
 
     def bar(self, share: float, text: str) -> None:
         """Move the bar to `share` (0..1)."""
@@ -58,8 +59,13 @@ class Progress:
             self.live.stop()
             self.live = None
 
-    def training(self, row: dict[str, Any]) -> None:
+    def bar_of(self, work: str = "") -> OnProgress:
+        """What moves the bar as some work goes on. work: what it is, before what it tells."""
+        return lambda told: self.bar(told.share, f"{work}: {told}" if work else str(told))
+
+    def training(self, told: Progress) -> None:
         """A metrics row of `train`."""
+        row = told.figures
         left = int(row["seconds_left"])
         if row.get("val_nelbo_bpb") is not None:
             causal = row.get("val_causal_bpb")
@@ -75,22 +81,10 @@ class Progress:
         else:
             loss = ""
         self.bar(
-            row["progress"],
+            told.share,
             f"step {row['step']}  {loss}{self.validated}  {row['tokens_per_second']:,.0f} tokens/s  "
             f"{left // 60}:{left % 60:02d} left",
         )
-
-    def passes(self, what: str) -> Any:
-        """A callback (done, total) for a score."""
-        return lambda done, total: self.bar(done / max(1, total), f"{what}: pass {done:,} of {total:,}")
-
-    def bytes_done(self, what: str) -> Any:
-        """A callback (done, total or 0 where it is not known) for work through a file."""
-
-        def show(done: int, total: int) -> None:
-            self.bar(done / total if total else 0.0, f"{what}: {done:,}{f' of {total:,}' if total else ''} bytes")
-
-        return show
 
 
 def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
@@ -132,12 +126,12 @@ def emit(arguments: argparse.Namespace, result: dict[str, Any], lines: Sequence[
 
 
 @contextlib.contextmanager
-def watching(arguments: argparse.Namespace, progress: Progress) -> Iterator[Any]:
+def watching(arguments: argparse.Namespace, display: Display) -> Iterator[Any]:
     """With `--watch`, the canvas on standard error while it is revealed."""
     if not arguments.watch:
         yield None
         return
     from mezzotint.apps.watch import Watch
 
-    with Watch(progress.console, pause=0.05) as watch:
+    with Watch(display.console, pause=0.05) as watch:
         yield watch

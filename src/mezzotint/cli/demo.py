@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.cli.arguments import DEFAULT_MODEL, by_rule, named
-from mezzotint.cli.console import Progress, emit, finite
+from mezzotint.cli.console import Display, emit, finite
 from mezzotint.cli.packing import print_pack
 from mezzotint.cli.scoring import print_scores, score_by
 from mezzotint.config import preset
@@ -37,21 +37,21 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=named, default=Path("demo"), metavar="DIR", help="folder for all files [demo]")
 
 
-def run_demo(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_demo(arguments: argparse.Namespace, display: Display) -> None:
     out: Path = arguments.out
     mark = _own_folder(out)
     started = time.monotonic()
 
     def step(text: str) -> None:
-        progress.close()
-        progress.say(f"[{time.monotonic() - started:5.0f} s] {text}")
+        display.close()
+        display.say(f"[{time.monotonic() - started:5.0f} s] {text}")
 
     result: dict[str, Any] = {"shipped": fill_with_pretrained(step)}
     try:
-        result |= _train_and_pack(out, arguments.minutes, step, progress)
+        result |= _train_and_pack(out, arguments.minutes, step, display)
     except Interrupted as stop:  # its own advice is for `train`
         raise Interrupted(f"stopped; `mezzotint demo --out {out}` starts again from the beginning") from stop
-    estimates, shown = _look_at(out, step, progress)
+    estimates, shown = _look_at(out, step, display)
     step("done")
     result |= {**shown, "seconds": time.monotonic() - started}
     names = ("prepare", "train", "pack", "score", "sample", "fill", "shipped", "report", "seconds")
@@ -90,7 +90,7 @@ def fill_with_pretrained(step: Callable[[str], None]) -> dict[str, str] | None:
     return {"model": DEFAULT_MODEL, "text": text}
 
 
-def _train_and_pack(out: Path, minutes: float, step: Callable[[str], None], progress: Progress) -> dict[str, Any]:
+def _train_and_pack(out: Path, minutes: float, step: Callable[[str], None], display: Display) -> dict[str, Any]:
     """data/, run/ and model.mzt in the folder; returns what `prepare`, `train` and `pack` did."""
     from mezzotint.data.dataset import Dataset
     from mezzotint.data.prepare import prepare
@@ -108,15 +108,15 @@ def _train_and_pack(out: Path, minutes: float, step: Callable[[str], None], prog
         model=dataclasses.replace(chosen.model, vocab_size=prepared["vocab_size"]),
         # Compiling takes longer than it saves in a run of minutes.
         config=dataclasses.replace(chosen.train, minutes=minutes, compile=False),
-        progress=progress.training,
-        warn=progress.say,
+        progress=display.training,
+        warn=display.say,
     )
     step("packing and verifying")
     packed = pack(load_run(out / "run"), Dataset.open(out / "data").split("train"), out / "model.mzt")
     return {"prepare": prepared, "train": trained, "pack": packed}
 
 
-def _look_at(out: Path, step: Callable[[str], None], progress: Progress) -> tuple[list[Estimate], dict[str, Any]]:
+def _look_at(out: Path, step: Callable[[str], None], display: Display) -> tuple[list[Estimate], dict[str, Any]]:
     """The artifact's figures and texts, and the run's report."""
     from mezzotint.apps.report import report
     from mezzotint.data.dataset import Dataset
@@ -131,7 +131,7 @@ def _look_at(out: Path, step: Callable[[str], None], progress: Progress) -> tupl
     if not preset(PRESET).train.causal_share:
         plan.remove(("causal", 32_768))
     estimates = [
-        score_by(method, model, windows, {"tokens": tokens, "repeats": 8, "seed": 0}, progress)
+        score_by(method, model, windows, {"tokens": tokens, "repeats": 8, "seed": 0}, display)
         for method, tokens in plan
     ]
     step("sampling and filling")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from mezzotint.cli import processes
 from mezzotint.cli.arguments import Parser, canonical, show_ranges
-from mezzotint.cli.console import Progress
+from mezzotint.cli.console import Display
 from mezzotint.cli.streams import check_streams
 from mezzotint.errors import ConfigError, Interrupted, MezzotintError
 from mezzotint.files import NotWritten, why_not_written
@@ -93,7 +93,7 @@ def _add_arguments(command: Command, parser: argparse.ArgumentParser) -> None:
     show_ranges(parser)
 
 
-def run_command(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_command(arguments: argparse.Namespace, display: Display) -> None:
     """What was parsed, run."""
     command = COMMANDS[arguments.command]
     check_streams(arguments)
@@ -101,8 +101,8 @@ def run_command(arguments: argparse.Namespace, progress: Progress) -> None:
         if processes.several() and command.processes != "own":
             if command.processes != "shared":
                 raise ConfigError("torchrun is for train, pack, score and compare; run this command by itself")
-            stack.enter_context(processes.joined(progress))
-        getattr(command.imported(), f"run_{command.name}")(arguments, progress)
+            stack.enter_context(processes.joined(display))
+        getattr(command.imported(), f"run_{command.name}")(arguments, display)
 
 
 def one_line(error: OSError) -> str:
@@ -139,9 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(canonical(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:
         return int(stop.code or 0)
-    progress = Progress()
+    display = Display()
     try:
-        run_command(arguments, progress)
+        run_command(arguments, display)
         sys.stdout.flush()
         return 0
     except MezzotintError as error:
@@ -159,5 +159,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, status = "stopped", 130
     finally:
-        progress.close()
+        display.close()
     return status if processes.say_error(message) else 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.cli.arguments import add_model, add_out, add_run, by_rule, describe, named
-from mezzotint.cli.console import Progress, emit, table
+from mezzotint.cli.console import Display, emit, table
 from mezzotint.cli.inputs import load_model, run_data
 from mezzotint.cli.processes import first
 from mezzotint.cli.streams import STANDARD, input_file, input_folder, output_file, output_folder
@@ -58,7 +58,7 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_pack(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_pack(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.packing.pack import pack
     from mezzotint.training.checkpoint import load_run
 
@@ -70,7 +70,7 @@ def run_pack(arguments: argparse.Namespace, progress: Progress) -> None:
         if more or arguments.code or arguments.codec != "mezzotint":
             raise ConfigError("--sweep tries many tolerances of the codec mezzotint: leave out --budget, --tolerance, "
                               "--code and --codec")  # fmt: skip
-        return _sweep(arguments, model, dataset, progress)
+        return _sweep(arguments, model, dataset, display)
     if arguments.tokens is not None:
         raise ConfigError("--tokens says how much text --sweep scores: give both or neither")
     with output_file(arguments.out) as out:
@@ -81,14 +81,14 @@ def run_pack(arguments: argparse.Namespace, progress: Progress) -> None:
             code=arguments.code,
             codec=arguments.codec,
             seed=arguments.seed,
-            progress=progress.say,
+            progress=display.say,
             **more,
         )
     if result:
         print_pack(arguments, arguments.out, result)
 
 
-def _sweep(arguments: argparse.Namespace, model: Model, dataset: Dataset, progress: Progress) -> None:
+def _sweep(arguments: argparse.Namespace, model: Model, dataset: Dataset, display: Display) -> None:
     from mezzotint.apps.charts import sweep_chart
     from mezzotint.packing.pack import sweep
     from mezzotint.scoring.likelihood import nelbo_by_window
@@ -107,9 +107,9 @@ def _sweep(arguments: argparse.Namespace, model: Model, dataset: Dataset, progre
         dataset.split("train"),
         lambda candidate: nelbo_by_window(candidate, windows, tokens=tokens, seed=arguments.seed),
         seed=arguments.seed,
-        progress=progress.say,
+        progress=display.say,
     )
-    progress.close()
+    display.close()
     if not first():
         return
     text = [",".join(points[0]), *(",".join(f"{value:.10g}" for value in point.values()) for point in points)]
@@ -156,7 +156,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, metavar="MODEL.mzt", help="artifact (-: standard input)")
 
 
-def run_inspect(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_inspect(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.packing.artifact import inspect_artifact
 
     with input_file(arguments.artifact) as file:
@@ -192,7 +192,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "FOLDER", "folder to write (-: a tar archive on standard output)")
 
 
-def run_export(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_export(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.packing.safetensors import export_folder
 
     model = load_model(arguments.model)
@@ -214,7 +214,7 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "MODEL.mzt", "file to write (-: standard output)")
 
 
-def run_import(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_import(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.packing.pack import store
     from mezzotint.packing.safetensors import FILES, import_folder
 
@@ -235,7 +235,7 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", default=None, help=f"the record's {name}")
 
 
-def run_submit(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_submit(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.apps.submission import submit
 
     dataset = run_data(arguments.run_folder, arguments.data, "the record's score")
@@ -246,7 +246,7 @@ def run_submit(arguments: argparse.Namespace, progress: Progress) -> None:
         arguments.out,
         dataset=dataset,
         tokens=arguments.tokens,
-        progress=progress.say,
+        progress=display.say,
         **options,
     )
     lines = [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mezzotint.cli.console import Progress
+    from mezzotint.cli.console import Display
 
 CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe")
 """What the backends of torch.distributed say when another process is gone."""
@@ -34,13 +34,13 @@ def first() -> bool:
 
 
 @contextlib.contextmanager
-def joined(progress: Progress) -> Iterator[None]:
+def joined(display: Display) -> Iterator[None]:
     """Join the other processes; the first alone prints."""
     from mezzotint.distributed import process_group
 
     with process_group("cpu") as (rank, _, _), contextlib.ExitStack() as stack:
         if rank:
-            progress.quiet = True
+            display.quiet = True
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         yield
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.cli.arguments import add_foreign, add_model, add_scored, by_rule, describe, named
-from mezzotint.cli.console import Progress, emit, table
+from mezzotint.cli.console import Display, emit, table
 from mezzotint.cli.inputs import is_data, load_model, scored_texts, scored_windows
 from mezzotint.errors import ConfigError, DataError, Interrupted, MezzotintError
 
@@ -93,7 +93,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--journal", type=named, metavar="FILE", help="keep what is done here, and go on from it")
 
 
-def run_score(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_score(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.data.texts import TextWindows
 
     model = load_model(arguments.model, arguments)
@@ -108,14 +108,14 @@ def run_score(arguments: argparse.Namespace, progress: Progress) -> None:
     failures: dict[str, str] = {}
     for method in methods:
         try:
-            estimates.append(score_by(method, model, windows, vars(arguments), progress))
+            estimates.append(score_by(method, model, windows, vars(arguments), display))
         except Interrupted:
             raise
         except MezzotintError as error:
             if len(methods) == 1:
                 raise
             failures[method] = str(error)
-    progress.close()
+    display.close()
     for method, reason in failures.items():
         print(f"mezzotint: no figure for {method}: {reason}", file=sys.stderr)
     if not estimates:
@@ -184,13 +184,13 @@ def _card(arguments: argparse.Namespace, model: Model) -> Callable[[Sequence[Est
     return lambda estimates: write_figures(arguments.card, estimates, **words)
 
 
-def score_by(method: str, model: Model, windows: Windows, options: Mapping[str, Any], progress: Progress) -> Estimate:
+def score_by(method: str, model: Model, windows: Windows, options: Mapping[str, Any], display: Display) -> Estimate:
     """The figure of one of `METHODS`. options: by the names of `score`'s own; what another method would take is left."""
     from mezzotint.scoring import likelihood
 
     function, names = METHODS[method]
     given = {name: options[name] for name in (*names, "tokens", "seed") if options.get(name) is not None}
-    return getattr(likelihood, function)(model, windows, progress=progress.passes(method), **given)
+    return getattr(likelihood, function)(model, windows, progress=display.bar_of(method), **given)
 
 
 def print_scores(estimates: Sequence[Estimate]) -> None:
@@ -242,18 +242,18 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the masks [0]")
 
 
-def run_compare(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_compare(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.scoring.compare import compare, compare_documents
 
     a, b = load_model(arguments.a, arguments), load_model(arguments.b, arguments)
     options = {"method": arguments.method, "repeats": arguments.repeats, "seed": arguments.seed}
-    options["progress"] = progress.passes("comparing")
+    options["progress"] = display.bar_of("comparing")
     if is_data(arguments.data):
         scored_windows(b, arguments)  # the second model's tokenizer is checked like the first's
         found = compare(a, b, scored_windows(a, arguments), tokens=arguments.tokens, **options)
     else:
         found = compare_documents(a, b, scored_texts(arguments), **options)
-    progress.close()
+    display.close()
     p = found.p_value
     verdict = "no difference shown" if p >= 0.01 else f"{'A' if found.difference_bpb > 0 else 'B'} is better"
     lines = [

@@ -19,7 +19,7 @@ from mezzotint.cli.arguments import (
     describe,
     sampling_settings,
 )
-from mezzotint.cli.console import Progress, emit, table, watching
+from mezzotint.cli.console import Display, emit, table, watching
 from mezzotint.cli.inputs import load_model
 from mezzotint.cli.streams import read_text, to_standard
 from mezzotint.errors import ConfigError
@@ -36,13 +36,13 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser)
 
 
-def run_sample(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_sample(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.sampling.generate import sample
 
     model = load_model(arguments.model, arguments)
     settings = sampling_settings(arguments)
     options = {"prompt": read_text(arguments.prompt), "seed": arguments.seed, **settings}
-    with watching(arguments, progress) as watch:
+    with watching(arguments, display) as watch:
         on_step = watch.canvas(model.tokenizer) if watch else None
         result = sample(model, arguments.n, arguments.length, on_step=on_step, **options)
     if arguments.json:
@@ -51,7 +51,7 @@ def run_sample(arguments: argparse.Namespace, progress: Progress) -> None:
         if len(result.texts) > 1:
             print(f"--- {i + 1}")
         print(text)
-    progress.say(f"{result.forward_passes} forward passes, {result.seconds:.1f} s")
+    display.say(f"{result.forward_passes} forward passes, {result.seconds:.1f} s")
 
 
 def add_fill_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def add_fill_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser)
 
 
-def run_fill(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_fill(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.sampling.infill import infill
 
     text = arguments.text
@@ -91,19 +91,18 @@ def run_fill(arguments: argparse.Namespace, progress: Progress) -> None:
     settings = sampling_settings(arguments)
     if arguments.greedy:
         settings = {"temperature": 0.0, **settings}
-    with watching(arguments, progress) as watch:
+    bar = display.bar_of()
+    with watching(arguments, display) as watch:
         filled = infill(
             model,
             text,
             arguments.seed,
             on_step=watch.spans if watch else None,
-            progress=None
-            if watch
-            else lambda done, of: progress.bar(done / of, f"gap {done:,} of {of:,}") if of > 1 else None,
+            progress=None if watch else lambda told: bar(told) if told.total > 1 else None,
             **options,
             **settings,
         )
-    progress.close()
+    display.close()
     if arguments.json:
         return emit(arguments, filled.to_dict())
     sys.stdout.buffer.write(filled.text.encode() + (b"" if arguments.text == "-" else b"\n"))
@@ -131,13 +130,13 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_option(parser)
 
 
-def run_compress(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_compress(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.compression.container import compress_file
 
     model = load_model(arguments.model)
-    watch = progress.bytes_done("compressing")
+    watch = display.bar_of("compressing")
     result = compress_file(arguments.file, arguments.out, model, check=arguments.check, progress=watch)
-    progress.close()
+    display.close()
     before, after = result.input_bytes, result.output_bytes
     figures = {**dataclasses.asdict(result), "bytes": before, "compressed_bytes": after, "bpb": result.bpb}
     ratio = f"{before / after:.2f} times smaller, {result.bpb:.3f} bits/byte" if before else "empty input"
@@ -150,12 +149,12 @@ def add_decompress_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_option(parser)
 
 
-def run_decompress(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_decompress(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.compression.container import decompress_file
 
-    watch = progress.bytes_done("decompressing")
+    watch = display.bar_of("decompressing")
     size = decompress_file(arguments.file, arguments.out, load_model(arguments.model), progress=watch)
-    progress.close()
+    display.close()
     where = "" if to_standard(arguments) else f"{arguments.out}  "
     emit(arguments, {"bytes": size}, [("restored", f"{where}{size:,} bytes, checked")])
 
@@ -167,7 +166,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=by_rule("port"), default=8000, help="[8000]")
 
 
-def run_serve(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_serve(arguments: argparse.Namespace, display: Display) -> None:
     try:
         from mezzotint.apps.serve import serve
     except ImportError as error:
@@ -176,7 +175,7 @@ def run_serve(arguments: argparse.Namespace, progress: Progress) -> None:
 
     model = load_model(arguments.model, arguments)
     check_fills(model)
-    progress.say(f"http://{arguments.host}:{arguments.port}  (Ctrl-C ends it)")
+    display.say(f"http://{arguments.host}:{arguments.port}  (Ctrl-C ends it)")
     serve(
         model, host=arguments.host, port=arguments.port, name=arguments.model.name if arguments.model else DEFAULT_MODEL
     )

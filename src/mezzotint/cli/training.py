@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.cli.arguments import add_out, add_preset_settings, add_run, by_rule, describe, named, settings
-from mezzotint.cli.console import Progress, emit, table
+from mezzotint.cli.console import Display, emit, table
 from mezzotint.cli.inputs import load_model, run_data
 from mezzotint.cli.processes import first, several
 from mezzotint.cli.streams import input_file, output_file
@@ -53,7 +53,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the held-out choice [0]")
 
 
-def run_prepare(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_prepare(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint import pretrained
     from mezzotint.data.prepare import prepare
 
@@ -66,9 +66,9 @@ def run_prepare(arguments: argparse.Namespace, progress: Progress) -> None:
         val=arguments.val,
         text_field=arguments.text_field,
         seed=arguments.seed,
-        progress=lambda what, seen: progress.bar(0.0, f"{what}: {seen:,} documents" if seen else what),
+        progress=display.bar_of(),
     )
-    progress.close()
+    display.close()
     if arguments.json:
         return emit(arguments, result)
     columns = [
@@ -127,7 +127,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add_preset_settings(parser, ModelConfig)
 
 
-def run_train(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_train(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.data.dataset import Dataset
     from mezzotint.training.run import train
 
@@ -141,8 +141,8 @@ def run_train(arguments: argparse.Namespace, progress: Progress) -> None:
             )
         init = load_model(arguments.init)
     model, config = train_configs(arguments, Dataset.open(arguments.data).tokenizer, init)
-    if first() and progress.console.is_terminal:
-        progress.say(f"setting up {model.layers} layers x {model.width}; compiling can take a minute")
+    if first() and display.console.is_terminal:
+        display.say(f"setting up {model.layers} layers x {model.width}; compiling can take a minute")
     result = train(
         arguments.data,
         arguments.out,
@@ -151,10 +151,10 @@ def run_train(arguments: argparse.Namespace, progress: Progress) -> None:
         resume=arguments.resume,
         changes=list(_changes(arguments)),
         init=init,
-        progress=progress.training,
-        warn=progress.say,
+        progress=display.training,
+        warn=display.say,
     )
-    progress.close()
+    display.close()
     if first():
         bpb = result["train_nelbo_bpb"]
         lines = [
@@ -272,7 +272,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "FILE.html", "file to write")
 
 
-def run_report(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_report(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.apps.report import report
 
     with output_file(arguments.out) as out, contextlib.ExitStack() as stack:
@@ -282,7 +282,7 @@ def run_report(arguments: argparse.Namespace, progress: Progress) -> None:
             artifact=arguments.model and stack.enter_context(input_file(arguments.model)),
             dataset=run_data(arguments.run_folder, arguments.data, None),
             tokens=arguments.tokens,
-            progress=progress.say,
+            progress=display.say,
         )
     result["file"] = str(arguments.out)
     emit(arguments, result, [("report", result["file"]), ("holds", ", ".join(result["sections"]))])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.cli.arguments import DEFAULT_MODEL, add_out, by_rule, describe, named
-from mezzotint.cli.console import Progress, emit, table
+from mezzotint.cli.console import Display, emit, table
 from mezzotint.cli.inputs import load_model
 from mezzotint.cli.scoring import score_by
 from mezzotint.config import ModelConfig, TrainConfig, fine_tuning, preset
@@ -48,7 +48,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-field", default="text", metavar="A.B", help="column or JSON key of the text [text]")
 
 
-def run_tune(arguments: argparse.Namespace, progress: Progress) -> None:
+def run_tune(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.packing.artifact import open_artifact
     from mezzotint.packing.pack import pack
     from mezzotint.training.checkpoint import load_run
@@ -59,15 +59,15 @@ def run_tune(arguments: argparse.Namespace, progress: Progress) -> None:
     started = time.monotonic()
 
     def step(text: str) -> None:
-        progress.close()
-        progress.say(f"[{time.monotonic() - started:5.0f} s] {text}")
+        display.close()
+        display.say(f"[{time.monotonic() - started:5.0f} s] {text}")
 
     model = load_model(arguments.model)
     name = str(arguments.model or DEFAULT_MODEL)
     step("preparing the texts")
     why, prepared = _prepare(arguments, work, model)
     step(f"scoring {name} on the held-out tenth")
-    before = _scores(model, work / "data", progress)
+    before = _scores(model, work / "data", display)
     if why:
         step(f"training from scratch: {name} does not suit these texts, for {why}")
         data = work / "own"
@@ -77,11 +77,11 @@ def run_tune(arguments: argparse.Namespace, progress: Progress) -> None:
         step(f"fine-tuning {name}, whose tokenizer suits these texts")
         data, shape, config = work / "data", model.config, fine_tuning(model.info.get("train"))
     config = dataclasses.replace(config, minutes=arguments.minutes, compile=arguments.minutes >= COMPILED_FROM)
-    trained = _train(data, work / "run", shape, config, None if why else model, progress)
+    trained = _train(data, work / "run", shape, config, None if why else model, display)
     step("packing and verifying")
     packed = pack(load_run(work / "run"), _train_text(data), out)
     step("scoring the packed model")
-    after = _scores(open_artifact(out), data, progress)
+    after = _scores(open_artifact(out), data, display)
     step("done")
     result = {
         "method": "from scratch" if why else "fine-tuned",
@@ -148,29 +148,29 @@ def _train_text(data: Path) -> Any:
 
 
 def _train(
-    data: Path, run: Path, shape: ModelConfig, config: TrainConfig, init: Model | None, progress: Progress
+    data: Path, run: Path, shape: ModelConfig, config: TrainConfig, init: Model | None, display: Display
 ) -> dict[str, Any]:
     from mezzotint.training.run import train
 
-    say: Callable[[str], None] = progress.say
+    say: Callable[[str], None] = display.say
     try:
-        return train(data, run, model=shape, config=config, init=init, progress=progress.training, warn=say)
+        return train(data, run, model=shape, config=config, init=init, progress=display.training, warn=say)
     except Interrupted as error:
         raise Interrupted(
             f"stopped; `mezzotint train {data} --out {run} --resume` goes on, and `mezzotint pack {run}` packs what "
             "there is"
         ) from error
     finally:
-        progress.close()
+        display.close()
 
 
-def _scores(model: Model, data: Path, progress: Progress) -> list[Estimate]:
+def _scores(model: Model, data: Path, display: Display) -> list[Estimate]:
     """NELBO and, where next tokens were learnt, causal code length on the held-out tenth."""
     from mezzotint.data.dataset import Dataset
 
     windows = Dataset.open(data).split("val").windows(model.config.sequence_length)
     methods = ("nelbo", "causal") if model.trained_causally else ("nelbo",)
     options = {"tokens": SCORED_TOKENS, "repeats": 4, "seed": 0}
-    found = [score_by(method, model, windows, options, progress) for method in methods]
-    progress.close()
+    found = [score_by(method, model, windows, options, display) for method in methods]
+    display.close()
     return found

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -40,6 +40,7 @@ from mezzotint.compression.frames import TextFrame, put_together, read_side, tak
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.files import atomic_file, writing
 from mezzotint.model import Model
+from mezzotint.progress import OnProgress, Progress
 from mezzotint.scoring.journal import model_digest
 
 MAGIC, MAGIC_1 = b"MZZ2", b"MZZ1"
@@ -51,7 +52,6 @@ EXPANSION = 64
 """Bytes by which a file is larger than its input at most."""
 PROBE_TOKENS = 512
 STANDARD = Path("-")
-Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all; 0 if unknown)."""
 
 
@@ -143,7 +143,7 @@ class _Writer:
 
 
 def compress_stream(
-    source: BinaryIO, target: BinaryIO, model: Model, *, progress: Progress | None = None, size: int = 0
+    source: BinaryIO, target: BinaryIO, model: Model, *, progress: OnProgress | None = None, size: int = 0
 ) -> CompressionReport:
     """Compress `source` to `target`, a MiB at a time, so that memory stays flat for any length.
 
@@ -161,7 +161,7 @@ def compress_stream(
 
         def tick(share: float, before: int = read, frame: int = len(data)) -> None:
             if progress:
-                progress(before + int(share * frame), size)
+                progress(Progress.of_bytes(before + int(share * frame), size))
 
         squeezed = squeeze(data) if not out.open_end else data
         block = bytes([LZMA]) + _body(len(data), squeezed)
@@ -207,7 +207,7 @@ def _modelled(data: bytes, network: _Network, rival: int, tick: Tick) -> tuple[T
     return frame, varint(len(frame.packed)) + frame.packed + varint(streams.number) + encoder.finish(), bits
 
 
-def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progress: Progress | None = None) -> int:
+def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progress: OnProgress | None = None) -> int:
     """Write the original bytes to `target` and return their number.
 
     Raises DataError: not a compressed file, damaged, of a newer version, or made with another model. What was written
@@ -244,14 +244,14 @@ def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progr
 
         def tick(share: float, before: int = total) -> None:
             if progress:
-                progress(before + int(share * FRAME_BYTES), 0)
+                progress(Progress.of_bytes(before + int(share * FRAME_BYTES)))
 
         data = _block(kind, reader, network if named else None, tick)
         digest.update(data)
         target.write(data)
         total += len(data)
         if progress:
-            progress(total, 0)
+            progress(Progress.of_bytes(total))
 
 
 def _check_model(block: bytes, network: _Network) -> None:
@@ -345,7 +345,7 @@ class _Hashed(io.RawIOBase):
 
 
 def compress_file(
-    source: Path, target: Path, model: Model, *, check: bool = False, progress: Progress | None = None
+    source: Path, target: Path, model: Model, *, check: bool = False, progress: OnProgress | None = None
 ) -> CompressionReport:
     """Compress the file `source` to `target`, which appears whole or not at all; `-` is standard input or output.
 
@@ -366,7 +366,7 @@ def compress_file(
         return CompressionReport(**{**vars(report), "checked": check})
 
 
-def decompress_file(source: Path, target: Path, model: Model, *, progress: Progress | None = None) -> int:
+def decompress_file(source: Path, target: Path, model: Model, *, progress: OnProgress | None = None) -> int:
     """Decompress `source` to `target`, which appears whole and checked or not at all; returns its bytes. `-`: as there."""
     with _opened(source) as (file, _), _appearing(target) as out:
         return decompress_stream(file, out, model, progress=progress)

@@ -32,6 +32,7 @@ from mezzotint.compression.frames import put_together, read_side
 from mezzotint.config import parse_attention
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.model import TOKENS_PER_FORWARD, Cache, Model
+from mezzotint.progress import OnProgress, Progress
 from mezzotint.scoring.journal import model_digest
 from mezzotint.scoring.orders import canvas_length, reveal_order
 
@@ -39,7 +40,6 @@ NEXT = "next"
 TOTAL = 1 << 24
 STORED, LZMA, MODELLED = 0, 1, 2
 MOST_THREADS = max(64, os.cpu_count() or 1)
-Progress = Callable[[int, int], None]
 
 _stream: Any = getattr(constriction, "stream")  # noqa: B009 - a compiled submodule that type checkers cannot see
 
@@ -207,7 +207,7 @@ def _decode_runs(folded: list[bytes], coded: bytes, classes: int) -> np.ndarray:
     return kinds
 
 
-def decompress_rest(source: BinaryIO, target: BinaryIO, model: Model, progress: Progress | None) -> int:
+def decompress_rest(source: BinaryIO, target: BinaryIO, model: Model, progress: OnProgress | None) -> int:
     """Write what follows the magic, decoded, to `target`; returns its bytes. Raises DataError."""
     reader = Reader(source)
     if reader.bytes(16) != hashlib.sha256(model_digest(model).encode()).digest()[:16]:
@@ -245,7 +245,7 @@ def _read_code(reader: Reader, length: int) -> _Code:
     return code
 
 
-def _frames(reader: Reader, target: BinaryIO, model: Model, code: _Code, progress: Progress | None) -> int:
+def _frames(reader: Reader, target: BinaryIO, model: Model, code: _Code, progress: OnProgress | None) -> int:
     digest, total = hashlib.sha256(), 0
     while True:
         reader.taken = b""
@@ -259,7 +259,7 @@ def _frames(reader: Reader, target: BinaryIO, model: Model, code: _Code, progres
 
         def tick(share: float, before: int = total, frame: int = size) -> None:
             if progress:
-                progress(before + int(share * frame), 0)
+                progress(Progress.of_bytes(before + int(share * frame)))
 
         data = _frame(mode, body, size, model, code, tick)
         digest.update(data)

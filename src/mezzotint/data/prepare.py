@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,12 +35,12 @@ from mezzotint.data.tokenizer import LONG_TEXT, Tokenizer, train_tokenizer
 from mezzotint.errors import DataError, Interrupted
 from mezzotint.extras import extra
 from mezzotint.files import atomic_folder, writing
+from mezzotint.progress import OnProgress, Progress
 
 TOKENIZER_SAMPLE_BYTES = 16_000_000
 MAX_VOCAB = 65_535  # ids of 16 bits
 DEFAULT_VOCAB_SIZES = (4096, 2048, 1024, 512, 384)  # the first that the text is long enough for and can fill
 BYTES_PER_PIECE = 240  # of text, for a default above 1,024 pieces: 1 MB was enough to gain by 4,096 (LOG.md)
-Progress = Callable[[str, int], None]
 """Called with (what is being done, documents so far)."""
 
 
@@ -249,7 +249,7 @@ def prepare(
     val: Sequence[str | Path] | None = None,
     text_field: str = "text",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Turn sources into a data folder: train_*.bin, val_*.bin, the tokenizer's file, data.json. Whole or not at all.
 
@@ -340,7 +340,7 @@ def _stoppable() -> Iterator[None]:
 class _Reading:
     """Sources that are read several times, with the account of the first reading and progress by bytes."""
 
-    def __init__(self, sources: Sequence[str | Path], text_field: str, progress: Progress | None) -> None:
+    def __init__(self, sources: Sequence[str | Path], text_field: str, progress: OnProgress | None) -> None:
         self.sources, self.text_field, self.progress = sources, text_field, progress
         self.account = Account()
         self.count = self.size = 0  # documents and bytes of the whole text, once it has been read
@@ -354,7 +354,7 @@ class _Reading:
                 if self.progress and count % 256 == 0:
                     left = (self.size - size) / size * (time.monotonic() - started) if self.size else 0.0
                     said = f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left" if self.size else ""
-                    self.progress(f"{what} ({size / 1e6:,.1f} MB{said})", count)
+                    self.progress(Progress(f"{what} ({size / 1e6:,.1f} MB{said}): {count:,} documents", count))
                 yield text
         self.account, self.count, self.size = account, count, size
 
@@ -419,7 +419,7 @@ def _write_description(folder: Path, tokenizer: Tokenizer, report: dict[str, Any
     (folder / "data.json").write_text(json.dumps(description, indent=1))
 
 
-def _prepare_published(source: str, out: Path, progress: Progress | None) -> dict[str, Any]:
+def _prepare_published(source: str, out: Path, progress: OnProgress | None) -> dict[str, Any]:
     """Fetch `fineweb:VARIANT[:SHARDS]`, the challenge's published shards, through huggingface_hub."""
     words = source.split(":")
     if len(words) not in (2, 3) or not words[1] or (len(words) == 3 and not words[2].isdigit()):
@@ -429,7 +429,7 @@ def _prepare_published(source: str, out: Path, progress: Progress | None) -> dic
 
     def fetch(path: str) -> Path:
         if progress:
-            progress(f"fetching {path}", 0)
+            progress(Progress(f"fetching {path}"))
         return published.fetch(path)
 
     try:
@@ -460,7 +460,7 @@ def _prepare_published(source: str, out: Path, progress: Progress | None) -> dic
         report: dict[str, Any] = {}
         for split in ("train", "val"):
             if progress:
-                progress(f"counting bytes: {split}", 0)
+                progress(Progress(f"counting bytes: {split}"))
             stream = TokenStream(sorted(folder.glob(f"fineweb_{split}_*.bin")), tokenizer)
             report[split] = {
                 "documents": sum(int((part == tokenizer.bos_id).sum()) for part in stream.chunks(0, len(stream))),

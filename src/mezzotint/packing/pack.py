@@ -35,6 +35,7 @@ from mezzotint.packing.artifact import (
     values_of,
 )
 from mezzotint.packing.grid import Grid
+from mezzotint.progress import OnProgress, Progress, silent
 
 PACK_CODECS = ("mezzotint", "int6", "reference")
 TOLERANCE = 0.001  # nats per token of measured cost: 0.0005 bits per byte at 2.7 bytes a token
@@ -45,7 +46,6 @@ RATE_LAMBDA = 0.03
 PENALISED_PASSES = 1
 TOLERANCE_ATTEMPTS = 4  # attempts at most to meet the tolerance
 COARSEST = 64.0  # the coarsest step tried for a budget, over the finest
-Progress = Callable[[str], None]
 
 
 def weights_of(model: Model) -> dict[str, np.ndarray]:
@@ -116,15 +116,15 @@ class RateDistortionPacker:
     """
 
     def __init__(
-        self, model: Model, windows: list[np.ndarray], seed: int, tolerance: float, cost: MeasuredCost, say: Progress
+        self, model: Model, windows: list[np.ndarray], seed: int, tolerance: float, cost: MeasuredCost, tell: OnProgress
     ) -> None:
-        say(f"curvature from {sum(map(len, windows)):,} tokens")
+        tell(Progress(f"curvature from {sum(map(len, windows)):,} tokens"))
         self.curvature = quantize.curvature(model, windows, seed)
         self.state = weights_of(model)
         self.writer = Writer(model, RANGE)
         self.tolerance = tolerance
         self.cost = cost
-        self.say = say
+        self.tell = tell
         weights = sum(v.size for n, v in self.state.items() if n.removesuffix(".weight") in self.curvature)
         # By the curvature. The cost measured has been 1.5 to 12 times as much.
         self.predicted = math.sqrt(24 * tolerance / weights)
@@ -160,7 +160,7 @@ class RateDistortionPacker:
                 models.update({n: (lengths, c) for n, c in zip(names, classes_of, strict=True)})
         self.writer.classes = {name: classes for name, (_, classes) in models.items()}
         data = self.writer.write(tensors)
-        self.say(f"{len(data):,} bytes at step {step:.3g}")
+        self.tell(Progress(f"{len(data):,} bytes at step {step:.3g}"))
         return PackedModel(data, tensors, self.writer.code_bits, 0, step)
 
     def meet_tolerance(self, limit: int | None = None) -> PackedModel:
@@ -174,7 +174,7 @@ class RateDistortionPacker:
             if limit is not None and len(packed.data) > limit:
                 return packed
             ratio = max(self.cost(packed) / self.tolerance, 1e-9)
-            self.say(f"measured cost: {ratio * self.tolerance:.2g} nats per token")
+            self.tell(Progress(f"measured cost: {ratio * self.tolerance:.2g} nats per token"))
             if abs(math.log(ratio)) < nearest:
                 best, nearest = packed, abs(math.log(ratio))
             if 0.8 <= ratio <= 1.1:
@@ -216,10 +216,10 @@ class RateDistortionPacker:
 class PruningPacker:
     """int6 codes on a row grid, made to fit by zeroing the codes of +-1 whose loss does the least damage."""
 
-    def __init__(self, model: Model, windows: list[np.ndarray], seed: int, codec: str, say: Progress) -> None:
-        say(f"Hessians from {sum(map(len, windows)):,} tokens")
+    def __init__(self, model: Model, windows: list[np.ndarray], seed: int, codec: str, tell: OnProgress) -> None:
+        tell(Progress(f"Hessians from {sum(map(len, windows)):,} tokens"))
         hessians = quantize.calibration_hessians(model, windows, seed)
-        self.say = say
+        self.tell = tell
         self.tensors: dict[str, Grid | np.ndarray] = {}
         self.where: dict[str, np.ndarray] = {}
         costs = []
@@ -249,7 +249,7 @@ class PruningPacker:
                 tensors[name] = dataclasses.replace(grid, codes=codes)
             start = stop
         data = self.writer.write(tensors)
-        self.say(f"{len(data):,} bytes with {count:,} codes of +-1 dropped")
+        self.tell(Progress(f"{len(data):,} bytes with {count:,} codes of +-1 dropped"))
         return PackedModel(data, tensors, self.writer.code_bits, count)
 
     def fit(self, limit: int) -> tuple[PackedModel | None, int]:
@@ -317,7 +317,7 @@ def pack(
     tolerance: float = TOLERANCE,
     calibration_tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Quantize, code and write `model` to `out` so that the file and the `code` files fit `budget` decimal bytes.
 
@@ -333,7 +333,7 @@ def pack(
     writes, the others return {}. Raises ArtifactError if there is no calibration text, if the budget cannot be met
     (naming the smallest reachable size) or if the file cannot be written; `out` is then untouched.
     """
-    say = progress or (lambda _: None)
+    tell = progress or silent
     out = Path(out)
     if codec not in PACK_CODECS:
         raise ArtifactError(f"unknown codec {codec!r}; known: {', '.join(PACK_CODECS)}")
@@ -349,9 +349,9 @@ def pack(
     windows, check = calibration_split(model, calibration, calibration_tokens)
     cost = MeasuredCost(model, check, seed)
     packer = (
-        RateDistortionPacker(model, windows, seed, tolerance, cost, say)
+        RateDistortionPacker(model, windows, seed, tolerance, cost, tell)
         if codec == "mezzotint"
-        else PruningPacker(model, windows, seed, codec, say)
+        else PruningPacker(model, windows, seed, codec, tell)
     )
     if rank_and_size()[0] > 0:
         return {}
@@ -406,7 +406,7 @@ def sweep(
     tolerances: Sequence[float] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
     calibration_tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> list[dict[str, float]]:
     """Bytes against likelihood: pack at each tolerance and score what the file's bytes stand for.
 
@@ -416,11 +416,11 @@ def sweep(
     `cost_nats_per_token` (measured as by `pack`, on calibration text), `nelbo_bpb`, `cost_bpb` (over the unpacked
     model) and `cost_stderr_bpb`.
     """
-    say = progress or (lambda _: None)
+    tell = progress or silent
     windows, check = calibration_split(model, calibration, calibration_tokens)
     before = np.asarray(score(model), dtype=np.float64)
     measured = MeasuredCost(model, check, seed)
-    packer = RateDistortionPacker(model, windows, seed, tolerances[0], measured, say)
+    packer = RateDistortionPacker(model, windows, seed, tolerances[0], measured, tell)
     points = []
     first = packer.meet_tolerance()
     for tolerance in tolerances:
@@ -436,7 +436,7 @@ def sweep(
             "nelbo_bpb": float(after.mean()), "cost_bpb": float(cost.mean()),
             "cost_stderr_bpb": float(cost.std(ddof=1) / math.sqrt(len(cost))),
         })  # fmt: skip
-        say(f"{len(packed.data):,} bytes: {points[-1]['cost_bpb']:+.5f} bits per byte")
+        tell(Progress(f"{len(packed.data):,} bytes: {points[-1]['cost_bpb']:+.5f} bits per byte"))
     return points
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mezzotint.config import OPTIONS, Rule, SamplingConfig, SamplingOptions, checked, parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Model
+from mezzotint.progress import OnProgress, Progress
 from mezzotint.sampling.candidates import BEAM_LENGTHS, Candidate, Search, beam
 from mezzotint.sampling.candidates import drawn as draw_candidates
 from mezzotint.sampling.constraints import Constraint
@@ -102,7 +103,7 @@ class _Filling:
     constraint: Constraint
     settings: dict[str, Any]
     on_step: Callable[[int, list[Span]], None] | None
-    progress: Callable[[int, int], None] | None
+    progress: OnProgress | None
     passes: int = 0
 
 
@@ -219,7 +220,7 @@ def _fill(filling: _Filling) -> list[list[tuple[Candidate, float]]]:
         if filling.on_step is not None:
             _shown(filling, i)(filling.passes, gap.ids, gap.confidence)
         if filling.progress is not None:
-            filling.progress(i + 1, len(draft.gaps))
+            filling.progress(Progress.nth("gap", i + 1, len(draft.gaps)))
     return ranked
 
 
@@ -267,7 +268,7 @@ def infill(
     avoid: Sequence[str] | str = (),
     attention: str = "full",
     on_step: Callable[[int, list[Span]], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
     **settings: Unpack[SamplingOptions],
 ) -> Filled:
     """Fill the gaps of a text (see `parse_gaps`, whose answer may be given instead of a text); all the rest of it comes
@@ -279,7 +280,7 @@ def infill(
     sampling is given they are drawn as it says, by default one for each length.
     lengths: token counts to try for gaps of unknown length. whole_words: gaps neither begin nor end inside a word.
     max_words: at most so many in a gap. regex: what a gap's text must match as a whole (needs the extra `regex`). avoid:
-    words that must not stand in a gap. on_step(pass, spans) sees the text being revealed, progress(done, of) counts gaps.
+    words that must not stand in a gap. on_step(pass, spans) sees the text being revealed, progress counts gaps.
     settings: the fields of `SamplingConfig`; temperature is 0.7 unless given, and `steps` is per gap. Text longer than the
     window is seen through a window around each gap; time is linear in the gaps. Raises MezzotintError when one gap needs
     more tokens than the window holds, ConfigError for bad settings.
@@ -330,7 +331,7 @@ class InfillOptions(SamplingOptions, total=False):
     avoid: Sequence[str] | str
     attention: str
     on_step: Callable[[int, list[Span]], None] | None
-    progress: Callable[[int, int], None] | None
+    progress: OnProgress | None
 
 
 def fill(model: Model, text: str, seed: int = 0, **options: Unpack[InfillOptions]) -> str:

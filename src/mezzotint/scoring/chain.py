@@ -40,7 +40,7 @@ def revealed_nats(
         ):
             nats[owners.popleft()] += float(nll.sum())
             done += 1
-            plan.progress(done, total)
+            plan.tell(done, total)
         yield from nats
 
 
@@ -104,5 +104,5 @@ def causal_matrix(model: Model, plan: Scoring) -> np.ndarray:
             logits = model.logits(shifted, block_size=1, positions=charged)
             nats[0, group] = masked_nll(logits, ids, charged).double().sum(dim=1).cpu().numpy()
         done += len(group)
-        plan.progress(done, len(plan.chosen))
+        plan.tell(done, len(plan.chosen))
     return nats

@@ -14,9 +14,10 @@ from mezzotint.data.dataset import Windows
 from mezzotint.data.texts import TextWindows
 from mezzotint.errors import DataError
 from mezzotint.model import Model
+from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.scoring.chain import causal_matrix, chain_matrix
 from mezzotint.scoring.nelbo import nelbo_matrix, nelbo_size
-from mezzotint.scoring.plan import Progress, Scoring
+from mezzotint.scoring.plan import Scoring
 from mezzotint.scoring.statistics import Comparison, Estimate, assemble, student_t_tail
 
 
@@ -30,7 +31,7 @@ def compare(
     repeats: int = 8,
     seed: int = 0,
     batch: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Comparison:
     """Is model `b` better or worse than model `a` on these windows? Paired: both see the same windows and masks.
 
@@ -45,18 +46,21 @@ def compare(
     matrices: list[np.ndarray] = []
     estimates: list[Estimate] = []
     for turn, model in enumerate((a, b)):
-
-        def tick(done: int, total: int, turn: int = turn) -> None:
-            if progress:
-                progress(turn * total + done, 2 * total)
-
-        plan = Scoring.make(model, windows, tokens=tokens, progress=tick, repeats=repeats, seed=seed, batch=batch)
+        plan = Scoring.make(
+            model, windows, tokens=tokens, progress=_half(turn, progress), repeats=repeats, seed=seed, batch=batch
+        )
         nats, estimate = _scored(model, plan, method)
         matrices.append(nats)
         estimates.append(estimate)
     _check_finite(estimates)
     difference = assemble(plan, method, "pseudo", matrices[1] - matrices[0], 0)
     return _comparison(difference, estimates)
+
+
+def _half(turn: int, progress: OnProgress | None) -> OnProgress:
+    """What tells of one side's passes (turn: 0 or 1), told on as passes of both."""
+    tell = progress or silent
+    return lambda side: tell(Progress.nth("pass", turn * side.total + side.done, 2 * side.total))
 
 
 def _scored(model: Model, plan: Scoring, method: str) -> tuple[np.ndarray, Estimate]:
@@ -108,7 +112,7 @@ def compare_documents(
     repeats: int = 8,
     seed: int = 0,
     batch: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Comparison:
     """Is model `b` better or worse than model `a` on these documents? For models of different tokenizers.
 
@@ -122,15 +126,12 @@ def compare_documents(
     parts: list[np.ndarray] = []
     estimates: list[Estimate] = []
     for turn, model in enumerate((a, b)):
-
-        def tick(done: int, total: int, turn: int = turn) -> None:
-            if progress:
-                progress(turn * total + done, 2 * total)
-
         one = ["chain", "causal"][model.block_size == 1] if method == "chain-or-causal" else method
         nats_of = np.zeros(len(documents))
         windows = TextWindows(documents, model.tokenizer, model.config.sequence_length, stride)
-        plan = Scoring.make(model, windows, tokens=None, progress=tick, repeats=repeats, seed=seed, batch=batch)
+        plan = Scoring.make(
+            model, windows, tokens=None, progress=_half(turn, progress), repeats=repeats, seed=seed, batch=batch
+        )
         nats, estimate = _scored(model, plan, one)
         np.add.at(nats_of, [windows.document(i) for i in plan.chosen], nats.mean(axis=0))
         parts.append(nats_of)

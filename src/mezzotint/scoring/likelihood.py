@@ -26,10 +26,11 @@ from mezzotint import seeding
 from mezzotint.data.dataset import Windows
 from mezzotint.errors import DataError
 from mezzotint.model import Model
+from mezzotint.progress import OnProgress
 from mezzotint.scoring.chain import causal_matrix, chain_matrix
 from mezzotint.scoring.kinds import kind_of
 from mezzotint.scoring.nelbo import lean_matrix, lower_matrix, nelbo_matrix, nelbo_size, orders_matrix
-from mezzotint.scoring.plan import MaskedWindow, Progress, Scoring, masked_window_nll, some_bytes
+from mezzotint.scoring.plan import MaskedWindow, Scoring, masked_window_nll, some_bytes
 from mezzotint.scoring.statistics import Estimate, assemble
 
 RECONSTRUCTION_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -44,7 +45,7 @@ def nelbo(
     seed: int = 0,
     batch: int | None = None,
     journal: Path | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     block_size: int | None = None,
     orders: int | None = None,
     order_lean: float = 0.0,
@@ -99,7 +100,7 @@ def lower_bound(
     seed: int = 0,
     batch: int | None = None,
     journal: Path | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Estimate:
     """A lower bound on -log p of the mixture over orders, whose upper bound is `nelbo`: the truth lies between the two.
 
@@ -141,7 +142,7 @@ def chain_rule(
     seed: int = 0,
     batch: int | None = None,
     journal: Path | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Estimate:
     """Exact code length of the windows, each revealed in `order` (see `reveal_order`).
 
@@ -166,7 +167,7 @@ def causal(
     tokens: int | None = None,
     seed: int = 0,
     batch: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Estimate:
     """Exact next-token code length of a model trained with causal attention: one forward pass per window.
 
@@ -184,7 +185,7 @@ def reconstruction_score(
     tokens: int | None = None,
     seed: int = 0,
     batch: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Estimate:
     """The reference's score, as the reference computes it: (1/5) sum over t of CE(t) / t. Not a bound on anything.
 
@@ -210,7 +211,7 @@ def reconstruction_score(
 
     for done, nll in enumerate(masked_window_nll(model, rows(), batch=batch)):
         sums[divmod(done, len(chosen))] = nll.sum()
-        plan.progress(done + 1, sums.size)
+        plan.tell(done + 1, sums.size)
 
     size = shifted = 0
     for i in chosen:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from mezzotint.data.dataset import Dataset, TokenStream
 from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.model import Model
+from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.sampling.generate import sample
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def memorized(
     length: int = 50,
     seed: int = 0,
     batch: int = 8,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress | None = None,
     **settings: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
     """Shares of the strings of `length` bytes that stand in `dataset`'s training split: of sampled and of held-out text.
@@ -155,14 +156,14 @@ def memorized(
     `ratio` of the two shares, None where held-out text has nothing in common with the training text.
     Raises DataError where tokenizers differ or no text is as long as a string, ConfigError for bad numbers.
     """
-    say = progress or (lambda _: None)
+    tell = progress or silent
     if length < 8 or min(samples, held_out, batch) < 1:
         raise ConfigError("strings have at least 8 bytes, and there is at least 1 text of each kind")
     check_same_tokenizer(model, dataset)
     tokens = tokens or model.config.sequence_length
     written: list[bytes] = []
     for first in range(0, samples, batch):
-        say(f"sampling: {first} of {samples}")
+        tell(Progress(f"sampling: {first} of {samples}", first, samples))
         count = min(batch, samples - first)
         # Every batch draws from a seed of its own, a fixed distance from the others.
         drawn = sample(model, count, max(1, tokens - 1), seed=seed + 1_000_003 * first, **settings)
@@ -170,7 +171,7 @@ def memorized(
     real = held_out_texts(dataset, held_out, tokens)
     if not any(len(t) >= length for t in written) or not any(len(t) >= length for t in real):
         raise DataError(f"no text of {length} bytes to look for: ask for longer or more samples")
-    say("searching the training text")
+    tell(Progress("searching the training text"))
     wanted = {s for text in (*written, *real) for s in _strings(text, length)}
     found = find_strings(wanted, stream_text(dataset.split("train"), length + 1), length)
     ours, theirs = _share(written, found, length), _share(real, found, length)

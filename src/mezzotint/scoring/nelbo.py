@@ -146,7 +146,7 @@ def nelbo_matrix(model: Model, plan: Scoring, size: int | None) -> tuple[np.ndar
             row = rows.popleft()
             guess, masked = surprisal[row.ids.numpy()[context:]], row.masked.numpy()[context:]
             book.record(unit, *_controlled(nll[context:], guess, masked, counts[r][w], size))
-            plan.progress(done, len(todo))
+            plan.tell(done, len(todo))
     nats, control, spread, covariance = book.result().T.reshape(4, plan.repeats, n)
     rates = np.array([[int(k.sum()) for k in row] for row in counts]) / np.array(lengths)
     nats = np.stack([apply_control(*row) for row in zip(nats, control, spread, covariance, rates, strict=True)])
@@ -197,7 +197,7 @@ def lean_matrix(model: Model, plan: Scoring, lean: float) -> np.ndarray:
             weights = chances.popleft()
             charged = nll[len(nll) - len(weights) :]
             book.record(unit, float((weights[weights > 0] * charged[weights > 0]).sum()))
-            plan.progress(done, len(todo))
+            plan.tell(done, len(todo))
     return book.result().T.reshape(plan.repeats, n)
 
 

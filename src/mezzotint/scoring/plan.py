@@ -6,7 +6,7 @@ Does not know what a score is made of.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,8 @@ from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import DataError
 from mezzotint.model import TOKENS_PER_FORWARD, Model
 from mezzotint.objective import masked_nll
+from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.scoring.journal import Journal
-
-Progress = Callable[[int, int], None]
-"""Called with (forward passes done, forward passes in all)."""
 
 
 def some_bytes(size: float) -> float:
@@ -32,10 +30,6 @@ def some_bytes(size: float) -> float:
     if size == 0:
         raise DataError("the windows to score stand for no bytes of text: nothing to divide by")
     return size
-
-
-def silent(done: int, total: int) -> None:
-    """The Progress that shows nothing."""
 
 
 def choose_windows(windows: Windows | TextWindows, tokens: int | None) -> list[int]:
@@ -72,12 +66,18 @@ class Scoring:
     seed: int = 0
     batch: int | None = None
     journal: Path | None = None
-    progress: Progress = silent
+    progress: OnProgress = silent
     started: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def make(
-        cls, model: Model, windows: Windows | TextWindows, *, tokens: int | None, progress: Progress | None, **more: Any
+        cls,
+        model: Model,
+        windows: Windows | TextWindows,
+        *,
+        tokens: int | None,
+        progress: OnProgress | None,
+        **more: Any,
     ) -> Scoring:
         """Raises DataError: nothing to score, or `model` and `windows` have different tokenizers."""
         check_same_tokenizer(model, windows)
@@ -111,6 +111,10 @@ class Scoring:
     def bytes_lost(self) -> int:
         """Bytes of the scored windows' text that their tokens do not give back."""
         return sum(self.windows.bytes_lost(i) for i in self.chosen)
+
+    def tell(self, done: int, total: int) -> None:
+        """So many forward passes are done, of so many."""
+        self.progress(Progress.nth("pass", done, total))
 
     def book(self, model: Model, settings: dict[str, Any], units: int, columns: int = 1) -> Journal:
         """Where finished units are kept. settings: what tells this score from others of the same model and windows."""

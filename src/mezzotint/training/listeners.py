@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,9 @@ import numpy as np
 
 from mezzotint.extras import extra
 from mezzotint.files import atomic_write
+from mezzotint.progress import OnProgress, Progress
 from mezzotint.training.checkpoint import mark_best, mark_stable, save_checkpoint, stable_step
 from mezzotint.training.step import Trainer
-
-Progress = Callable[[dict[str, Any]], None]
-"""Called with every metrics row, which also carries `progress` (0..1) and `seconds_left`."""
 
 
 @dataclass
@@ -233,12 +231,13 @@ class TensorBoard(Listener):
 class ProgressReport(Listener):
     """Hands every row to the caller, with the share of the run that is done and the time that is left."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: OnProgress) -> None:
         self.progress = progress
 
     def on_step(self, step: Step) -> None:
         if step.row is not None:
             share = max(step.progress, 1e-9)
-            self.progress({**step.row, "progress": share, "seconds_left": step.seconds * (1 - share) / share})
+            row = {**step.row, "progress": share, "seconds_left": step.seconds * (1 - share) / share}
+            self.progress(Progress(f"step {row['step']}", share, 1.0, row))
 
     on_end = on_step

@@ -35,6 +35,7 @@ from mezzotint.errors import CheckpointError, ConfigError, DataError, Interrupte
 from mezzotint.extras import extra
 from mezzotint.files import atomic_write, reported
 from mezzotint.model import Denoiser, Model, count_parameters
+from mezzotint.progress import OnProgress
 from mezzotint.system import commit_id, peak_memory_bytes
 from mezzotint.training.checkpoint import (
     BEST,
@@ -51,7 +52,6 @@ from mezzotint.training.listeners import (
     Checkpointer,
     Listener,
     MetricsLog,
-    Progress,
     ProgressReport,
     Step,
     TensorBoard,
@@ -119,7 +119,7 @@ class _Job:
     resume: bool
     changes: Sequence[str]
     init: Model | None
-    progress: Progress | None
+    progress: OnProgress | None
     warn: Callable[[str], None]
     rank: int
     world: int
@@ -139,7 +139,7 @@ def train(
     resume: bool = False,
     changes: Sequence[str] = (),
     init: Model | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train a denoiser on a prepared folder and write the run folder `out`.
