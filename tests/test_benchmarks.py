@@ -504,3 +504,51 @@ def test_serving_measures_every_row(trained, tmp_path, capsys):
 def test_percentiles_of_latencies():
     found = script("serving").summary([float(k) for k in range(100, 0, -1)])
     assert found == {"p50": 50.5, "p95": 96.0, "requests": 100}
+
+
+# --- repeated ----------------------------------------------------------------------------------------------------------
+
+
+def test_little_text_is_read_many_times_by_every_objective(tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    words = [
+        "the",
+        "old",
+        "plate",
+        "was",
+        "dark",
+        "and",
+        "slowly",
+        "it",
+        "became",
+        "a",
+        "clear",
+        "picture",
+        "of",
+        "an",
+        "old",
+        "house",
+    ]
+    draw = np.random.default_rng(0)
+    rows = [{"source": source, "text": " ".join(draw.choice(words, 60))} for source in ["A_one"] * 60 + ["A_two"] * 20]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "books.parquet")
+    command = [str(tmp_path / "books.parquet"), "--out", str(tmp_path / "out"), "--author", "A_", "--apart", "A_two",
+               "--sizes", "6000", "--steps", "3", "--grid", "0:0.04", "0.2:0.4", "--seeds", "0", "1", "--preset", "tiny",
+               "--bytes", "1500", "--chain-tokens", "64", "--eager", "--objectives", "mixed", "ar"]  # fmt: skip
+    script("repeated").main(command)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * (2 + 1)  # both points of the grid on the first seed, the better one on the second
+    assert {text for row in rows for text in row["scores"]} == {"val", "passages", "book"}
+    assert all("nelbo" not in row["scores"]["val"] for row in rows if row["objective"] == "ar")
+    for objective in ("mixed", "ar"):
+        first = [r for r in rows if r["objective"] == objective and r["seed"] == 0]
+        metric = "causal" if objective == "ar" else "nelbo"
+        best = min(first, key=lambda r: r["scores"]["val"][metric]["bpb"])
+        second = next(r for r in rows if r["objective"] == objective and r["seed"] == 1)
+        assert (second["dropout"], second["decay"]) == (best["dropout"], best["decay"])
+    trained_on = (tmp_path / "out" / "6000" / "train.jsonl").read_text().splitlines()
+    for name in ("val", "passages", "book"):
+        assert not set(trained_on) & set((tmp_path / "out" / "6000" / f"{name}.jsonl").read_text().splitlines())
+    capsys.readouterr()

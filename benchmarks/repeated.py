@@ -1,0 +1,203 @@
+"""Little text, read many times: masked diffusion, its mix with next tokens, and autoregression, each regularised as suits it.
+
+    python benchmarks/repeated.py BOOKS --out DIR --author Thackeray --apart Thackeray_Esmond_1852
+                                  [--sizes 250000 1000000 4000000] [--minutes 2 8 30 | --steps 500 2000 7500]
+                                  [--grid 0:0.04 0.1:0.04 0.1:0.4] [--objectives mixed masked ar] [--seeds 0 1]
+                                  [--preset small] [--batch 16] [--device auto]
+
+BOOKS is a Parquet file with columns `text` and `source`. Of the passages whose source begins with `--author`, so many bytes
+are trained on, others choose (`val`) and others are reported (`passages`), all drawn without looking; `--apart`, another book of
+the same author, is reported as well (`book`). Every objective is trained with each DROPOUT:DECAY of the grid on the first seed; the one with
+the best validation is trained with the other seeds. Weights are those of the best validation of a run, for all alike.
+
+mixed   half of the loss on masked tokens, half on next tokens, as the preset
+masked  masked tokens only
+ar      next tokens only
+
+NELBO is an upper bound, chain and causal are exact, in bits per byte. Minutes are wall-clock, so nothing else may run beside;
+steps are the same anywhere. Finished rows are kept in DIR/rows.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import METRICS, Book, figure, new_parser, recipe, scores, table, trained
+
+from mezzotint.config import Preset, preset
+from mezzotint.data.dataset import Dataset
+from mezzotint.data.prepare import prepare
+from mezzotint.files import atomic_write
+
+SHARES = {"mixed": None, "masked": 0.0, "ar": 1.0}
+"""`causal_share` of each objective; None: the preset's."""
+REPORTED = 40_000
+"""Bytes of each text that chooses or is reported."""
+
+
+def passages(books: Path, author: str, apart: str) -> tuple[list[str], list[str]]:
+    """Texts of the author but for the book apart, in an order drawn without looking, and those of that book."""
+    import pyarrow.parquet as parquet
+
+    rows = parquet.read_table(books, columns=["source", "text"]).to_pylist()
+    own = [row["text"] for row in rows if row["source"].startswith(author) and row["source"] != apart]
+    other = [row["text"] for row in rows if row["source"] == apart]
+    if not own or not other:
+        raise SystemExit(f"{books} has {len(own)} passages of {author} and {len(other)} of {apart}: both are needed")
+    for texts in (own, other):
+        random.Random(0).shuffle(texts)
+    return own, other
+
+
+def taken(texts: list[str], size: int) -> list[str]:
+    """Texts removed from the end of `texts` until they hold `size` bytes."""
+    chosen: list[str] = []
+    while texts and sum(len(text.encode()) for text in chosen) < size:
+        chosen.append(texts.pop())
+    return chosen
+
+
+def corpus(out: Path, own: list[str], other: list[str], size: int, reported: int) -> tuple[Path, dict[str, Path]]:
+    """Prepared data of `size` bytes with a tokenizer of its own, and the prepared texts to report, in its tokens."""
+    folder = out / f"{size}"
+    data = folder / "data"
+    names = ("val", "passages", "book", "train")
+    files = {name: folder / f"{name}.jsonl" for name in names}
+    if not data.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        own, other = list(own), list(other)
+        texts = {"val": taken(own, reported), "passages": taken(own, reported), "book": taken(other, reported)}
+        texts["train"] = taken(own, size)
+        for name in names:
+            atomic_write(files[name], "".join(json.dumps({"text": text}) + "\n" for text in texts[name]))
+        prepare([files["train"]], data, val=[files["val"]])
+    prepared = {}
+    for name in ("passages", "book"):
+        prepared[name] = folder / name
+        if not prepared[name].exists():
+            prepare([files[name]], prepared[name], tokenizer=data / "tokenizer.model", val=[files[name]])
+    return data, prepared
+
+
+def chosen_recipe(options: argparse.Namespace, objective: str, vocab_size: int, length: float) -> Preset:
+    """The preset with an objective and a length, in minutes or steps."""
+    base, share = preset(options.preset), SHARES[objective]
+    train: dict[str, Any] = {"minutes": length} if options.steps is None else {"steps": int(length)}
+    train |= {"device": options.device, "compile": not options.eager}
+    if share is not None:
+        train["causal_share"] = share
+    if options.batch:
+        train["batch"] = options.batch
+    if options.device == "cuda":
+        train["short_share"] = 0.0  # another length of windows is another graph to compile
+    return recipe(base, {"vocab_size": vocab_size}, train)
+
+
+def variant(
+    options: argparse.Namespace,
+    data: Path,
+    prepared: dict[str, Path],
+    book: Book,
+    point: tuple[float, float],
+    seed: int,
+    **key: Any,
+) -> dict[str, Any]:
+    """The row of one training, made where `book` lacks it. point: dropout and weight decay. key: size, length, objective."""
+    base = chosen_recipe(options, key["objective"], Dataset.open(data).tokenizer.vocab_size, key["length"])
+    train = dataclasses.replace(base.train, dropout=point[0], weight_decay=point[1], seed=seed)
+    name = "_".join(f"{value}" for value in (*key.values(), *point, seed))
+    key |= {"dropout": point[0], "decay": point[1], "seed": seed, "batch": train.batch}
+    return book.get(lambda: run(options, data, prepared, Preset(base.model, train), name), **key)
+
+
+def run(
+    options: argparse.Namespace, data: Path, prepared: dict[str, Path], chosen: Preset, name: str
+) -> dict[str, Any]:
+    """Train one variant and score its best weights: how long it was, epochs, figures of each text."""
+    result, model = trained(data, options.out / "runs" / name, chosen)
+    if options.device != "auto":
+        model.network.to(options.device)
+    account, found = json.loads((data / "data.json").read_text()), {}
+    for text, folder in {"val": data, **prepared}.items():
+        windows = Dataset.open(folder).split("val").windows(model.config.sequence_length)
+        found[text] = scores(model, windows, metrics=METRICS, chain_tokens=options.chain_tokens, repeats=4)
+    figures = {key: result[key] for key in ("steps", "tokens", "parameters", "seconds")}
+    figures["epochs"] = result["tokens"] / account["train"]["tokens"]
+    return {**figures, "best_step": (result.get("best") or {}).get("step"), "scores": found}
+
+
+def judged(row: dict[str, Any]) -> float:
+    """What a variant is chosen by: NELBO on the validation text, or causal where there is none."""
+    val = row["scores"]["val"]
+    return (val.get("nelbo") or val["causal"])["bpb"]
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a row for each variant that was chosen."""
+    cells = [
+        [
+            f"{r['size']:,}", f"{r['length']:g}", r["objective"], r["seed"], f"{r['dropout']:g}", f"{r['decay']:g}",
+            f"{r['epochs']:.1f}", r["best_step"], f"{r['steps']:,}",
+            *(figure(r["scores"][text].get(m), ".3f") for text in ("passages", "book") for m in METRICS),
+        ]
+        for r in rows
+    ]  # fmt: skip
+    titles = ["bytes", "length", "objective", "seed", "dropout", "decay", "epochs", "best step", "steps"]
+    return table([*titles, *(f"{m}, {text}" for text in ("passages", "book") for m in METRICS)], cells)
+
+
+def _pair(text: str) -> tuple[float, float]:
+    dropout, _, decay = text.partition(":")
+    return float(dropout), float(decay)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse, train and score what is missing, print."""
+    parser = new_parser(__doc__)
+    parser.add_argument("books", type=Path, help="Parquet file with the columns text and source")
+    parser.add_argument("--out", type=Path, required=True, help="folder for texts, runs and rows")
+    parser.add_argument("--author", required=True, help="beginning of the sources to train on")
+    parser.add_argument("--apart", required=True, help="source of the book that is reported and not trained on")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[250_000, 1_000_000, 4_000_000], metavar="BYTES")
+    lengths = parser.add_mutually_exclusive_group()
+    lengths.add_argument("--minutes", type=float, nargs="+", default=[2.0, 8.0, 30.0], help="[2 8 30]")
+    lengths.add_argument("--steps", type=int, nargs="+", help="lengths in steps instead")
+    parser.add_argument(
+        "--grid", type=_pair, nargs="+", default=[(0.0, 0.04), (0.1, 0.04), (0.1, 0.4)], metavar="DROPOUT:DECAY"
+    )
+    parser.add_argument("--objectives", nargs="+", choices=tuple(SHARES), default=list(SHARES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="[0 1]")
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--batch", type=int, default=0, help="windows a step [the preset's]")
+    parser.add_argument("--device", default="auto", help="to train and score on [train: auto, score: the CPU]")
+    parser.add_argument("--chain-tokens", type=int, default=4_096, help="tokens scored by the chain rule [4096]")
+    parser.add_argument("--bytes", type=int, default=REPORTED, help=f"of each text that is scored [{REPORTED}]")
+    parser.add_argument("--eager", action="store_true", help="train without torch.compile")
+    options = parser.parse_args(words)
+    own, other = passages(options.books, options.author, options.apart)
+    book, shown = Book(options.out / "rows.jsonl"), []
+    for size in options.sizes:
+        data, prepared = corpus(options.out, own, other, size, options.bytes)
+        for length in options.steps or options.minutes:
+            for objective in options.objectives:
+                key = {"size": size, "length": length, "objective": objective}
+                first = [
+                    variant(options, data, prepared, book, point, options.seeds[0], **key) for point in options.grid
+                ]
+                best = min(first, key=judged)
+                point = best["dropout"], best["decay"]
+                others = [variant(options, data, prepared, book, point, s, **key) for s in options.seeds[1:]]
+                shown += [best, *others]
+                print(report(shown).splitlines()[-1], flush=True)
+    print(f"\nLengths in {'steps' if options.steps else 'minutes'}. NELBO: upper bound. Chain and causal: exact.\n")
+    print(report(shown))
+
+
+if __name__ == "__main__":
+    main()
