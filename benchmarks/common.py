@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NoReturn, TypeVar
 
 from mezzotint.config import Preset
 from mezzotint.data.dataset import Windows
@@ -24,6 +24,7 @@ from mezzotint.training.checkpoint import load_run
 from mezzotint.training.run import train
 
 Row = dict[str, Any]
+T = TypeVar("T")
 METRICS = ("nelbo", "chain", "causal")
 
 
@@ -73,6 +74,37 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in [titles, ["---"] * len(titles), *cells]]
     return "\n".join(lines)
+
+
+@dataclasses.dataclass
+class Findings(Generic[T]):
+    """What became of many trials: a row a kind, and one line for each failure."""
+
+    rows: dict[str, T] = dataclasses.field(default_factory=dict)
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+    def table(self) -> str:
+        """The rows, as Markdown."""
+        raise NotImplementedError
+
+
+def end(findings: Findings[Any], summary: str = "") -> NoReturn:
+    """Print the table, the failures and a last line; the exit status is 1 if there were any."""
+    print(findings.table())
+    for line in [*findings.failures, *([summary] if summary else [])]:
+        print(line)
+    sys.exit(1 if findings.failures else 0)
+
+
+def memory_of(name: str) -> int:
+    """`VmRSS` or `VmHWM` of this process, in bytes; where there is no /proc, its peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+    except (OSError, StopIteration):
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def plus_minus(value: float, error: float | None, form: str = ".4f") -> str:

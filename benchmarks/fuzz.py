@@ -28,14 +28,12 @@ import hashlib
 import io
 import json
 import lzma
-import resource
 import struct
-import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +41,7 @@ from unittest import mock
 import numpy as np
 import sentencepiece
 import torch
-from common import new_parser, say, table
+from common import Findings, end, memory_of, new_parser, say, table
 
 from mezzotint.config import ModelConfig, to_dict
 from mezzotint.data.tokenizer import Tokenizer
@@ -421,12 +419,8 @@ class Row:
     largest: str = ""
 
 
-@dataclass
-class Report:
+class Report(Findings[Row]):
     """What became of all files; failures: one line per broken rule."""
-
-    rows: dict[str, Row] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
 
     def table(self) -> str:
         total = Row()
@@ -441,15 +435,6 @@ class Report:
             total.seconds, total.memory = max(total.seconds, row.seconds), max(total.memory, row.memory)
         titles = ["kind", "files", "refused", "opened", "most seconds", "most MiB over the need"]
         return table(titles, cells)
-
-
-def _status(name: str) -> int:
-    """`VmRSS` or `VmHWM` of this process, in bytes; where there is no /proc, its peak."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _forget_peak() -> None:
@@ -472,7 +457,7 @@ class Trial:
         self.need = 0
         gc.collect()
         _forget_peak()
-        self.before = _status("VmRSS")
+        self.before = memory_of("VmRSS")
 
     def _checked(self, original: Callable[[Header, int], ModelConfig]) -> Callable[[Header, int], ModelConfig]:
         def check(header: Header, size: int) -> ModelConfig:
@@ -513,7 +498,7 @@ class Trial:
                 raise
             seconds = time.process_time() - begin
             broken.append(f"raised {type(error).__name__}: {str(error)[:200]!r}")
-        memory = _status("VmHWM") - self.before - self.need
+        memory = memory_of("VmHWM") - self.before - self.need
         if seconds > max(SECONDS, SECONDS_PER_MILLION * self.need / 4e6):
             broken.append(f"took {seconds:.1f} s")
         if memory > MEMORY:
@@ -583,11 +568,7 @@ def main(words: Sequence[str] | None = None) -> None:
         progress=say,
     )  # fmt: skip
     (options.keep / "at_hand.mzt").unlink(missing_ok=True)
-    print(report.table())
-    for line in report.failures:
-        print(line)
-    print(f"{len(report.failures)} broken rules, {time.process_time() - begin:.0f} s of processor time")
-    sys.exit(1 if report.failures else 0)
+    end(report, f"{len(report.failures)} broken rules, {time.process_time() - begin:.0f} s of processor time")
 
 
 if __name__ == "__main__":

@@ -15,23 +15,22 @@ long lines. Knows the public functions only.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import io
 import json
 import multiprocessing
 import resource
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import Findings, end, memory_of, new_parser, say, table
 
 import mezzotint
 from mezzotint.compression.container import compress_stream, decompress_stream
@@ -246,15 +245,6 @@ VERBS: dict[str, Callable[[Any, str, np.random.Generator], None]] = {"fill": fil
 # ------------------------------------------------------------------------------------------------------- the trial
 
 
-def _status(name: str) -> int:
-    """`VmHWM` and such of this process, in bytes; where there is no /proc, its peak."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _attempt(model: Any, verb: str, number: int, seed: int) -> tuple[str, str, float, float, int]:
     """What one text ends in (`result`, `refused` or `broken`), a remark, seconds of processor and wall, peak memory."""
     _, text = hostile_text(number, seed)
@@ -273,7 +263,7 @@ def _attempt(model: Any, verb: str, number: int, seed: int) -> tuple[str, str, f
     seconds, processor = time.perf_counter() - wall, time.process_time() - processor
     if processor > SECONDS:
         ending, remark = "broken", f"took {processor:.1f} s; {remark}"
-    return ending, remark, processor, seconds, _status("VmHWM")
+    return ending, remark, processor, seconds, memory_of("VmHWM")
 
 
 def _serve(model: Any, seed: int, pipe: Connection) -> None:
@@ -301,24 +291,17 @@ class Row:
     slowest: str = ""
 
 
-@dataclass
-class Report:
+class Report(Findings[Row]):
     """What became of all texts; failures: one line for each broken one."""
 
-    rows: dict[str, Row] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-
     def table(self) -> str:
-        lines = [
-            "| verb | texts | results | refused | broken | slowest, processor s | its kind | slowest, wall s | all, processor s | peak MB |",
-            "|" + " --- |" * 10,
-        ]
-        for verb, row in self.rows.items():
-            lines.append(
-                f"| {verb} | {row.texts:,} | {row.result:,} | {row.refused:,} | {row.broken:,} | {row.processor:.1f} | "
-                f"{row.slowest} | {row.wall:.1f} | {row.total:,.0f} | {row.memory / 1e6:,.0f} |"
-            )
-        return "\n".join(lines)
+        titles = ("verb", "texts", "results", "refused", "broken", "slowest, processor s", "its kind", "slowest, wall s",
+                  "all, processor s", "peak MB")  # fmt: skip
+        return table(titles, [
+            (verb, *(f"{n:,}" for n in (row.texts, row.result, row.refused, row.broken)), f"{row.processor:.1f}",
+             row.slowest, f"{row.wall:.1f}", f"{row.total:,.0f}", f"{row.memory / 1e6:,.0f}")
+            for verb, row in self.rows.items()
+        ])  # fmt: skip
 
 
 class _Worker:
@@ -392,7 +375,7 @@ def fuzz(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--texts", type=int, default=2_000, help="how many [2000]")
     parser.add_argument("--first", type=int, default=0, help="number of the first one [0]")
     parser.add_argument("--seed", type=int, default=0, help="of the texts [0]")
@@ -402,12 +385,9 @@ def main() -> None:
     options = parser.parse_args()
     report = fuzz(
         options.texts, options.keep, model=mezzotint.load(options.model), seed=options.seed, first=options.first,
-        verbs=tuple(options.verbs), progress=lambda text: print(text, file=sys.stderr, flush=True),
+        verbs=tuple(options.verbs), progress=say,
     )  # fmt: skip
-    print(report.table())
-    for line in report.failures:
-        print(line)
-    sys.exit(1 if report.failures else 0)
+    end(report)
 
 
 if __name__ == "__main__":

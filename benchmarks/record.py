@@ -23,6 +23,7 @@ from common import new_parser, say, table
 
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig
 from mezzotint.data.dataset import Dataset, Windows
+from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import ArtifactError, CheckpointError, DataError, MezzotintError
 from mezzotint.files import atomic_folder
 from mezzotint.model import Model
@@ -188,8 +189,8 @@ def make_record(
         raise ArtifactError(f"{artifact} was not packed from {run}: their model settings differ")
     others = None if unseen is None else Dataset.open(unseen)
     for folder, opened in ((data, dataset), (unseen, others)):
-        if opened is not None and opened.tokenizer.sha256 != model.tokenizer.sha256:
-            raise DataError(f"{folder} was prepared with another tokenizer than the model's")
+        if opened is not None:
+            check_same_tokenizer(model, opened, data_name=folder)
     if not statement.is_file():
         raise DataError(f"{statement} does not exist: a record states what its model was trained on")
     for name in ("metrics.jsonl", "train.log"):

@@ -16,14 +16,11 @@ Times are of the client's clock, seconds. What else the machine does shows.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import http.client
 import json
-import socket
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ import openai
 import torch
 
 import mezzotint
-from mezzotint.apps.serve import make_server
+from mezzotint.apps.serve import running
 from mezzotint.model import Model
 
 PROMPTS = (
@@ -43,24 +40,6 @@ PROMPTS = (
     "The captain of the ship said that",
 )
 SUFFIX = ", and nobody said a word about it."
-
-
-@contextlib.contextmanager
-def served(model: Model) -> Iterator[int]:
-    """The port of a server in a thread."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = make_server(model, port=port, name="model")
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield port
-    finally:
-        server.should_exit = True
-        thread.join(10)
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -121,7 +100,7 @@ class Client:
 def measure(model: Model, requests: int, clients: int, masks: int, tokens: int) -> dict[str, dict[str, float]]:
     """Rows of figures, by name."""
     rows: dict[str, dict[str, float]] = {}
-    with served(model) as port:
+    with running(model) as port:
         client = Client(port, tokens)
         client.continuation(0)  # what is done once only
         client.middle(0)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from toy import TableModel, ToyTokenizer, ToyWindows, UniformModel, enumerated_nelbo, order_nll, toy_windows
 
-from mezzotint.apps.charts import mask_rate_curve
 from mezzotint.data.dataset import TokenStream
 from mezzotint.errors import DataError
 from mezzotint.objective import lean_mask
@@ -17,6 +16,7 @@ from mezzotint.scoring.compare import compare
 from mezzotint.scoring.journal import Journal
 from mezzotint.scoring.kinds import kind_of
 from mezzotint.scoring.likelihood import causal, chain_rule, lower_bound, nelbo, nelbo_by_window, reconstruction_score
+from mezzotint.scoring.rates import mask_rate_curve
 from mezzotint.seeding import generator
 
 V, T = 3, 3

@@ -20,7 +20,8 @@ from test_serve import Slow, ask, events, post, running, until
 
 from mezzotint.apps import serve
 from mezzotint.apps.desk import MAX_CHARACTERS
-from mezzotint.apps.serve import MAX_GAPS, TextLikelihood
+from mezzotint.apps.serve import MAX_GAPS
+from mezzotint.scoring.text import TextLikelihood
 
 LONDON = "London is the ____ of England."
 DONE = "document.querySelector('#status').textContent === 'Done.'"

@@ -16,6 +16,7 @@ from mezzotint.data.dataset import Dataset
 from mezzotint.errors import ArtifactError, CheckpointError, DataError
 from mezzotint.packing.artifact import inspect_artifact, open_artifact
 from mezzotint.scoring import kinds, likelihood
+from mezzotint.scoring.rates import mask_rate_curve
 
 
 class Page(HTMLParser):
@@ -117,7 +118,7 @@ def test_mask_rate_curve_against_enumeration():
 
     model = TableModel(vocab_size=3, length=3, seed=4)
     windows = toy_windows(model, 24, seed=2)
-    curve = charts.mask_rate_curve(model, windows, bins=3, repeats=400, seed=1)  # type: ignore[arg-type]
+    curve = mask_rate_curve(model, windows, bins=3, repeats=400, seed=1)  # type: ignore[arg-type]
     assert [(round(b.low * 3), round(b.high * 3)) for b in curve] == [(0, 1), (1, 2), (2, 3)]
     size = sum(windows.byte_count(i) for i in range(len(windows)))
     for k, b in enumerate(curve, 1):
@@ -135,7 +136,7 @@ def test_mask_rate_curve_against_enumeration():
 def test_mean_height_of_the_curve_is_the_nelbo():
     model = TableModel(vocab_size=3, length=4, seed=7)
     windows = toy_windows(model, 32)
-    curve = charts.mask_rate_curve(model, windows, bins=4, repeats=300)  # type: ignore[arg-type]
+    curve = mask_rate_curve(model, windows, bins=4, repeats=300)  # type: ignore[arg-type]
     bound = likelihood.nelbo(model, windows, repeats=300)  # type: ignore[arg-type]
     assert np.mean([b.bpb for b in curve]) == pytest.approx(bound.bpb, abs=0.03)
 

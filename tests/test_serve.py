@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import http.client
 import json
@@ -13,7 +12,6 @@ import math
 import re
 import shutil
 import socket
-import threading
 import time
 
 import pytest
@@ -25,10 +23,12 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from test_sample import TEXT, Recall, own_tokenizer, random_model
 
 from mezzotint.apps.desk import MAX_BODY, MAX_CHARACTERS
-from mezzotint.apps.serve import about_model, make_server, serve, text_likelihood
+from mezzotint.apps.serve import about_model, make_server, serve
+from mezzotint.apps.serve import running as running_as
 from mezzotint.errors import MezzotintError
 from mezzotint.pretrained import load
 from mezzotint.sampling.infill import infill
+from mezzotint.scoring.text import text_likelihood
 
 
 class Slow(Recall):
@@ -45,21 +45,8 @@ class Slow(Recall):
         return super().logits(ids, **options)
 
 
-@contextlib.contextmanager
 def running(model, **options):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = make_server(model, port=port, name=options.pop("name", "toy"), **options)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield port
-    finally:
-        server.should_exit = True
-        thread.join(10)
+    return running_as(model, **{"name": "toy", **options})
 
 
 def ask(port: int, path: str, body=None, headers=None, method=None) -> tuple[int, bytes]:

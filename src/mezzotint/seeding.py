@@ -12,16 +12,27 @@ import numpy as np
 import torch
 
 
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator of its own for every key of whole numbers (NumPy's SeedSequence spreads them over 64 bits)."""
-    state = np.random.SeedSequence([k & 0xFFFFFFFFFFFFFFFF for k in key]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator of its own for every key.
+
+    key: whole numbers, which NumPy's SeedSequence spreads over 64 bits; or words, of whose SHA-256 the first 64 bits count.
+    """
+    if any(isinstance(k, str) for k in key):
+        state = int.from_bytes(hashlib.sha256(" ".join(map(str, key)).encode()).digest()[:8], "little")
+    else:
+        numbers = [int(k) & 0xFFFFFFFFFFFFFFFF for k in key]
+        state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return numbered_generator(state >> 1)
 
 
-def named_generator(name: str) -> torch.Generator:
-    """A CPU generator of its own for every name (by SHA-256)."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def numbered_generator(state: int) -> torch.Generator:
+    """A CPU generator begun at PyTorch's own state of that number: what packed files draw their calibration from."""
+    return torch.Generator().manual_seed(state)
+
+
+def numpy_generator(*key: int) -> np.random.Generator:
+    """NumPy's generator (PCG64) of a key of whole numbers, 0 or more."""
+    return np.random.Generator(np.random.PCG64(list(key)))
 
 
 def row_noise(seed: int, step: int, rows: Sequence[int], length: int) -> np.ndarray:

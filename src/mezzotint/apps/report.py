@@ -20,11 +20,9 @@ import torch
 
 import mezzotint
 from mezzotint.apps.charts import (
-    RateBin,
     bytes_chart,
     comparison,
     loss_chart,
-    mask_rate_curve,
     rate_chart,
     read_metrics,
 )
@@ -38,6 +36,7 @@ from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.generate import sample
 from mezzotint.scoring import kinds, likelihood
+from mezzotint.scoring.rates import RateBin, mask_rate_curve
 from mezzotint.scoring.statistics import Estimate
 from mezzotint.training.checkpoint import load_run, read_run, split_run
 

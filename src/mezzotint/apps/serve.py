@@ -11,19 +11,17 @@ takes only JSON, which no other site's page can send.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import importlib.resources
 import json
 import math
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
-
-from mezzotint import seeding
 from mezzotint.apps import api
 from mezzotint.apps.desk import (
     MAX_CHARACTERS,
@@ -40,13 +38,12 @@ from mezzotint.apps.desk import (
 from mezzotint.config import SAMPLERS
 from mezzotint.errors import MezzotintError
 from mezzotint.model import Model, count_parameters
-from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
 from mezzotint.pretrained import pretrained_file, pretrained_models
 from mezzotint.sampling.constraints import WORD
 from mezzotint.sampling.draft import parse_gaps
 from mezzotint.sampling.generate import Span, check_text
 from mezzotint.sampling.infill import CANDIDATES, Alternative, Gap, check_fills, infill
-from mezzotint.scoring.kinds import kind_of
+from mezzotint.scoring.text import text_likelihood
 
 try:
     import uvicorn
@@ -68,7 +65,6 @@ TRAINED_ON = {
 }
 CONNECTIONS = 160
 IDLE_SECONDS = 10  # for a client to ask something, and for one who takes nothing any more
-LIKELIHOOD_MASKS = 32
 SEARCH = "search"
 DRAWING = {"steps", "temperature", "top_p", "no_repeat"}
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -77,73 +73,6 @@ POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-@dataclass(frozen=True)
-class TextLikelihood:
-    """How likely a text is: the NELBO over random masks, an upper bound on its code length.
-
-    bits_per_byte, stderr: of the whole text, None for a text of nothing. bytes: of its UTF-8. masks: drawn per window.
-    bytes_lost: those that its tokens do not give back; where there are any, the figure is no code length.
-    """
-
-    bits_per_byte: float | None
-    stderr: float | None
-    bytes: int
-    tokens: int
-    masks: int
-    bytes_lost: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON object."""
-        return {
-            "bits_per_byte": self.bits_per_byte,
-            "stderr": self.stderr,
-            "kind": kind_of("nelbo", self.bytes_lost),
-            "bytes": self.bytes,
-            "tokens": self.tokens,
-            "masks": self.masks,
-        }
-
-
-def text_likelihood(
-    model: Model, text: str, *, masks: int = LIKELIHOOD_MASKS, seed: int = 0, check: Callable[[], None] | None = None
-) -> TextLikelihood:
-    """The NELBO of a text in bits per byte of its UTF-8, from `masks` masks of each window, counts stratified.
-
-    BOS is given, not charged: it is not part of the text. Windows do not overlap. The standard error is that of the
-    mean over masks. check() is called between forward passes and may raise to stop.
-    """
-    ids = model.tokenizer.encode(text)
-    size = len(text.encode())
-    if not ids or not size:
-        return TextLikelihood(None, None, size, len(ids), 0)
-    window = model.config.sequence_length - 1
-    mean = variance = 0.0
-    for k, start in enumerate(range(0, len(ids), window)):
-        part = torch.tensor(ids[start : start + window])
-        generator = seeding.generator(seed, k)
-        counts = stratified_counts(masks, len(part), generator)
-        rows = part.expand(masks, -1)
-        corrupted, masked = mask_by_count(rows, counts, model.config.mask_id, generator)
-        # What is before a window's text is BOS at its start, and else the id before it.
-        before = torch.full((masks, 1), model.tokenizer.bos_id if start == 0 else ids[start - 1])
-        nats: list[torch.Tensor] = []
-        for chunk in range(0, masks, 8):
-            if check is not None:
-                check()
-            some = slice(chunk, chunk + 8)
-            where = torch.cat((torch.zeros_like(before[some], dtype=torch.bool), masked[some]), 1)
-            with torch.inference_mode():
-                logits = model.logits(torch.cat((before[some], corrupted[some]), 1), positions=where.to(model.device))
-            nll = masked_nll(logits.cpu(), rows[some], masked[some])
-            nats.append(nelbo_per_window(nll.double(), counts[some]))
-        each = torch.cat(nats).numpy()
-        mean += float(each.mean())
-        variance += float(each.var(ddof=1)) / masks
-    scale = 1 / (size * math.log(2))
-    lost = int(model.tokenizer.lost_bytes(text).sum())
-    return TextLikelihood(mean * scale, float(np.sqrt(variance)) * scale, size, len(ids), masks, lost)
 
 
 def _settings(body: dict[str, Any], window: int) -> tuple[dict[str, Any], int]:
@@ -361,7 +290,7 @@ def make_server(
     serving: int = SERVING,
     waiting: int = WAITING,
 ) -> uvicorn.Server:
-    """A server ready to `run()`; tests run it in a thread. A host other than this machine answers to that name too."""
+    """A server ready to `run()`. A host other than this machine answers to that name too."""
     everywhere = host in ("0.0.0.0", "::")
     hosts = ("*",) if everywhere else tuple(dict.fromkeys((*LOCAL_NAMES, host)))
     app = create_app(model, name=name, serving=serving, waiting=waiting, hosts=hosts)
@@ -376,6 +305,25 @@ def make_server(
             http=_Connection,
         )
     )
+
+
+@contextlib.contextmanager
+def running(model: Model, **options: Any) -> Iterator[int]:
+    """A server in a thread of this process, for as long as the context lasts: its port on 127.0.0.1.
+
+    options: those of `make_server`; port: a free one unless given.
+    """
+    with socket.create_server(("127.0.0.1", options.pop("port", 0))) as listener:
+        server = make_server(model, **options)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(10)
 
 
 def serve(model: Model, *, host: str = "127.0.0.1", port: int = 8000, name: str = "model") -> None:

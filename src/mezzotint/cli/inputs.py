@@ -41,6 +41,7 @@ def load_model(path: Path | None, arguments: argparse.Namespace | None = None) -
 def run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | None:
     """The data given, else the data the run was trained on. `needed`: what for, if it must be there."""
     from mezzotint.data.dataset import Dataset
+    from mezzotint.data.tokenizer import check_same_tokenizer
     from mezzotint.training.checkpoint import read_run
 
     run_config = read_run(run)
@@ -50,8 +51,7 @@ def run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | Non
             raise DataError(f"the data that {run} was trained on is not at {folder}: name it with --data for {needed}")
         return None
     dataset = Dataset.open(folder)
-    if dataset.tokenizer.sha256 != run_config["data"]["tokenizer_sha256"]:
-        raise DataError(f"{folder} was prepared with another tokenizer than {run} was trained with")
+    check_same_tokenizer(run_config["data"]["tokenizer_sha256"], dataset, run, folder)
     return dataset
 
 

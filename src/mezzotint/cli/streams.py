@@ -11,7 +11,8 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from mezzotint.errors import ConfigError, DataError
@@ -20,6 +21,7 @@ STANDARD = Path("-")
 READ_FROM = ("model", "a", "b", "artifact", "file", "folder", "data", "text", "prompt")
 ARTIFACTS = ("pack", "import", "export", "compress", "report")
 """Commands whose output is nothing for a terminal."""
+Copy = Callable[[Path], None]
 
 
 def check_streams(arguments: argparse.Namespace) -> None:
@@ -43,40 +45,45 @@ def to_standard(arguments: argparse.Namespace) -> bool:
 
 
 @contextlib.contextmanager
-def input_file(given: Path, suffix: str = "") -> Iterator[Path]:
-    """The file given, or for `-` one with this suffix that holds standard input, for as long as the context lasts."""
-    if given != STANDARD:
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="mezzotint.") as folder:
-        path = Path(folder) / f"standard input{suffix}"
-        with path.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-        yield path
-
-
-@contextlib.contextmanager
-def output_file(given: Path) -> Iterator[Path]:
-    """The name to write under; for `-` one whose content goes to standard output once the context ends well."""
-    if given != STANDARD:
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="mezzotint.") as folder:
-        path = Path(folder) / "standard output"
-        yield path
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # one process of several writes
-            shutil.copyfileobj(file, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
-
-
-@contextlib.contextmanager
-def input_folder(given: Path, names: tuple[str, ...]) -> Iterator[Path]:
-    """The folder given, or for `-` one with the files of these names from a tar archive. Raises DataError."""
+def _standing_in(given: Path, name: str, before: Copy | None = None, after: Copy | None = None) -> Iterator[Path]:
+    """What was given, or for `-` a temporary path of this name: before() fills it, after() reads it where all went well."""
     if given != STANDARD:
         yield given
         return
     with tempfile.TemporaryDirectory(prefix="mezzotint.") as place:
-        folder = Path(place) / "standard input"
+        path = Path(place) / name
+        if before is not None:
+            before(path)
+        yield path
+        if after is not None:
+            after(path)
+
+
+def input_file(given: Path, suffix: str = "") -> AbstractContextManager[Path]:
+    """The file given, or for `-` one with this suffix that holds standard input, for as long as the context lasts."""
+    return _standing_in(given, f"standard input{suffix}", before=_read_file)
+
+
+def _read_file(path: Path) -> None:
+    with path.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+
+
+def output_file(given: Path) -> AbstractContextManager[Path]:
+    """The name to write under; for `-` one whose content goes to standard output once the context ends well."""
+    return _standing_in(given, "standard output", after=_write_file)
+
+
+def _write_file(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # one process of several writes
+        shutil.copyfileobj(file, sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+
+
+def input_folder(given: Path, names: tuple[str, ...]) -> AbstractContextManager[Path]:
+    """The folder given, or for `-` one with the files of these names from a tar archive. Raises DataError."""
+
+    def read(folder: Path) -> None:
         folder.mkdir()
         try:
             with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as archive:
@@ -87,25 +94,23 @@ def input_folder(given: Path, names: tuple[str, ...]) -> Iterator[Path]:
                             shutil.copyfileobj(content, file)
         except (tarfile.TarError, EOFError) as error:
             raise DataError(f"standard input is not a tar archive of a folder ({error})") from error
-        yield folder
+
+    return _standing_in(given, "standard input", before=read)
 
 
-@contextlib.contextmanager
-def output_folder(given: Path) -> Iterator[Path]:
+def output_folder(given: Path) -> AbstractContextManager[Path]:
     """The folder to write; for `-` one whose files go to standard output as a tar archive, the same for the same files."""
-    if given != STANDARD:
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="mezzotint.") as place:
-        folder = Path(place) / "standard output"
-        yield folder
-        with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
-            for path in sorted(folder.iterdir()):
-                member = tarfile.TarInfo(path.name)
-                member.size, member.mode = path.stat().st_size, 0o644
-                with path.open("rb") as file:
-                    archive.addfile(member, file)
-        sys.stdout.buffer.flush()
+    return _standing_in(given, "standard output", after=_write_folder)
+
+
+def _write_folder(folder: Path) -> None:
+    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
+        for path in sorted(folder.iterdir()):
+            member = tarfile.TarInfo(path.name)
+            member.size, member.mode = path.stat().st_size, 0o644
+            with path.open("rb") as file:
+                archive.addfile(member, file)
+    sys.stdout.buffer.flush()
 
 
 def read_text(given: str) -> str:

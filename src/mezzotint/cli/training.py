@@ -17,7 +17,7 @@ from mezzotint.cli.inputs import load_model, run_data
 from mezzotint.cli.processes import first, several
 from mezzotint.cli.streams import input_file, output_file
 from mezzotint.config import PRESETS, ModelConfig, Rule, TrainConfig, fine_tuning, preset
-from mezzotint.errors import ConfigError, DataError
+from mezzotint.errors import ConfigError
 
 if TYPE_CHECKING:
     from mezzotint.data.tokenizer import Tokenizer
@@ -238,13 +238,12 @@ def train_configs(
     if "minutes" in train_changes:
         train_changes.setdefault("steps", 0)  # steps would have the last word
     if arguments.resume and (arguments.out / "config.json").exists():
+        from mezzotint.data.tokenizer import check_same_tokenizer
         from mezzotint.training.checkpoint import read_run
 
         run_config = read_run(arguments.out)
-        if tokenizer.sha256 != run_config["data"]["tokenizer_sha256"]:
-            raise DataError(
-                f"{arguments.data} was prepared with another tokenizer than {arguments.out} was trained with"
-            )
+        same = (run_config["data"]["tokenizer_sha256"], tokenizer.sha256)
+        check_same_tokenizer(*same, arguments.out, arguments.data)
         model, train = run_config["model"], run_config["train"]
         if arguments.preset is not None:
             model, train = preset(arguments.preset).model, preset(arguments.preset).train

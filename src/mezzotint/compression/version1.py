@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mezzotint import seeding
 from mezzotint.compression.blocks import DAMAGED, FRAME_BYTES, Reader, unsqueeze
 from mezzotint.compression.frames import put_together, read_side
 from mezzotint.config import parse_attention
@@ -140,7 +141,7 @@ def numerics_fingerprint(model: Model, code: _Code) -> bytes:
     The probes have the shapes that coding uses (fewer rows) and are half revealed at random.
     """
     length = model.config.sequence_length
-    draw = np.random.Generator(np.random.PCG64(0))
+    draw = seeding.numpy_generator(0)
     digest = hashlib.sha256()
     for batch in sorted({1, min(code.rows, 4)}):
         ids = draw.integers(0, model.config.vocab_size + 1, size=(batch, length))

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mezzotint import seeding
 from mezzotint.config import OPTIONS, shown
 from mezzotint.data.dataset import (
     FORMAT,
@@ -385,7 +386,7 @@ def _prepare_texts(
     chosen: set[int] = set()
     if not val.sources and count > 1:
         held = min(count - 1, max(1, round(count * val_fraction)))
-        chosen = set(np.random.default_rng(description["seed"]).choice(count, held, replace=False).tolist())
+        chosen = set(seeding.numpy_generator(description["seed"]).choice(count, held, replace=False).tolist())
     with atomic_folder(out) as folder:
         train_split = _SplitWriter(folder, "train", tokenizer)
         val_split = _SplitWriter(folder, "val", tokenizer)

@@ -340,8 +340,12 @@ def _difference(given: bytes, back: bytes) -> int:
 def check_same_tokenizer(
     model: Any, data: Any, model_name: object = "the model", data_name: object = "the data"
 ) -> None:
-    """Raise DataError unless two things (models, datasets, streams: what has a tokenizer) have the same tokenizer."""
-    if model.tokenizer.sha256 != data.tokenizer.sha256:
+    """Raise DataError unless two things have the same tokenizer.
+
+    model, data: models, datasets, streams (what has a tokenizer), or a tokenizer's SHA-256, which is what a run keeps.
+    """
+    one, other = (thing if isinstance(thing, str) else thing.tokenizer.sha256 for thing in (model, data))
+    if one != other:
         raise DataError(
             f"{data_name} was prepared with another tokenizer than {model_name}: prepare it again with the model's "
             "(`mezzotint prepare --tokenizer MODEL`)"

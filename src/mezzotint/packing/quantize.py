@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mezzotint import seeding
 from mezzotint.distributed import rank_and_size
 from mezzotint.model import Denoiser, Model, shift_right
 from mezzotint.objective import block_counts, block_lengths, mask_by_count
@@ -57,7 +58,7 @@ def calibration(model: Model, windows: Iterable[np.ndarray], seed: int = 0) -> l
     from nearly none to all are represented, as in the objective.
     """
     windows = list(windows)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeding.numbered_generator(seed)
     length = max((len(window) for window in windows), default=1)
     block = model.block_size
     size = block if 1 < block < length else None
@@ -160,7 +161,7 @@ def curvature(model: Model, windows: Iterable[np.ndarray], seed: int = 0, draws:
     tokens = torch.zeros((), dtype=torch.float64)
     try:
         for number, item in _share(calibration(model, windows, seed)):
-            generator = torch.Generator().manual_seed((seed << 32) + number)
+            generator = seeding.numbered_generator((seed << 32) + number)
             logits = item.logits(network)
             weights = item.weights.to(logits.device).sqrt() / draws**0.5
             tokens += item.ids.shape[1]

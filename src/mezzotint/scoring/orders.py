@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mezzotint import seeding
 from mezzotint.errors import DataError
 
 
@@ -29,7 +30,7 @@ def reveal_order(order: str, length: int) -> list[np.ndarray]:
     if name == "left" and number is None:
         return [np.array([i]) for i in range(length)]
     if name == "random" and number is not None:
-        shuffled = np.random.Generator(np.random.PCG64([int(number), length])).permutation(length)
+        shuffled = seeding.numpy_generator(int(number), length).permutation(length)
         return [np.array([i]) for i in shuffled]
     if name == "block" and number is not None and int(number) >= 1:
         return [np.arange(i, min(i + int(number), length)) for i in range(0, length, int(number))]

@@ -76,7 +76,7 @@ def corrupt_batch(
     scoring.
     """
     total, length = num_windows or len(ids), ids.shape[1]
-    generator = seeding.named_generator(f"masks {config.seed} {step}")
+    generator = seeding.generator("masks", config.seed, step)
     share = config.causal_share if causal_share is None else causal_share
     dither = float(torch.rand((), generator=generator, dtype=torch.float64))
     # Blocks of one token are next tokens: nothing is gained by doubling windows for them.

@@ -261,7 +261,7 @@ class Trainer:
         stage = stage_at(self.config, progress)
         if self.config.dropout:  # so that a resumed run drops what one left alone does
             key = f"dropout {self.config.seed} {self.step} {self.rank}"
-            torch.manual_seed(seeding.named_generator(key).initial_seed())
+            torch.manual_seed(seeding.generator(key).initial_seed())
         figures = self._gradients(self.batches.batch(self.step, stage))
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip or math.inf)
         kind = "nelbo"

@@ -64,7 +64,7 @@ class ValidationSet:
         ids = torch.from_numpy(np.stack([windows[i] for i in chosen]))
         length = ids.shape[1]
         size = model.block_size if 1 < model.block_size < length else None
-        generator = seeding.named_generator("validation masks")
+        generator = seeding.generator("validation masks")
         counts = block_counts(n, length, size or length, generator)
         corrupted, masked = mask_by_count(ids, counts, model.config.mask_id, generator, size)
         size_in_bytes = sum(windows.byte_count(i) for i in chosen)
