@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pydoc
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,3 +119,12 @@ def test_a_model_and_its_figures_show_themselves_shortly(trained):
     assert both.count("<tr>") == 3 and "<caption>b - a: " in both
     nasty = dataclasses.replace(figure, method="<script>")
     assert "<script>" not in nasty._repr_html_()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_docstrings_name_every_parameter_and_what_is_raised(name):
+    function = inspect.unwrap(getattr(mezzotint, name))
+    text = inspect.getdoc(function) or ""
+    parameters = inspect.signature(function).parameters
+    assert not [p for p in parameters if not re.search(rf"\b{p}\b", text)]
+    assert "Raises" in text or not parameters

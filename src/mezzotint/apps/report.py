@@ -231,7 +231,8 @@ def report(
 
     artifact: the packed model; adds the bytes per tensor, and the figures and texts are then the artifact's rather than
     the run's. dataset: adds validation figures, the mask-rate chart and filled gaps; its NELBO is scored on about
-    `tokens` tokens unless `estimates` already holds one. samples: texts from nothing (0: none).
+    `tokens` tokens unless `estimates` already holds one. samples: texts from nothing (0: none). seed: of
+    masks and samples. progress: told in words.
 
     Returns `file`, `bytes`, `sections` (the titles of what is in it). Raises CheckpointError, ArtifactError, DataError
     and OSError; `out` is then untouched.

@@ -409,7 +409,8 @@ def submit(
     """Write the record folder of a run and its artifact to `out`, whole or not at all.
 
     The score is the first of `estimates` if there are any, else the artifact's NELBO on `dataset`'s validation split
-    (about `tokens` tokens; all by default). date: ISO 8601 (default: now, UTC).
+    (about `tokens` tokens; all by default). date: ISO 8601 (default: now, UTC). name, author,
+    github_id, blurb, track: as the challenge's submission.json has them. seed: of the masks. progress: told in words.
 
     Returns `folder`, `artifact_bytes`, `code_bytes`, `total_bytes`, `budget_bytes`, `val_bpb`, `val_bpb_kind`, `files`.
     Raises ArtifactError if artifact and scripts exceed the challenge's budget (naming the budget to pack with), and

@@ -308,14 +308,17 @@ def _block(kind: int, reader: Reader, network: _Network | None, tick: Tick) -> b
 
 
 def compress(data: bytes, model: Model) -> bytes:
-    """The compressed form of `data`. See `compress_stream`."""
+    """The compressed form of `data`, at most 64 bytes longer than it. Raises ConfigError: `model` learnt no next tokens."""
     target = io.BytesIO()
     compress_stream(io.BytesIO(data), target, model, size=len(data))
     return target.getvalue()
 
 
 def decompress(data: bytes, model: Model) -> bytes:
-    """The bytes that `compress` was given. Raises DataError as `decompress_stream` does."""
+    """The bytes that `compress` was given. data: what it returned; model: the same as there.
+
+    Raises DataError: not compressed, damaged, of a newer version, or made with another model.
+    """
     target = io.BytesIO()
     decompress_stream(io.BytesIO(data), target, model)
     return target.getvalue()

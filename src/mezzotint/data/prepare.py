@@ -254,10 +254,11 @@ def prepare(
 ) -> dict[str, Any]:
     """Turn sources into a data folder: train_*.bin, val_*.bin, the tokenizer's file, data.json. Whole or not at all.
 
+    out: the folder, new or empty. progress: told of documents read and encoded.
     sources, val: files and folders of them (kinds: see `sources`), `-` (UTF-8 text from standard input), `stdlib`,
     `hf:OWNER/NAME[:CONFIG][:SPLIT]`, or, alone, `fineweb:sp1024[:SHARDS]`. text_field: the column or JSON key of the text,
-    `a.b` for b inside a. A file of text is read in stretches, so memory does not grow with it. Without `val`, a `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a single
-    document, its end. tokenizer: one, its file, or a folder that holds it (a run, an exported model); without it, one of
+    `a.b` for b inside a. A file of text is read in stretches, so memory does not grow with it. Without `val`, a
+    `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a single document, its end. tokenizer: one, its file, or a folder that holds it (a run, an exported model); without it, one of
     `vocab_size` pieces is trained on `sources` (default 4,096, or fewer where the text is too short for that).
 
     Returns train and val, each {documents, tokens, bytes, piece_bytes, not_round_trip, lost_bytes}, vocab_size,

@@ -170,7 +170,8 @@ def push_to_hub(
 ) -> str:
     """Upload an artifact with its card to the repository `repo_id`, made if need be; returns the commit's address.
 
-    card: the other settings of `HubModel`. Raises ArtifactError for the file, MezzotintError if the Hub refuses.
+    figures: for the card's metadata (`integrations.card`). private: a repository that is made is for its owner alone. token,
+    branch, create_pr, commit_message: as huggingface_hub takes them. card: the other settings of `HubModel`. Raises ArtifactError for the file, MezzotintError if the Hub refuses.
     """
     hub = HubModel(artifact, figures, **card)
     if not reachable():
@@ -200,6 +201,8 @@ def from_pretrained(
 ) -> Model:
     """The model in a repository on the Hub, or in a local folder of the same form.
 
+    repo_id: OWNER/NAME, or the folder. revision: a branch, tag or commit; token, cache_dir, force_download, local_files_only:
+    as huggingface_hub takes them.
     Raises ArtifactError for what is in the file, MezzotintError if it cannot be had.
     """
     local = local_files_only or (not Path(repo_id).is_dir() and not reachable())

@@ -131,6 +131,7 @@ def from_transformers(
 
     objective: `masked`, `masked_shifted` or `causal`; where not given, what the model's class name says (ForMaskedLM,
     ForCausalLM). window: tokens of a window, BOS among them [what the model takes, at most 4,096].
+    extra_inputs: what the model's forward takes besides ids, by name, made from the canvas and what of it is masked [B, T].
     Raises ConfigError: the objective cannot be told, no MASK, a tokenizer that does not fit.
     """
     objective = objective or _objective([type(model).__name__])

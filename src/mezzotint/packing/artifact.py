@@ -499,7 +499,7 @@ def _lzma_tensors(
 
 
 def open_artifact(path: Path | str) -> Model:
-    """The model in a `.mzt` file, on the CPU, in float32, exactly as it was when packed.
+    """The model in the `.mzt` file `path`, on the CPU, in float32, exactly as it was when packed.
 
     Raises ArtifactError, whatever the file holds: missing, damaged, hostile, or of a newer version.
     """
@@ -512,7 +512,7 @@ def open_artifact(path: Path | str) -> Model:
 
 
 def inspect_artifact(path: Path | str) -> dict[str, Any]:
-    """What is in a `.mzt` file. Everything is decoded and checked on the way. Raises ArtifactError.
+    """What is in the `.mzt` file `path`. Everything is decoded and checked on the way. Raises ArtifactError.
 
     Keys: `file`, `sha256`, `version`, `bytes`, `parameters`, `bits_per_parameter`, `config`, `info`, `tokenizer`
     (`tokens`, `bytes`, `sha256`), `tensors` (each `name`, `shape`, `codec`, `bytes`, `bits_per_weight`, `zeros`: the

@@ -321,7 +321,8 @@ def pack(
 ) -> dict[str, Any]:
     """Quantize, code and write `model` to `out` so that the file and the `code` files fit `budget` decimal bytes.
 
-    calibration: the training split's tokens; masked text from it gives curvature and Hessians. codec: `mezzotint`
+    calibration: the training split's tokens; masked text from it, about `calibration_tokens` of them, gives curvature and
+    Hessians. seed: of its masks. progress: told in words. codec: `mezzotint`
     (rate-distortion GPTQ), `int6` (GPTQ to int6 on a row grid, range-coded, +-1 dropping) or `reference` (the seed's
     quantization and LZMA). tolerance (`mezzotint` only): the cost in nats per token below which bytes are not worth
     spending, so that an artifact need not fill its budget; measured (`quantize.Divergence`) on text between the
@@ -414,7 +415,7 @@ def sweep(
     pair up. The first point costs about the first of `tolerances` (increasing; nats per token) by measurement, the
     others' steps follow from its. Returns one dict per tolerance: `tolerance`, `bytes`, `bits_per_parameter`,
     `cost_nats_per_token` (measured as by `pack`, on calibration text), `nelbo_bpb`, `cost_bpb` (over the unpacked
-    model) and `cost_stderr_bpb`.
+    model) and `cost_stderr_bpb`. calibration_tokens, seed, progress: see `pack`. Raises ArtifactError as it does.
     """
     tell = progress or silent
     windows, check = calibration_split(model, calibration, calibration_tokens)

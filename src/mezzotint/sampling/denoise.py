@@ -119,6 +119,7 @@ def denoise(
     first_row: number of the canvas's first row, for a seed's rows drawn in several calls.
     attention: what a position attends to, `full`, `causal` or `block(k)`. Default: `full`, but for `blocks` on a model that
     was trained in blocks these blocks, from left to right; keys and values of finished ones are then kept.
+    on_step(pass, ids, confidence): called after each pass with the canvas and the probability of each drawn id, both [B, T].
     settings: the fields of `SamplingConfig`.
 
     Decided positions never pass the output layer. Deterministic in (seed, row) up to rounding for any batch.

@@ -104,7 +104,7 @@ def sample(
     length: by default what the window holds behind the prompt, and at least half a window. Text i depends on (seed, i)
     only. Each begins after a BOS, with `prompt` if given. A length beyond the window is drawn window after window, each
     seeing the last half window of text before it; `steps` is then per window.
-    on_step sees the whole canvas [n, tokens]. attention: see `denoise`. settings: the fields of `SamplingConfig`. Unless told
+    on_step sees the whole canvas [n, tokens] after each pass. attention: see `denoise`. settings: the fields of `SamplingConfig`. Unless told
     how to reveal masks, a model that learnt next tokens draws one after another, at a temperature of 0.9 if none is given,
     and keeps keys and values; one trained in blocks is sampled by `blocks`. `order_noise` is 4 unless given. Raises
     MezzotintError for a bad number, length or prompt.

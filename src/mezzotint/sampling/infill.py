@@ -274,13 +274,14 @@ def infill(
     """Fill the gaps of a text (see `parse_gaps`, whose answer may be given instead of a text); all the rest of it comes
     back byte for byte.
 
-    n: alternatives to return for each gap. candidates: about how many texts are proposed for each gap; the one with
+    seed: of what is drawn. n: alternatives to return for each gap. candidates: about how many texts are proposed for each gap; the one with
     which the text has the least code length is taken (see `ranking`). Default: CANDIDATES by a beam, fewer where there
     are more than FEW gaps. Where an option of
     sampling is given they are drawn as it says, by default one for each length.
     lengths: token counts to try for gaps of unknown length. whole_words: gaps neither begin nor end inside a word.
     max_words: at most so many in a gap. regex: what a gap's text must match as a whole (needs the extra `regex`). avoid:
     words that must not stand in a gap. on_step(pass, spans) sees the text being revealed, progress counts gaps.
+    attention: what a position of `model` attends to, see `denoise`.
     settings: the fields of `SamplingConfig`; temperature is 0.7 unless given, and `steps` is per gap. Text longer than the
     window is seen through a window around each gap; time is linear in the gaps. Raises MezzotintError when one gap needs
     more tokens than the window holds, ConfigError for bad settings.
@@ -335,5 +336,8 @@ class InfillOptions(SamplingOptions, total=False):
 
 
 def fill(model: Model, text: str, seed: int = 0, **options: Unpack[InfillOptions]) -> str:
-    """The text with its gaps filled: `infill(...).text`. Text without gaps comes back as it is."""
+    """The text with its gaps filled: `infill(...).text`. Text without gaps comes back as it is.
+
+    model, seed, options: see `infill`. Raises MezzotintError as it does.
+    """
     return infill(model, text, seed, **options).text

@@ -38,7 +38,7 @@ def compare(
     What a mask or window costs both models alike drops out of the difference, so its error is far below that of the
     two figures. method: `nelbo` or `chain` (left to right; exact on the windows scored). Over all windows the error
     is that of the masks; over a subset (`tokens`) that from the choice of windows is added, and the answer is about
-    all of them. The NELBO is that of the blocks each model was trained on; masks are the same where the blocks are.
+    all of them. repeats, seed, batch, progress: see `nelbo`. The NELBO is that of the blocks each model was trained on; masks are the same where the blocks are.
     Raises DataError when the models' tokenizers differ, for an unknown method, or as `nelbo` does.
     """
     if a.tokenizer.sha256 != b.tokenizer.sha256 or a.config.vocab_size != b.config.vocab_size:
@@ -116,7 +116,8 @@ def compare_documents(
 ) -> Comparison:
     """Is model `b` better or worse than model `a` on these documents? For models of different tokenizers.
 
-    Both figures are bits per byte of the same text, each document scored apart behind a BOS that is given. method:
+    texts: the documents. stride: tokens by which windows of a long document move on, see `TextWindows`. repeats, seed, batch,
+    progress: see `nelbo`. Both figures are bits per byte of the same text, each document scored apart behind a BOS that is given. method:
     `nelbo`, which is next tokens for a model of next tokens, or `chain-or-causal`, exact for both sides. The documents
     are a sample of all there might be: the standard error is that of the ratio of their differences to their bytes
     (Cochran 1977, eq. 6.13, without the finite-population factor), by Student's t, and masks are in it.

@@ -52,6 +52,9 @@ def nelbo(
 ) -> Estimate:
     """The NELBO of the windows: an upper bound on -log p, estimated without bias.
 
+    windows: of ids, as `TokenStream.windows` gives them. tokens: score about so many, in evenly spaced windows (default: all). seed: of the masks. batch: windows of a forward pass
+    (default: what holds 16,384 tokens); it changes speed and memory, not the figure. journal: a file that keeps what is done,
+    to go on from. progress: told of forward passes.
     block_size: tokens of the blocks that are denoised from left to right, each given the true blocks before it; 0:
     whole windows; default: what the model was trained on. 1 is `causal`, which is exact.
     order_lean: draw orders that lean to the left, of whole windows (`objective.lean_mask`): 0 is the NELBO, infinity an
@@ -62,6 +65,7 @@ def nelbo(
     difficult the hidden tokens are (`apply_control`). Repeats are independent, and the mask error is that of their
     mean, with repeats - 1 degrees of freedom (`Estimate.interval` uses Student's t). Over all windows that is the
     whole error; over a subset the error from the choice of windows is added.
+    The formula and its sources (Uria et al. 2014, eq. 6; Arriola et al. 2025, eq. 8, for blocks): see `objective`.
     Deterministic in `seed`, up to rounding for any `batch`. Costs repeats * windows forward passes, of twice the length
     for blocks. `journal` and torchrun: see `Journal`; neither is for block size 1.
     Repeats are 8 where not given.
@@ -108,7 +112,8 @@ def lower_bound(
     windows. slack: nats by which its tangent point is moved away, see `nelbo.lower_matrix`; order_lean: see `nelbo`, whose
     mixture is another for another lean. What is proven is the expectation: in windows of more than some tens of tokens most
     of p comes from orders so rare that they are not drawn, and the estimate of a few repeats and its standard error say
-    nothing about them. Raises as `nelbo` does, and DataError for a slack below 0.
+    nothing about them. model, tokens, seed, batch, journal, progress: see `nelbo`.
+    Raises DataError as `nelbo` does, and for a slack below 0.
     """
     plan = Scoring.make(
         model, windows, tokens=tokens, progress=progress, repeats=repeats, seed=seed, batch=batch, journal=journal
@@ -123,8 +128,8 @@ def nelbo_by_window(
 ) -> np.ndarray:
     """Each window's share of `nelbo`, float64 [windows]: their mean is the figure, in bits per byte.
 
-    For differences between models of one tokenizer: the same arguments give the same windows and masks. Raises as
-    `nelbo` does.
+    For differences between models of one tokenizer: the same arguments give the same windows and masks. model, tokens,
+    repeats, seed: see `nelbo`. Raises DataError as it does.
     """
     plan = Scoring.make(model, windows, tokens=tokens, progress=None, repeats=repeats, seed=seed)
     mean_bytes = float(plan.byte_counts.mean())
@@ -151,8 +156,10 @@ def chain_rule(
     tokens from left to right. With `block(k)` attention, an order that finishes each block before the next (`left`,
     or `block(k)`, a block in a single pass) takes all blocks at once: k passes from left to right, over the doubled
     window of `Denoiser.hidden_blocks`. For other orders only the part of the canvas that can be seen is computed.
-    `causal` is `block(1)`, where a token is predicted at a MASK of its own, unlike in the function `causal`. No masks are drawn, so over all windows the error is 0; `seed` is only recorded.
-    `journal` and torchrun: see `Journal`. Raises DataError if there is nothing to score.
+    `causal` is `block(1)`, where a token is predicted at a MASK of its own, unlike in the function `causal`. No masks are
+    drawn, so over all windows the error is 0; `seed` is only recorded. model, windows, tokens, batch, progress: see `nelbo`.
+    `journal` and torchrun: see `Journal`. Raises DataError if there is nothing to score, for an unknown order, or for windows
+    of another tokenizer; ConfigError for unknown attention.
     """
     plan = Scoring.make(model, windows, tokens=tokens, progress=progress, seed=seed, batch=batch, journal=journal)
     nats, passes = chain_matrix(model, plan, order, attention)
@@ -172,7 +179,9 @@ def causal(
     """Exact next-token code length of a model trained with causal attention: one forward pass per window.
 
     The input is the window shifted right behind one MASK, so that the output at position i, which sees x_<i, predicts
-    x_i. A normalised distribution for any weights, but a poor one for weights never trained this way.
+    x_i. A normalised distribution for any weights, but a poor one for weights never trained this way. No masks are drawn;
+    `seed` is only recorded. windows, tokens, batch, progress: see `nelbo`.
+    Raises DataError if there is nothing to score, or for windows of another tokenizer.
     """
     plan = Scoring.make(model, windows, tokens=tokens, progress=progress, seed=seed, batch=batch)
     return assemble(plan, "causal", "causal", causal_matrix(model, plan), len(plan.chosen))
@@ -191,7 +200,8 @@ def reconstruction_score(
 
     Each token is masked with probability t, CE(t) is the mean over all masked tokens in nats per token, and the bytes
     are those of the tokens shifted by one, as for a next-token model. A uniform model scores 3.5746 log V nats per
-    token where its true figure is log V. The error covers masks and the choice of windows.
+    token where its true figure is log V. The error covers masks and the choice of windows. model, windows, tokens, seed,
+    batch, progress: see `nelbo`. Raises DataError as it does, and for windows with context.
     """
     plan = Scoring.make(model, windows, tokens=tokens, progress=progress, seed=seed, batch=batch)
     if plan.has_context:

@@ -151,8 +151,8 @@ def memorized(
 ) -> dict[str, Any]:
     """Shares of the strings of `length` bytes that stand in `dataset`'s training split: of sampled and of held-out text.
 
-    samples: texts drawn, each of at most `tokens` tokens (default: the window); held_out: stretches of real text, which
-    cost little. settings: the fields of `SamplingConfig`. Returns `length`, `seed`, `sampled` and `held_out` (each `Share.to_dict()`), and
+    model: writes the texts, `batch` at a time, from `seed` on. samples: texts drawn, each of at most `tokens` tokens (default: the window); held_out: stretches of real text, which
+    cost little. progress: told of texts drawn. settings: the fields of `SamplingConfig`. Returns `length`, `seed`, `sampled` and `held_out` (each `Share.to_dict()`), and
     `ratio` of the two shares, None where held-out text has nothing in common with the training text.
     Raises DataError where tokenizers differ or no text is as long as a string, ConfigError for bad numbers.
     """

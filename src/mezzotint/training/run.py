@@ -148,7 +148,7 @@ def train(
     and data are required, and the same settings but for those of `FREE_TO_CHANGE` (the run's length among them) and
     those named in `changes`, each of which is noted in train.log with the step from which it holds. init: a model whose
     weights the run starts from, of the same shape and tokenizer; the optimizer is new (`config.fine_tuning` has settings
-    for it). A run counted by
+    for it). progress: told of every row of metrics.jsonl. A run counted by
     steps that is stopped and resumed ends bit-equal on the CPU. One process at a time may train in a folder.
 
     About ten times a run (`val_every`) the averaged weights are scored on a fixed part of the validation text, with
