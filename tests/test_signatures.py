@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import pydoc
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,3 +130,22 @@ def test_public_docstrings_name_every_parameter_and_what_is_raised(name):
     parameters = inspect.signature(function).parameters
     assert not [p for p in parameters if not re.search(rf"\b{p}\b", text)]
     assert "Raises" in text or not parameters
+
+
+def public_functions(body: list[ast.stmt], around: str = "") -> Iterator[tuple[ast.FunctionDef, str]]:
+    """Functions and methods with public names, each with its docstring and that of its class."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, ast.get_docstring(node) or "")
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node, around + (ast.get_docstring(node) or "")
+
+
+@pytest.mark.parametrize("room", ["data", "training", "sampling", "packing", "scoring"])
+def test_a_public_function_that_raises_says_so(room):
+    for path in (Path(mezzotint.__file__).parent / room).glob("*.py"):
+        for node, text in public_functions(ast.parse(path.read_text()).body):
+            raised = [r.exc.func for r in ast.walk(node) if isinstance(r, ast.Raise) and isinstance(r.exc, ast.Call)]
+            errors = {name.id for name in raised if isinstance(name, ast.Name) and name.id.endswith("Error")}
+            silent = errors - {"AssertionError", "AttributeError", "NotImplementedError", "IndexError"}
+            assert not silent or re.search("[Rr]aise", text), f"{path.name}: {node.name} does not say {silent}"

@@ -39,7 +39,7 @@ def load_model(path: Path | None, arguments: argparse.Namespace | None = None) -
 
 
 def run_data(run: Path, given: Path | None, needed: str | None) -> Dataset | None:
-    """The data given, else the data the run was trained on. `needed`: what for, if it must be there."""
+    """The data given, else the data the run was trained on. `needed`: what for, if it must be there. Raises DataError."""
     from mezzotint.data.dataset import Dataset
     from mezzotint.data.tokenizer import check_same_tokenizer
     from mezzotint.training.checkpoint import read_run

@@ -25,7 +25,7 @@ def _mix(value: np.ndarray, key: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """A keyed permutation of 0..size-1 at `index`, without listing it.
+    """A keyed permutation of 0..size-1 at `index`, int64 of its shape, without listing it; another for every `key`.
 
     A four-round Feistel network on the next even power of two, walked until it lands inside (Black and Rogaway 2002,
     "Ciphers with arbitrary finite domains", the cycle-walking cipher).

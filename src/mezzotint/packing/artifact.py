@@ -170,7 +170,10 @@ class Writer:
         self.tokenizer = lzma.compress(raw, format=lzma.FORMAT_RAW, filters=TOKENIZER_FILTERS)
 
     def write(self, tensors: Mapping[str, Grid | np.ndarray]) -> bytes:
-        """The whole file. Afterwards `classes` and `code_bits` (ideal bits of the codes) are those of these tensors."""
+        """The whole file. Afterwards `classes` and `code_bits` (ideal bits of the codes) are those of these tensors.
+
+        Raises ArtifactError for an info that does not fit the header.
+        """
         if self.coding == RANGE:
             # Later attempts differ little from the first: two rounds from its classes settle.
             rounds = 4 if self.classes is None else 2

@@ -175,14 +175,14 @@ class Decoder:
         return values
 
     def levels(self, size: int) -> np.ndarray:
-        """A table's levels, [size]."""
+        """A table's levels, uint8 [size]. Raises StreamError."""
         levels = np.cumsum(self._decode(self._delta, size).astype(np.int64) - MAX_LEVEL)
         if levels.min() < 0 or levels.max() > MAX_LEVEL:
             raise StreamError("a probability level is out of range")
         return levels.astype(np.uint8)
 
     def sequence(self, count: int) -> np.ndarray:
-        """A vector of `count` integers, int32."""
+        """A vector of `count` integers, int32. Raises StreamError."""
         low, size = self.number(), self.number()
         if not 1 <= size <= MAX_SYMBOLS:
             raise StreamError(f"an alphabet of {size} symbols")
@@ -194,7 +194,7 @@ class Decoder:
         return values
 
     def finish(self) -> None:
-        """Check that the whole stream was used."""
+        """Raises StreamError unless the whole stream was used."""
         if not self._coder.maybe_exhausted():
             raise StreamError("a stream holds more than it should")
 
@@ -325,7 +325,7 @@ def read_blocks(decoder: Decoder, shape: tuple[int, int], bank: Bank) -> Iterato
 
 
 def plane_bits(codes: np.ndarray, classes: Classes, bank: Bank) -> float:
-    """The ideal length of a plane's codes in bits (classes and tables not counted)."""
+    """The ideal length of a plane's codes [R, C] in bits (classes and tables not counted)."""
     lengths = bank.lengths()
     return float(lengths[classes.tables(len(lengths)), codes.astype(np.int64) + bank.limit].sum())
 
@@ -369,10 +369,12 @@ def fit(
     columns: bool = True,
     start: list[Classes] | None = None,
 ) -> tuple[Bank, list[Classes]]:
-    """Tables and classes that code `planes` (integer matrices) shortest, by alternating minimisation.
+    """Tables and classes that code `planes` (integer matrices [R, C]) shortest, by alternating minimisation.
 
+    tables: at most so many; rounds: of the minimisation; columns: whether columns have classes too, or rows alone.
     Tables are the counts under the current classes; classes are the shortest under the current tables, naming cost
     included (hard expectation-maximisation). `start` continues from earlier classes. Deterministic.
+    Raises ValueError for codes that no stream can hold.
     """
     limit = max(1, max(int(np.abs(plane).max()) for plane in planes))
     if limit > MAX_MAGNITUDE:

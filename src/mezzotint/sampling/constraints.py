@@ -48,7 +48,8 @@ class Constraint:
     def allows(self, text: str, before: str, after: str, *, complete: bool) -> bool:
         """Whether `text` between these two may stand in the gap, or, not `complete`, may begin what may.
 
-        before, after: the characters beside the gap, a few of them suffice.
+        before, after: the characters beside the gap, a few of them suffice. Raises ConfigError for an expression that takes too
+        long.
         """
         words = list(WORD.finditer(text))
         if self.max_words is not None and len(words) > self.max_words:

@@ -123,7 +123,7 @@ def denoise(
     settings: the fields of `SamplingConfig`.
 
     Decided positions never pass the output layer. Deterministic in (seed, row) up to rounding for any batch.
-    Raises ConfigError for bad settings.
+    Raises ConfigError for bad settings, MezzotintError where no token may stand at a position.
     """
     config = SamplingConfig(**settings)
     mask_id = model.config.mask_id

@@ -171,7 +171,10 @@ def sample(
 def sample_by_speculation(
     model: Model, n: int, length: int | None, prompt: str, seed: int, drafted: int, settings: dict[str, Any]
 ) -> Samples:
-    """`sample` by `speculate`, text after text."""
+    """`sample` by `speculate`, text after text, `drafted` tokens at a time.
+
+    Raises ConfigError: the model learnt no next tokens, or options and sizes that drafting does not take.
+    """
     started = time.perf_counter()
     config = SamplingConfig(**{"temperature": NEXT_TOKEN_TEMPERATURE, **settings})
     if not model.trained_causally or not isinstance(model.network, Denoiser):

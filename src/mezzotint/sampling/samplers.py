@@ -41,7 +41,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """What `sample_tokens` draws from, float64 [n, V]."""
+    """What `sample_tokens` draws from, float64 [n, V]. logits: float64 [n, V]."""
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     if top_p < 1:
@@ -351,7 +351,7 @@ def certainty(canvas: Canvas, drawn: Drawn) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Nats, float64 [n]."""
+    """Entropy of each row of logits [n, V]: nats, float64 [n]."""
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(-1)

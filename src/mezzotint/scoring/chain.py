@@ -63,7 +63,10 @@ def _canvases(plan: Scoring, jobs: Sequence[Revealing], block_size: int, owners:
 
 
 def chain_matrix(model: Model, plan: Scoring, order: str, attention: str) -> tuple[np.ndarray, int]:
-    """(nats, float64 [1, windows], forward passes in all) of `order` under `attention`."""
+    """(nats, float64 [1, windows], forward passes in all) of `order` under `attention`.
+
+    Raises DataError for an unknown order, or for blocks of windows with context; ConfigError for unknown attention.
+    """
     block_size = parse_attention(attention)
     if block_size and plan.has_context:
         raise DataError("a stride needs attention over the whole window: leave out the stride or the blocks")

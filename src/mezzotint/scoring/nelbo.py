@@ -103,7 +103,8 @@ def apply_control(
 def nelbo_size(model: Model, plan: Scoring, asked: int | None) -> int | None:
     """Tokens of a block, None for whole windows: as asked, or what the model was trained on; 1 is next tokens.
 
-    Blocks are not read behind context: with a stride the NELBO of such a model is that of whole windows.
+    Blocks are not read behind context: with a stride the NELBO of such a model is that of whole windows. Raises DataError
+    where they are asked for there, and for fewer than 0 tokens.
     """
     size = model.block_size if asked is None else asked
     if size < 0:
@@ -118,7 +119,8 @@ def nelbo_size(model: Model, plan: Scoring, asked: int | None) -> int | None:
 def nelbo_matrix(model: Model, plan: Scoring, size: int | None) -> tuple[np.ndarray, str, str]:
     """NELBO estimates in nats, float64 [repeats, windows], their method's name and its family (`kind_of`).
 
-    size: tokens of a block, None for whole windows; 1 is next tokens, of one repeat.
+    size: tokens of a block, None for whole windows; 1 is next tokens, of one repeat. Raises DataError for fewer than 2
+    repeats otherwise.
     """
     if size == 1:
         return causal_matrix(model, plan), "nelbo block(1)", "causal"
@@ -170,7 +172,10 @@ def _controlled(
 
 
 def lean_matrix(model: Model, plan: Scoring, lean: float) -> np.ndarray:
-    """Mean code lengths over orders that lean to the left, in nats, float64 [repeats, windows]: see `lean_mask`."""
+    """Mean code lengths over orders that lean to the left, in nats, float64 [repeats, windows]: see `lean_mask`.
+
+    Raises DataError for fewer than 2 repeats, or a lean below 0.
+    """
     if not lean >= 0:
         raise DataError(f"orders lean to the left by 0 or more, not by {lean}")
     if plan.repeats < 2:
@@ -206,7 +211,7 @@ def orders_matrix(model: Model, plan: Scoring, orders: int, lean: float = 0.0) -
 
     A forward pass per token and order. Its expectation is above -log p of the mixture over all orders, and falls to it
     as `orders` grow (Burda et al. 2016, "Importance weighted autoencoders", theorem 1, with the law of the orders as
-    proposal; with lean, the mixture is that of the leaning law).
+    proposal; with lean, the mixture is that of the leaning law). Raises DataError as `lean_matrix` does, and for no orders.
     """
     return _over_orders(model, plan, _Orders("orders", orders, orders, lean), lambda nats: _mean_nats(nats).item())
 
@@ -219,7 +224,8 @@ def lower_matrix(model: Model, plan: Scoring, orders: int, lean: float, slack: f
     estimated by that mean over as many others. These do not depend on q and have mean p, so that the expectation is at most
     -log p for any slack. Both halves take either part, and the mean of the two is returned. slack costs slack - 1 +
     exp(-slack) where q was p, and saves the estimate from the rare orders that carry most of p: with p / q far above 1 the
-    tangent is far below. A forward pass per token and order, of 2 * orders.
+    tangent is far below. A forward pass per token and order, of 2 * orders. Raises DataError as `orders_matrix` does, and for a
+    slack below 0.
     """
     if not 0 <= slack < math.inf:
         raise DataError(f"the slack of a lower bound is a number of nats, 0 or more, not {slack}")

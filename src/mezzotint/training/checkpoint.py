@@ -136,7 +136,7 @@ def extend_run(run: Path, out: Path) -> dict[str, Any]:
 
 
 def read_metrics_rows(run: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl that are whole and have a step; none where there is no such file."""
+    """Rows of a run folder's metrics.jsonl that are whole and have a step; none where there is no such file."""
     rows = []
     with contextlib.suppress(OSError):
         for line in (run / "metrics.jsonl").read_text().splitlines():
