@@ -6,20 +6,15 @@ Needs nothing but PyTorch, sentencepiece and safetensors besides the package, so
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import toy
-from corpus import small_tokenizer
+from corpus import metrics, prepared_words, small_config, small_tokenizer, stop_at
 
 from mezzotint.config import ModelConfig, TrainConfig, preset
-from mezzotint.data.dataset import Dataset
-from mezzotint.data.prepare import prepare
 from mezzotint.errors import Interrupted, MezzotintError
 from mezzotint.model import Denoiser, Model
 from mezzotint.sampling.denoise import denoise
@@ -112,33 +107,21 @@ def test_a_compiled_bfloat16_step_is_near_the_float32_one():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("cuda")
-    words = ["the", "old", "plate", "was", "dark", "until", "a", "burnisher", "drew", "light", "out", "slowly"]
-    rng = np.random.default_rng(0)
-    for i in range(60):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 60)) + "\n")
-    prepare(sorted(folder.glob("*.txt")), folder / "data", vocab_size=280, val_fraction=0.1)
-    return folder / "data"
+    return prepared_words(tmp_path_factory.mktemp("cuda"))
 
 
 def test_a_run_goes_on_from_its_checkpoint(data, tmp_path):
     """Sums at an index come in any order on a GPU, so a resumed run is the same up to rounding."""
-    vocab = Dataset.open(data).tokenizer.vocab_size
-    model = ModelConfig(vocab_size=vocab, sequence_length=32, layers=2, width=32, heads=2, kv_heads=1)
+    model = small_config(data, sequence_length=32, width=32)
     config = dataclasses.replace(QUICK, causal_share=0.5, matrix_lr=0.01, embedding_lr=0.003, scalar_lr=0.003)
     train(data, tmp_path / "whole", model=model, config=config)
-
-    def interrupt(told):
-        if told.figures["step"] == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted, match="--resume"):
-        train(data, tmp_path / "parts", model=model, config=config, progress=interrupt)
+        train(data, tmp_path / "parts", model=model, config=config, progress=stop_at(9))
     result = train(data, tmp_path / "parts", model=model, config=config, resume=True)
     assert result["steps"] == 20
     runs = []
     for name in ("whole", "parts"):
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        rows = metrics(tmp_path / name)
         assert [row["step"] for row in rows] == list(range(1, 21))
         runs.append([row["loss"] for row in rows])
     np.testing.assert_allclose(runs[1], runs[0], rtol=2e-3)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from corpus import metrics, prepared_words
 
 from mezzotint.data.dataset import Dataset
-from mezzotint.data.prepare import prepare
 
 SCRIPT = """
 import json, sys
@@ -29,13 +29,7 @@ train(data, out, model=model, config=TrainConfig(compile=False, dtype="float32",
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("distributed")
-    rng = np.random.default_rng(0)
-    words = ["copper", "plate", "light", "dark", "burr", "ink", "press"]
-    lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
-    prepare([folder / "corpus.jsonl"], folder / "data", vocab_size=280, val_fraction=0.1)
-    return folder / "data"
+    return prepared_words(tmp_path_factory.mktemp("distributed"))
 
 
 def launched(processes: int, *words: str | Path) -> str:
@@ -55,11 +49,11 @@ def losses(data: Path, out: Path, processes: int, **settings) -> list[float]:
     script = out.parent / "run.py"
     script.write_text(SCRIPT)
     launched(processes, script, data, out, json.dumps(settings))
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in metrics(out)]
 
 
 def validations(run: Path) -> list[dict]:
-    made = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    made = metrics(run)
     return [row for row in made if "val_nelbo_bpb" in row]
 
 

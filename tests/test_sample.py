@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import re
 import unicodedata
@@ -13,8 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
+from corpus import PADDED, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import eighths
@@ -141,21 +140,7 @@ def own_tokenizer() -> Tokenizer:
 @cache
 def challenge_tokenizer() -> Tokenizer:
     """As the challenge's: NFKC, extra spaces removed, no dummy space, no bytes."""
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 3),
-        model_writer=out,
-        vocab_size=150,
-        model_type="bpe",
-        add_dummy_prefix=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
-    return Tokenizer.from_bytes(out.getvalue())
+    return sentencepiece_tokenizer([TEXT] * 3, 150, add_dummy_prefix=False, **PADDED)
 
 
 TOKENIZERS = [own_tokenizer, challenge_tokenizer]

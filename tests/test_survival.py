@@ -8,24 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from corpus import metrics, prepared_words
 
 from mezzotint.data.dataset import Dataset
-from mezzotint.data.prepare import prepare
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("survival")
-    rng = np.random.default_rng(0)
-    words = ["copper", "plate", "light", "dark", "burr", "ink", "press"]
-    lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
-    prepare([folder / "corpus.jsonl"], folder / "data", vocab_size=280, val_fraction=0.1)
-    return folder / "data"
+    return prepared_words(tmp_path_factory.mktemp("survival"))
 
 
 def killed(part: str, data: Path, home: Path) -> dict:
@@ -119,10 +112,7 @@ def test_one_of_two_workers_killed(data, tmp_path):
     assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
     disturbed = torchrun(data, tmp_path / "run", "kill", "--max-restarts=1")
     assert disturbed.returncode == 0, disturbed.stderr
-    rows = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "run")
-    ]
+    rows = [metrics(tmp_path / name) for name in ("whole", "run")]
     assert [row["step"] for row in rows[1]] == list(range(1, 13))
     assert [row["loss"] for row in rows[1]] == [row["loss"] for row in rows[0]]
     log = (tmp_path / "run" / "train.log").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 
 import numpy as np
@@ -13,6 +12,7 @@ from corpus import (
     TEXTS,
     hugging_face_tokenizer,
     needs_shared,
+    sentencepiece_tokenizer,
     small_lossy_tokenizer,
     small_tokenizer,
     write_jsonl,
@@ -112,17 +112,8 @@ def test_parts_of_a_text_have_the_ids_of_the_whole(words):
 def test_a_text_is_cut_only_where_pieces_allow_it(tokenizer):
     assert list(tokenizer.cut("one two three", 4)) == ["one two", " three"]
     assert list(tokenizer.cut("one  two-3 4\nfive", 4)) == ["one  two-3 4\nfive"]
-    suffixed = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 3),
-        model_writer=suffixed,
-        vocab_size=330,
-        model_type="bpe",
-        byte_fallback=True,
-        treat_whitespace_as_suffix=True,
-        minloglevel=2,
-    )
-    assert list(Tokenizer.from_bytes(suffixed.getvalue()).cut("one two three", 4)) == ["one two three"]
+    suffixed = sentencepiece_tokenizer(TEXTS * 3, 330, byte_fallback=True, treat_whitespace_as_suffix=True)
+    assert list(suffixed.cut("one two three", 4)) == ["one two three"]
 
 
 @needs_shared

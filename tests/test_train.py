@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpus import prepared_words
+from corpus import metrics, prepared_words, small_config, stop_at
 from safetensors.torch import load_file
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,8 +45,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(data) -> ModelConfig:
-    vocab = Dataset.open(data).tokenizer.vocab_size
-    return ModelConfig(vocab_size=vocab, sequence_length=16, layers=2, width=16, heads=2, kv_heads=1)
+    return small_config(data)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -67,7 +66,7 @@ def gradients_of(net: torch.nn.Module) -> torch.Tensor:
 def test_learns_and_reports(data, model, tmp_path):
     config = dataclasses.replace(QUICK, steps=60)
     result = train(data, tmp_path / "run", model=model, config=config)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert np.mean([r["train_nelbo_bpb"] for r in rows[-10:]]) < 0.8 * np.mean([r["train_nelbo_bpb"] for r in rows[:5]])
     assert result["steps"] == 60 and result["tokens"] == 60 * 4 * 16
@@ -89,7 +88,7 @@ def test_first_row_is_the_uniform_models_bits(data, model, tmp_path):
 def test_a_run_may_start_with_some_mask_rates_and_says_so(data, model, tmp_path):
     config = dataclasses.replace(QUICK, narrow_share=0.5, short_share=0.25)
     result = train(data, tmp_path / "run", model=model, config=config)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "run")
     assert [row["train_nelbo_bpb"] is None for row in rows] == [True] * 6 + [False] * 6
     assert [row["train_narrow_bpb"] is None for row in rows] == [False] * 6 + [True] * 6
     assert [row["tokens"] for row in rows] == [64 * n for n in range(1, 13)]
@@ -102,13 +101,13 @@ def test_a_run_may_start_with_some_mask_rates_and_says_so(data, model, tmp_path)
 def test_a_run_may_start_with_next_tokens_and_says_so(data, model, tmp_path):
     config = dataclasses.replace(QUICK, causal_start=0.5, causal_share=0.25)
     train(data, tmp_path / "run", model=model, config=config)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "run")
     assert [row["train_causal_bpb"] is None for row in rows] == [False] * 6 + [True] * 6
     assert [row["train_nelbo_bpb"] is None for row in rows] == [True] * 6 + [False] * 6
     # The same steps as a run of next tokens alone, as far as they go.
     alone = dataclasses.replace(QUICK, causal_share=1.0)
     train(data, tmp_path / "alone", model=model, config=alone)
-    other = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
+    other = metrics(tmp_path / "alone")
     assert [row["train_causal_bpb"] for row in rows[:6]] == [row["train_nelbo_bpb"] for row in other[:6]]
     ids = torch.arange(6 * 8).reshape(6, 8)
     assert corrupt_batch(config, 0, ids, 99, causal_share=1.0).causal.all()
@@ -272,17 +271,12 @@ def test_gradient_is_that_of_the_stated_loss(data, model, share):
 def test_resume_is_bit_equal(data, model, tmp_path, stop, share):
     config = dataclasses.replace(QUICK, causal_share=share)
     whole = train(data, tmp_path / "whole", model=model, config=config)
-
-    def interrupt(told):
-        if told.figures["step"] == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted, match=f"step {stop}.*--resume"):
-        train(data, tmp_path / "parts", model=model, config=config, progress=interrupt)
+        train(data, tmp_path / "parts", model=model, config=config, progress=stop_at(stop))
     resumed = train(data, tmp_path / "parts", model=model, config=config, resume=True)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in metrics(tmp_path / "parts")]
     assert steps == list(range(1, 13)) and resumed["steps"] == whole["steps"]
 
 
@@ -314,15 +308,10 @@ def test_dropout_takes_the_stated_share_and_keeps_the_mean():
 
 def test_a_run_with_dropout_that_is_resumed_is_the_same_run(data, model, tmp_path):
     config = dataclasses.replace(QUICK, dropout=0.2, causal_share=0.5, micro_batch=1)
-
-    def interrupt(told):
-        if told.figures["step"] == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     train(data, tmp_path / "whole", model=model, config=config)
     train(data, tmp_path / "none", model=model, config=dataclasses.replace(config, dropout=0.0))
     with pytest.raises(Interrupted):
-        train(data, tmp_path / "parts", model=model, config=config, progress=interrupt)
+        train(data, tmp_path / "parts", model=model, config=config, progress=stop_at(5))
     train(data, tmp_path / "parts", model=model, config=config, resume=True)
     whole, parts, none = (weights(tmp_path / name) for name in ("whole", "parts", "none"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
@@ -341,7 +330,7 @@ def test_a_run_that_is_extended_is_the_longer_run(data, model, tmp_path, capsys)
     longer, extended = weights(tmp_path / "long"), weights(tmp_path / "more")
     assert all(torch.equal(longer[k], extended[k]) for k in longer)
     assert all(torch.equal(before[k], v) for k, v in weights(tmp_path / "short").items())
-    steps = [json.loads(line)["step"] for line in (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in metrics(tmp_path / "more")]
     assert steps == list(range(1, 13)) and stable_step(tmp_path / "more") == 6
     capsys.readouterr()
     for more, said in (
@@ -472,12 +461,8 @@ def test_two_compiled_runs_on_two_threads_are_equal(data, model, tmp_path, compi
 
 
 def test_a_compiled_run_that_is_resumed_is_the_same_run(data, model, tmp_path, compiled_run, two_threads):
-    def interrupt(told):
-        if told.figures["step"] == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted, match="step 3"):
-        train(data, tmp_path / "run", model=model, config=COMPILED, progress=interrupt)
+        train(data, tmp_path / "run", model=model, config=COMPILED, progress=stop_at(3))
     run = train(data, tmp_path / "run", model=model, config=COMPILED, resume=True)
     assert run["compiled"]
     other = Path(run["final_checkpoint"])
@@ -582,7 +567,7 @@ def test_tensorboard_events(data, model, tmp_path):
     train(data, tmp_path / "r", model=model, config=dataclasses.replace(QUICK, steps=3, tensorboard=True))
     accumulator = events.EventAccumulator(str(tmp_path / "r" / "tensorboard"))
     accumulator.Reload()
-    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "r")
     seen = accumulator.Scalars("train_nelbo_bpb")
     assert [e.step for e in seen] == [1, 2, 3]
     assert [e.value for e in seen] == pytest.approx([r["train_nelbo_bpb"] for r in rows], rel=1e-5)

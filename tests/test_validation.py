@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from corpus import prepared_words
+from corpus import metrics as rows
+from corpus import prepared_words, small_config, stop_at
 from safetensors.torch import load_file
 
 from mezzotint.cli.console import Display
@@ -45,12 +44,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def shape(data) -> ModelConfig:
-    vocab = Dataset.open(data).tokenizer.vocab_size
-    return ModelConfig(vocab_size=vocab, sequence_length=16, layers=2, width=16, heads=2, kv_heads=1)
-
-
-def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return small_config(data)
 
 
 def validations(run: Path) -> list[dict]:
@@ -150,13 +144,8 @@ def test_a_run_validates_ten_times_and_is_the_same_run(data, shape, tmp_path):
 def test_a_resumed_run_validates_as_one_left_alone(data, shape, tmp_path):
     config = dataclasses.replace(QUICK, val_every=3, log_every=0.0)
     train(data, tmp_path / "whole", model=shape, config=config)
-
-    def interrupt(told):
-        if told.figures["step"] == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted, match="step 7"):
-        train(data, tmp_path / "parts", model=shape, config=config, progress=interrupt)
+        train(data, tmp_path / "parts", model=shape, config=config, progress=stop_at(7))
     train(data, tmp_path / "parts", model=shape, config=config, resume=True)
     whole, parts = (validations(tmp_path / name) for name in ("whole", "parts"))
     assert [row["step"] for row in whole] == [3, 6, 9, 12, 15, 18, 20]

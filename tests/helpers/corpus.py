@@ -6,14 +6,20 @@ import functools
 import io
 import json
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece
 
+from mezzotint.config import ModelConfig
+from mezzotint.data.dataset import Dataset
 from mezzotint.data.prepare import prepare
 from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
+from mezzotint.progress import Progress
 
 SHARED = Path(os.environ.get("MEZZOTINT_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the development corpus is not here")
@@ -49,6 +55,27 @@ def prepared_words(folder: Path) -> Path:
     return folder / "data"
 
 
+def small_config(data: Path, **more: int) -> ModelConfig:
+    """The settings of a network that trains on `data` in seconds."""
+    sizes = {"sequence_length": 16, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, **more}
+    return ModelConfig(vocab_size=Dataset.open(data).tokenizer.vocab_size, **sizes)
+
+
+def stop_at(step: int) -> Callable[[Progress], None]:
+    """What interrupts a run at a step, when it is told of its progress."""
+
+    def interrupt(told: Progress) -> None:
+        if told.figures["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return interrupt
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def write_shard(path: Path, ids: np.ndarray, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(ids) if count is None else count
@@ -56,23 +83,28 @@ def write_shard(path: Path, ids: np.ndarray, magic: int = 20240520, version: int
     return path
 
 
+def sentencepiece_tokenizer(texts: list[str], vocab_size: int, **options: Any) -> Tokenizer:
+    """A BPE tokenizer with SentencePiece's own defaults but for `options`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        minloglevel=2,
+        **options,
+    )
+    return Tokenizer.from_bytes(model.getvalue())
+
+
+PADDED = {"hard_vocab_limit": False, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+"""As the challenge's tokenizers are trained."""
+
+
 @functools.cache
 def small_lossy_tokenizer() -> Tokenizer:
     """Knows no Chinese, has no bytes, and drops spaces that follow spaces."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the plate is dark, plain and dark; the plate is the plate"] * 3),
-        model_writer=model,
-        vocab_size=60,
-        model_type="bpe",
-        hard_vocab_limit=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-    )
-    return Tokenizer.from_bytes(model.getvalue())
+    return sentencepiece_tokenizer(["the plate is dark, plain and dark; the plate is the plate"] * 3, 60, **PADDED)
 
 
 def hugging_face_tokenizer(kind: str, texts: list[str]) -> Tokenizer:
