@@ -10,7 +10,8 @@ import torch
 import mezzotint.attention
 from mezzotint.attention import flex_attention_under, noisy_block_mask
 from mezzotint.config import ModelConfig
-from mezzotint.model import Block, Denoiser, Float32Products
+from mezzotint.layers import Block, Float32Products
+from mezzotint.model import Denoiser
 
 
 def test_layers_are_compiled_once_for_all_of_them(monkeypatch):

@@ -25,7 +25,8 @@ from mezzotint.data import sources
 from mezzotint.data.texts import TextWindows
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
-from mezzotint.model import Attention, Denoiser, Model
+from mezzotint.layers import Attention
+from mezzotint.model import Denoiser, Model
 from mezzotint.sampling.draft import parse_gaps
 from mezzotint.system import peak_memory_bytes
 

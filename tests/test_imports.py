@@ -18,6 +18,7 @@ FLOORS = [
     ["files", "seeding", "progress", "distributed", "system", "signatures", "extras"],
     ["config"],
     ["attention", "objective", "data"],
+    ["layers"],
     ["model"],
     ["training", "packing", "sampling"],
     ["pretrained", "scoring"],

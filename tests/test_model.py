@@ -11,6 +11,7 @@ from toy import eighths
 
 from mezzotint.config import PRESETS, ModelConfig, parse_attention
 from mezzotint.errors import ConfigError
+from mezzotint.layers import rotate, short_conv
 from mezzotint.model import (
     Cache,
     Denoiser,
@@ -19,8 +20,6 @@ from mezzotint.model import (
     attend,
     block_mask,
     count_parameters,
-    rotate,
-    short_conv,
 )
 
 PLAIN = ModelConfig(vocab_size=11, sequence_length=12, layers=3, width=16, heads=4, kv_heads=2, mlp_ratio=2.0)

@@ -12,8 +12,6 @@ SOURCE = Path(mezzotint.__file__).parent
 FILE, CLASS, FUNCTION, PARAMETERS = 650, 220, 80, 6
 EXCEPTIONS = {
     "compression/exact.py: ExactNetwork": "one network in exact arithmetic, layer by layer",
-    "model.py": "one network, its layers and its cache",
-    "model.py: Denoiser": "one network",
 }
 """What is, or may be, longer -> why."""
 

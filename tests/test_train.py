@@ -26,7 +26,8 @@ from mezzotint.config import ModelConfig, TrainConfig, preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
 from mezzotint.errors import CheckpointError, ConfigError, Interrupted, MezzotintError
-from mezzotint.model import Block, Denoiser
+from mezzotint.layers import Block
+from mezzotint.model import Denoiser
 from mezzotint.system import try_lock
 from mezzotint.training import run as run_module
 from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock, stable_step
