@@ -19,13 +19,7 @@ import numpy as np
 import torch
 
 import mezzotint
-from mezzotint.apps.charts import (
-    bytes_chart,
-    comparison,
-    loss_chart,
-    rate_chart,
-    read_metrics,
-)
+from mezzotint.apps.charts import bytes_chart, comparison, loss_chart, rate_chart, read_metrics
 from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.data.dataset import Dataset, Windows
 from mezzotint.data.tokenizer import check_same_tokenizer

@@ -23,18 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mezzotint.apps import api
-from mezzotint.apps.desk import (
-    MAX_CHARACTERS,
-    SERVING,
-    WAITING,
-    Desk,
-    Emit,
-    Form,
-    Refused,
-    number,
-    read_json,
-    shared,
-)
+from mezzotint.apps.desk import MAX_CHARACTERS, SERVING, WAITING, Desk, Emit, Form, Refused, number, read_json, shared
 from mezzotint.config import SAMPLERS
 from mezzotint.errors import MezzotintError
 from mezzotint.model import Model, count_parameters
@@ -61,7 +50,7 @@ except ImportError as error:
 MAX_GAPS = 64  # of a text
 MOST_SIZES = 4  # lengths of a gap that are compared for whoever looks at it
 TRAINED_ON = {
-    "prose": "97 public-domain English novels of the 19th and early 20th century and four OpenStax textbooks.",
+    "prose": "97 public-domain English novels of the 19th and early 20th century and four OpenStax textbooks."
 }
 CONNECTIONS = 160
 IDLE_SECONDS = 10  # for a client to ask something, and for one who takes nothing any more

@@ -65,9 +65,9 @@ class Value:
             raise argparse.ArgumentTypeError(str(error).removeprefix("it ")) from error
 
 
-def by_rule(name: str) -> Value:
-    """The argument type of an option by its rule in `config.OPTIONS`."""
-    return Value(OPTIONS[name])
+def add_ruled(parser: argparse.ArgumentParser, flag: str, help: str, *, rule: str = "", **more: Any) -> None:
+    """An option by its rule in `config.OPTIONS`, which has its name unless another is given."""
+    parser.add_argument(flag, type=Value(OPTIONS[rule or flag.lstrip("-").replace("-", "_")]), help=help, **more)
 
 
 def show_ranges(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +125,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", metavar="WORD", help="what a position sees: full, causal, or block(K) for K tokens at a time"
     )
-    parser.add_argument("--seed", type=by_rule("seed"), default=0, help="[0]")
+    add_ruled(parser, "--seed", "[0]", default=0)
     parser.add_argument("--watch", action="store_true", help="show the canvas being revealed, coloured by confidence")
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mezzotint.cli.streams import to_standard
@@ -35,6 +35,16 @@ class Display:
         """One line that stays."""
         if not self.quiet:
             self.console.print(str(text), markup=False, style="dim")
+
+    def steps(self) -> Callable[[str], None]:
+        """What says a line with the seconds since now before it, in place of the bar."""
+        started = time.monotonic()
+
+        def step(text: str) -> None:
+            self.close()
+            self.say(f"[{time.monotonic() - started:5.0f} s] {text}")
+
+        return step
 
     def bar(self, share: float, text: str) -> None:
         """Move the bar to `share` (0..1)."""

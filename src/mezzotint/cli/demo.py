@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import DEFAULT_MODEL, by_rule, named
+from mezzotint.cli.arguments import DEFAULT_MODEL, add_ruled, named
 from mezzotint.cli.console import Display, emit, finite
 from mezzotint.cli.packing import print_pack
 from mezzotint.cli.scoring import print_scores, score_by
@@ -31,9 +31,7 @@ SHIPPED_TEXT = "The old house stood at the end of the ____, and nobody had lived
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--minutes", type=by_rule("minutes"), default=2.0, help="training time; all else takes about one more [2]"
-    )
+    add_ruled(parser, "--minutes", "training time; all else takes about one more [2]", default=2.0)
     parser.add_argument("--out", type=named, default=Path("demo"), metavar="DIR", help="folder for all files [demo]")
 
 
@@ -41,11 +39,7 @@ def run_demo(arguments: argparse.Namespace, display: Display) -> None:
     out: Path = arguments.out
     mark = _own_folder(out)
     started = time.monotonic()
-
-    def step(text: str) -> None:
-        display.close()
-        display.say(f"[{time.monotonic() - started:5.0f} s] {text}")
-
+    step = display.steps()
     result: dict[str, Any] = {"shipped": fill_with_pretrained(step)}
     try:
         result |= _train_and_pack(out, arguments.minutes, step, display)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import add_model, add_out, add_run, by_rule, describe, named
+from mezzotint.cli.arguments import add_model, add_out, add_ruled, add_run, describe, named
 from mezzotint.cli.console import Display, emit, table
 from mezzotint.cli.inputs import load_model, run_data
 from mezzotint.cli.processes import first
@@ -24,38 +24,23 @@ if TYPE_CHECKING:
 
 
 def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
-    describe(
-        parser,
-        "The file is reopened and every weight compared before success is reported.",
-    )
+    describe(parser, "The file is reopened and every weight compared before success is reported.")
     add_run(parser)
     add_out(parser, "MODEL.mzt", "file to write (-: standard output)")
-    parser.add_argument(
-        "--budget",
-        type=by_rule("budget"),
-        metavar="BYTES",
-        help="decimal bytes in all, code included [the challenge's cap]",
-    )
+    add_ruled(parser, "--budget", "decimal bytes in all, code included [the challenge's cap]", metavar="BYTES")
     parser.add_argument(
         "--code", type=Path, nargs="*", default=[], metavar="FILE", help="code files that count as well"
     )
     parser.add_argument("--codec", default="mezzotint", choices=("mezzotint", "int6", "reference"), help="[mezzotint]")
     parser.add_argument("--data", type=Path, metavar="DATA", help="calibration text [the data the run was trained on]")
-    parser.add_argument(
-        "--tolerance",
-        type=by_rule("tolerance"),
-        metavar="NATS",
-        help="measured cost not worth more bytes, nats a token [0.001]",
-    )
-    parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the calibration masks [0]")
+    add_ruled(parser, "--tolerance", "measured cost not worth more bytes, nats a token [0.001]", metavar="NATS")
+    add_ruled(parser, "--seed", "seed of the calibration masks [0]", default=0)
     parser.add_argument(
         "--sweep",
         action="store_true",
         help="write no artifact but a table and a plot of bytes against NELBO: OUT.csv, OUT.png",
     )
-    parser.add_argument(
-        "--tokens", type=by_rule("tokens"), metavar="N", help="with --sweep: score about N validation tokens [24576]"
-    )
+    add_ruled(parser, "--tokens", "with --sweep: score about N validation tokens [24576]", metavar="N")
 
 
 def run_pack(arguments: argparse.Namespace, display: Display) -> None:
@@ -184,10 +169,7 @@ def run_inspect(arguments: argparse.Namespace, display: Display) -> None:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    describe(
-        parser,
-        "Every weight in float32, without loss; all commands that take a model take the folder, too.",
-    )
+    describe(parser, "Every weight in float32, without loss; all commands that take a model take the folder, too.")
     add_model(parser)
     add_out(parser, "FOLDER", "folder to write (-: a tar archive on standard output)")
 
@@ -206,10 +188,7 @@ def run_export(arguments: argparse.Namespace, display: Display) -> None:
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
-    describe(
-        parser,
-        "Without loss, so not small: `mezzotint pack` quantizes, which takes a run.",
-    )
+    describe(parser, "Without loss, so not small: `mezzotint pack` quantizes, which takes a run.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder that `mezzotint export` wrote (-: tar)")
     add_out(parser, "MODEL.mzt", "file to write (-: standard output)")
 
@@ -230,7 +209,7 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=named, metavar="MODEL.mzt", help="artifact packed from it")
     add_out(parser, "DIR", "folder to write", named)
     parser.add_argument("--data", type=Path, metavar="DATA", help="data to score on [the data the run was trained on]")
-    parser.add_argument("--tokens", type=by_rule("tokens"), metavar="N", help="score about N tokens [all]")
+    add_ruled(parser, "--tokens", "score about N tokens [all]", metavar="N")
     for name in ("name", "author", "github-id", "blurb"):
         parser.add_argument(f"--{name}", default=None, help=f"the record's {name}")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import add_foreign, add_model, add_scored, by_rule, describe, named
+from mezzotint.cli.arguments import add_foreign, add_model, add_ruled, add_scored, describe, named
 from mezzotint.cli.console import Display, emit, table
 from mezzotint.cli.inputs import is_data, load_model, scored_texts, scored_windows
 from mezzotint.errors import ConfigError, DataError, Interrupted, MezzotintError
@@ -45,46 +45,25 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     add_scored(parser)
     parser.add_argument("--method", default="nelbo", choices=(*METHODS, "all"), help="[nelbo]")
     parser.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
-    parser.add_argument(
-        "--tokens", type=by_rule("tokens"), metavar="N", help="score about N tokens, evenly spread [all]"
-    )
-    parser.add_argument(
-        "--repeats", type=by_rule("repeats"), help="independent sets of masks for nelbo [8; 2 with --orders]"
-    )
-    parser.add_argument(
-        "--stride",
-        type=by_rule("stride"),
-        metavar="S",
-        help="charge S tokens a window, behind the text before [all of it]",
-    )
-    parser.add_argument(
-        "--orders",
-        type=by_rule("orders"),
-        metavar="K",
-        help="nelbo, lower over K orders: a pass per token and order [lower: 16]",
-    )
-    parser.add_argument(
-        "--order-lean",
-        type=by_rule("order_lean"),
-        default=0.0,
-        metavar="X",
-        help="nelbo of orders that lean to the left; inf: chain [0]",
-    )
-    parser.add_argument("--slack", type=by_rule("slack"), metavar="NATS", help="of lower, against rare orders [1]")
-    parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the masks [0]")
+    add_ruled(parser, "--tokens", "score about N tokens, evenly spread [all]", metavar="N")
+    add_ruled(parser, "--repeats", "independent sets of masks for nelbo [8; 2 with --orders]")
+    add_ruled(parser, "--stride", "charge S tokens a window, behind the text before [all of it]", metavar="S")
+    add_ruled(parser, "--orders", "nelbo, lower over K orders: a pass per token and order [lower: 16]", metavar="K")
+    add_ruled(parser, "--order-lean", "nelbo of orders that lean to the left; inf: chain [0]", metavar="X", default=0.0)
+    add_ruled(parser, "--slack", "of lower, against rare orders [1]", metavar="NATS")
+    add_ruled(parser, "--seed", "seed of the masks [0]", default=0)
     parser.add_argument(
         "--order", metavar="ORDER", help="order of chain: left, random(SEED), block(SIZE), spread(PASSES) [left]"
     )
     parser.add_argument(
-        "--attention",
-        metavar="WORD",
-        help="what chain sees: full, or block(SIZE), for models trained in blocks [full]",
+        "--attention", metavar="WORD", help="what chain sees: full, or block(SIZE), for models trained in blocks [full]"
     )
-    parser.add_argument(
+    add_ruled(
+        parser,
         "--block-size",
-        type=by_rule("score_block_size"),
+        "nelbo of blocks of K tokens from left to right, 0 of whole windows [what the model was trained on]",
         metavar="K",
-        help="nelbo of blocks of K tokens from left to right, 0 of whole windows [what the model was trained on]",
+        rule="score_block_size",
     )
     parser.add_argument(
         "--card", type=named, metavar="README.md", help="also write the figures into this model card (extra hub)"
@@ -196,23 +175,12 @@ def score_by(method: str, model: Model, windows: Windows, options: Mapping[str, 
 def print_scores(estimates: Sequence[Estimate]) -> None:
     from mezzotint.apps.charts import comparison
 
-    rows = []
-    for e in estimates:
-        rows.append(
-            (
-                e.method,
-                e.kind,
-                f"{e.bpb:.4f}",
-                f"{e.stderr_bpb:.4f}",
-                f"{e.nats_per_token:.4f}",
-                f"{e.tokens:,}",
-                f"{e.bytes:,}",
-                f"{e.bytes_lost:,}",
-                f"{e.forward_passes:,}",
-                f"{e.seconds:.1f}",
-                comparison(e.kind)[1],
-            )
-        )
+    rows = [
+        (e.method, e.kind, f"{e.bpb:.4f}", f"{e.stderr_bpb:.4f}", f"{e.nats_per_token:.4f}",
+         *(f"{count:,}" for count in (e.tokens, e.bytes, e.bytes_lost, e.forward_passes)), f"{e.seconds:.1f}",
+         comparison(e.kind)[1])
+        for e in estimates
+    ]  # fmt: skip
     names = ("method", "kind", "bits/byte", "± s.e.", "nats/token", "tokens", "bytes", "lost", "passes", "seconds")
     columns = [(n, "left" if n in ("method", "kind") else "right") for n in names]
     table("", [*columns, ("comparable with autoregressive figures?", "left")], rows)
@@ -220,8 +188,7 @@ def print_scores(estimates: Sequence[Estimate]) -> None:
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
-        parser,
-        "Both are scored on the same windows and masks, so that the difference has a small standard error.",
+        parser, "Both are scored on the same windows and masks, so that the difference has a small standard error."
     )
     parser.add_argument("a", type=Path, metavar="A", help="a .mzt artifact, a run folder, or a model of transformers")
     parser.add_argument("b", type=Path, metavar="B", help="another; on TEXT it may have another tokenizer")
@@ -231,15 +198,9 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", default="nelbo", choices=("nelbo", "chain", "chain-or-causal"), help="[nelbo; next tokens' own]"
     )
     parser.add_argument("--split", default="val", choices=("val", "train"), help="[val]")
-    parser.add_argument(
-        "--tokens",
-        type=by_rule("tokens"),
-        default=COMPARED_TOKENS,
-        metavar="N",
-        help=f"score about N [{COMPARED_TOKENS}]",
-    )
-    parser.add_argument("--repeats", type=by_rule("repeats"), default=4, help="independent sets of masks for nelbo [4]")
-    parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the masks [0]")
+    add_ruled(parser, "--tokens", f"score about N [{COMPARED_TOKENS}]", metavar="N", default=COMPARED_TOKENS)
+    add_ruled(parser, "--repeats", "independent sets of masks for nelbo [4]", default=4)
+    add_ruled(parser, "--seed", "seed of the masks [0]", default=0)
 
 
 def run_compare(arguments: argparse.Namespace, display: Display) -> None:

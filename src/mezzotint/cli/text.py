@@ -14,8 +14,8 @@ from mezzotint.cli.arguments import (
     DEFAULT_MODEL,
     add_foreign,
     add_model,
+    add_ruled,
     add_sampling,
-    by_rule,
     describe,
     sampling_settings,
 )
@@ -28,10 +28,8 @@ from mezzotint.errors import ConfigError
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, optional=True)
     add_foreign(parser)
-    parser.add_argument("-n", type=by_rule("n"), default=1, help="number of texts [1]")
-    parser.add_argument(
-        "--length", type=by_rule("length"), metavar="L", help="tokens [what the window holds behind the prompt]"
-    )
+    add_ruled(parser, "-n", "number of texts [1]", default=1)
+    add_ruled(parser, "--length", "tokens [what the window holds behind the prompt]", metavar="L")
     parser.add_argument("--prompt", default="", help="text to begin with; - reads standard input")
     add_sampling(parser)
 
@@ -64,14 +62,10 @@ def add_fill_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, optional=True)
     add_foreign(parser)
     parser.add_argument("text", metavar="TEXT", help="text with gaps; - reads standard input")
-    parser.add_argument(
-        "--n", type=by_rule("answers"), default=1, metavar="N", help="answers to show for each gap, ranked [1]"
-    )
-    parser.add_argument(
-        "--candidates", type=by_rule("candidates"), metavar="K", help="texts to try for each gap, about [64]"
-    )
+    add_ruled(parser, "--n", "answers to show for each gap, ranked [1]", metavar="N", default=1, rule="answers")
+    add_ruled(parser, "--candidates", "texts to try for each gap, about [64]", metavar="K")
     parser.add_argument("--words", action="store_true", help="whole words only: no gap begins or ends inside a word")
-    parser.add_argument("--max-words", type=by_rule("max_words"), metavar="N", help="at most so many words in a gap")
+    add_ruled(parser, "--max-words", "at most so many words in a gap", metavar="N")
     parser.add_argument("--regex", metavar="PATTERN", help="what a gap's text must match as a whole (extra `regex`)")
     parser.add_argument("--avoid", action="append", default=[], metavar="WORD", help="no gap holds it; may be repeated")
     parser.add_argument("--greedy", action="store_true", help="the surest token first, one text for each length")
@@ -163,7 +157,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, optional=True)
     add_foreign(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only]")
-    parser.add_argument("--port", type=by_rule("port"), default=8000, help="[8000]")
+    add_ruled(parser, "--port", "[8000]", default=8000)
 
 
 def run_serve(arguments: argparse.Namespace, display: Display) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import add_out, add_preset_settings, add_run, by_rule, describe, named, settings
+from mezzotint.cli.arguments import add_out, add_preset_settings, add_ruled, add_run, describe, named, settings
 from mezzotint.cli.console import Display, emit, table
 from mezzotint.cli.inputs import load_model, run_data
 from mezzotint.cli.processes import first, several
@@ -40,17 +40,10 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="FILE|MODEL", help="a SentencePiece .model, a tokenizer.json, or a model's own"
     )
     parser.add_argument("--text-field", default="text", metavar="A.B", help="column or JSON key of the text [text]")
-    parser.add_argument(
-        "--vocab-size",
-        type=by_rule("vocab_size"),
-        metavar="N",
-        help="pieces to train a tokenizer of [4096, or what fits]",
-    )
-    parser.add_argument(
-        "--val-fraction", type=by_rule("val_fraction"), metavar="F", help="share of documents held out [0.02]"
-    )
+    add_ruled(parser, "--vocab-size", "pieces to train a tokenizer of [4096, or what fits]", metavar="N")
+    add_ruled(parser, "--val-fraction", "share of documents held out [0.02]", metavar="F")
     parser.add_argument("--val", nargs="+", metavar="SOURCE", help="validation sources, instead of a share")
-    parser.add_argument("--seed", type=by_rule("seed"), default=0, help="seed of the held-out choice [0]")
+    add_ruled(parser, "--seed", "seed of the held-out choice [0]", default=0)
 
 
 def run_prepare(arguments: argparse.Namespace, display: Display) -> None:
@@ -253,10 +246,7 @@ def train_configs(
     else:
         chosen = preset(arguments.preset or DEFAULT_PRESET)
         model, train = dataclasses.replace(chosen.model, vocab_size=tokenizer.vocab_size), chosen.train
-    return (
-        dataclasses.replace(model, **settings(arguments, ModelConfig)),
-        dataclasses.replace(train, **train_changes),
-    )
+    return (dataclasses.replace(model, **settings(arguments, ModelConfig)), dataclasses.replace(train, **train_changes))
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -265,9 +255,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="DATA", help="[the data the run was trained on, if it is still there]"
     )
-    parser.add_argument(
-        "--tokens", type=by_rule("tokens"), default=32_768, metavar="N", help="score about N tokens [32768]"
-    )
+    add_ruled(parser, "--tokens", "score about N tokens [32768]", metavar="N", default=32_768)
     add_out(parser, "FILE.html", "file to write")
 
 

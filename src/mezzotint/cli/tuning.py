@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import DEFAULT_MODEL, add_out, by_rule, describe, named
+from mezzotint.cli.arguments import DEFAULT_MODEL, add_out, add_ruled, describe, named
 from mezzotint.cli.console import Display, emit, table
 from mezzotint.cli.inputs import load_model
 from mezzotint.cli.scoring import score_by
@@ -42,7 +42,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("sources", nargs="+", metavar="TEXTS", help="files and folders, as `prepare` takes them")
     add_out(parser, "MODEL.mzt", "file to write", named)
-    parser.add_argument("--minutes", type=by_rule("minutes"), default=3.0, help="training time [3]")
+    add_ruled(parser, "--minutes", "training time [3]", default=3.0)
     parser.add_argument("--model", type=Path, metavar="MODEL", help=f"to start from [the shipped {DEFAULT_MODEL}]")
     parser.add_argument("--work", type=Path, metavar="DIR", help="new folder for data and run [MODEL.work]")
     parser.add_argument("--text-field", default="text", metavar="A.B", help="column or JSON key of the text [text]")
@@ -57,11 +57,7 @@ def run_tune(arguments: argparse.Namespace, display: Display) -> None:
     work: Path = arguments.work or out.with_suffix(".work")
     _check(arguments, work)
     started = time.monotonic()
-
-    def step(text: str) -> None:
-        display.close()
-        display.say(f"[{time.monotonic() - started:5.0f} s] {text}")
-
+    step = display.steps()
     model = load_model(arguments.model)
     name = str(arguments.model or DEFAULT_MODEL)
     step("preparing the texts")

@@ -375,12 +375,7 @@ def _choose_tokenizer(reading: _Reading, vocab_size: int | None) -> Tokenizer:
 
 
 def _prepare_texts(
-    reading: _Reading,
-    val: _Reading,
-    out: Path,
-    tokenizer: Tokenizer,
-    val_fraction: float,
-    description: dict[str, Any],
+    reading: _Reading, val: _Reading, out: Path, tokenizer: Tokenizer, val_fraction: float, description: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the data folder of sources that have been read once. description: the names of the sources and the seed."""
     count, files = reading.count, reading.account.to_dict()

@@ -79,12 +79,7 @@ class Samples:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object."""
-        return {
-            "texts": self.texts,
-            "forward_passes": self.forward_passes,
-            "seconds": self.seconds,
-            "seed": self.seed,
-        }
+        return {"texts": self.texts, "forward_passes": self.forward_passes, "seconds": self.seconds, "seed": self.seed}
 
 
 def sample(

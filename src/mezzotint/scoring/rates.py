@@ -31,13 +31,7 @@ class RateBin:
 
 
 def mask_rate_curve(
-    model: Model,
-    windows: Windows,
-    *,
-    tokens: int | None = None,
-    bins: int = 10,
-    repeats: int = 8,
-    seed: int = 0,
+    model: Model, windows: Windows, *, tokens: int | None = None, bins: int = 10, repeats: int = 8, seed: int = 0
 ) -> list[RateBin]:
     """Cross-entropy of a hidden token, by the share of its window that is hidden: the NELBO's integrand.
 

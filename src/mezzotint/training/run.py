@@ -48,14 +48,7 @@ from mezzotint.training.checkpoint import (
     read_metrics_rows,
     run_lock,
 )
-from mezzotint.training.listeners import (
-    Checkpointer,
-    Listener,
-    MetricsLog,
-    ProgressReport,
-    Step,
-    TensorBoard,
-)
+from mezzotint.training.listeners import Checkpointer, Listener, MetricsLog, ProgressReport, Step, TensorBoard
 from mezzotint.training.step import Trainer, deterministic_sums
 from mezzotint.training.validation import Validated, Validation, past_validations
 

@@ -137,11 +137,7 @@ class Validation(Listener):
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        stream: TokenStream | None,
-        history: Sequence[Validated],
-        note: Callable[[str], None],
+        self, trainer: Trainer, stream: TokenStream | None, history: Sequence[Validated], note: Callable[[str], None]
     ) -> None:
         self.trainer, self.stream, self.note = trainer, stream, note
         config = trainer.config
