@@ -1,360 +1,250 @@
 """A second decoder of `.mzz` files of version 2, written from FORMAT.md alone, in NumPy and nothing of the package.
-
-Plain and slow: one token at a time, everything but integers in float32, one operation after another. Integers are held
-in int64, so it does not matter that the package holds them in float32 or int8.
-"""
+Plain and slow: the whole window is read anew for each token, and integers are int64. Vectors are the last axis of
+arrays. Numbers in comments name sections of FORMAT.md."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import io
 import lzma
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal, getcontext
-from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 
 F = np.float32
+getcontext().prec = 60
 
 
-class Bytes:
-    """Reads from the front."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, n: int) -> bytes:
-        self.at += n
-        assert self.at <= len(self.data)
-        return self.data[self.at - n : self.at]
-
-    def number(self) -> int:
-        value = shift = 0
-        while (byte := self.take(1)[0]) & 0x80:
-            value |= (byte & 0x7F) << shift
-            shift += 7
-        return value | byte << shift
+def fold(x: np.ndarray) -> np.ndarray:
+    n, half = x.shape[-1], (x.shape[-1] + 1) // 2
+    return x if n == 1 else fold(np.append(x[..., : n - half] + x[..., half:], x[..., n - half : half], axis=-1))
 
 
-def rounded(x: Decimal) -> int:
-    return math.floor(x + Decimal("0.5"))
+def inverse_rms(x: np.ndarray, epsilon: float = 2.0**-23) -> np.ndarray:
+    return F(1) / np.sqrt(fold(x * x) * (F(1) / F(x.shape[-1])) + F(epsilon))
 
 
-@cache
-def turn(place: int, j: int, half: int, base: float) -> tuple[np.float32, np.float32]:
-    angle = place * (Decimal(base).ln() * (-j) / half).exp()
-    term, n, cos, sin = Decimal(1), 0, Decimal(0), Decimal(0)
-    while n < 4 or abs(term) > Decimal(10) ** -50:
-        cos, sin = cos + (term, 0, -term, 0)[n % 4], sin + (0, term, 0, -term)[n % 4]
-        n += 1
-        term = term * angle / n
-    return F(rounded(cos * 32768) / 32768), F(rounded(sin * 32768) / 32768)
+def integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    return np.rint(x * (F(127) / np.maximum(largest, F(2.0**-80)))).astype(np.int64), largest / F(127)
 
 
-def fold(x: np.ndarray) -> np.float32:
-    x = np.array(x, F).ravel()
-    while len(x) > 1:
-        half = (len(x) + 1) // 2
-        y = x[:half].copy()
-        y[: len(x) - half] += x[half:]
-        x = y
-    return x[0]
+def turn(angle: Decimal) -> list[float]:
+    """cos and sin in steps of 2^-15, by their series."""
+    terms = [Decimal(1)]
+    while len(terms) < 4 or abs(terms[-1]) > Decimal(10) ** -50:
+        terms.append(terms[-1] * angle / len(terms))
+    return [round((sum(terms[i::4]) - sum(terms[i + 2 :: 4])) * 32768) / 32768 for i in (0, 1)]
 
 
-def inverse_rms(x: np.ndarray, epsilon: float = 2.0**-23) -> np.float32:
-    return F(1) / np.sqrt(fold(x * x) * (F(1) / F(len(x))) + F(epsilon))
+class Network:  # a model's weights, and the tables of 8
+    def __init__(self, config: dict, weights: dict[str, np.ndarray]) -> None:
+        c = self.c = SimpleNamespace(**config)
+        self.w = weights | {"next token": weights["embedding.weight"][: c.vocab_size]}
+        self.length, self.head = min(c.sequence_length, 4096), c.width // c.heads
+        self.exp, self.logit_exp = (np.array([round((Decimal(-i) / step).exp() * peak) for i in range(20 * step)])
+                                    for peak, step in ((4096, 32), (1 << 24, 64)))  # fmt: skip
+        cap = Decimal(c.softcap) * 64
+        powers = [(Decimal(-2 * i) / cap).exp() for i in range(min(math.ceil(640 * c.softcap), 1 << 20) + 1)]
+        self.cap = np.array([round(cap * (1 - p) / (1 + p)) for p in powers])
+        half = (c.rotary_dims or self.head) // 2
+        angles = [(Decimal(c.rotary_base).ln() * -j / half).exp() for j in range(half)]
+        self.turns = np.array([[turn(t * angle) for angle in angles] for t in range(self.length)], F)
+        self.grid = []
+        for i in range(c.layers):
+            v, bias = weights[f"blocks.{i}.attention.value.weight"], self.bias(i, np.arange(c.vocab_size + 1))
+            mean = fold((v * v).ravel())[0] / F(len(v)) + fold((bias * bias).ravel())[0] / F(bias.size)
+            self.grid.append(F(2.0 ** (7 - math.frexp(np.sqrt(max(mean, F(2.0**-80))))[1])))
 
-
-def integers(x: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    largest = np.abs(x).max()
-    return np.rint(x * (F(127) / max(largest, F(2.0**-80)))).astype(np.int64), largest / F(127)
-
-
-class Matrix:
-    def __init__(self, w: np.ndarray) -> None:
+    def product(self, name: str, x: np.ndarray) -> np.ndarray:
+        w = self.w[name]
         largest = np.abs(w).max(axis=1)
-        self.scale = largest / F(63)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            codes = np.rint(w * (F(63) / largest)[:, None])
-        self.codes = np.clip(np.where(largest[:, None] > 0, codes, 0), -63, 63).astype(np.int64)
+        inverse = F(63) / np.where(largest > 0, largest, F(np.inf))
+        codes = np.clip(np.rint(w * inverse[:, None]), -63, 63).astype(np.int64)
+        return (x @ codes.T).astype(F) * (largest / F(63))
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        return (self.codes @ x).astype(F) * self.scale
+    def looked_up(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Rows of a narrow table, made as wide as the network."""
+        x, worth = integers(self.w[f"{name}.embedding.weight"][ids])
+        return self.product(f"{name}.project.weight", x) * (worth * self.w[f"{name}.scale"])
 
+    def bias(self, i: int, ids: np.ndarray) -> np.ndarray:
+        """What layer i adds to its values: 0 where it adds nothing."""
+        late = i - self.c.layers + self.c.value_embedding_layers
+        if not self.c.value_embedding_width or late < 0:
+            return np.zeros((len(ids), 1), F)
+        return self.looked_up("value_embedding", ids) * self.w["value_embedding.layer_scales"][late]
 
-class Network:
-    """Keys and values of one window, fed an input at a time."""
-
-    def __init__(self, config: dict, w: dict[str, np.ndarray]) -> None:
-        getcontext().prec = 60
-        self.c, self.w = config, w
-        self.head = config["width"] // config["heads"]
-        self.matrices = {n: Matrix(v) for n, v in w.items() if v.ndim == 2 and n.endswith("weight")}
-        self.matrices["output"] = Matrix(w["embedding.weight"][: config["vocab_size"]])
-        for i in range(config["layers"]):
-            at = f"blocks.{i}.attention."
-            self.matrices[at] = Matrix(np.concatenate([w[f"{at}{p}.weight"] for p in ("query", "key", "value")]))
-        self.exp, i = [], 0
-        while not self.exp or self.exp[-1]:
-            self.exp.append(rounded((Decimal(-i) / 32).exp() * 4096))
-            i += 1
-        self.logit_exp, i = [], 0
-        while not self.logit_exp or self.logit_exp[-1]:
-            self.logit_exp.append(rounded((Decimal(-i) / 64).exp() * (1 << 24)))
-            i += 1
-        cap = Decimal(config["softcap"])
-        self.edge = min(math.ceil(640 * config["softcap"]), 1 << 20)
-        self.cap = []
-        for i in range(self.edge + 1):
-            t = (Decimal(-2 * i) / (64 * cap)).exp()
-            self.cap.append(rounded(64 * cap * (1 - t) / (1 + t)))
-        self.grid = [self.value_grid(i) for i in range(config["layers"])]
-        self.start()
-
-    def start(self) -> None:
-        self.ids: list[int] = []
-        self.keys = [[] for _ in range(self.c["layers"])]
-        self.values = [[] for _ in range(self.c["layers"])]
-
-    def value_grid(self, i: int) -> np.float32:
-        w = self.w[f"blocks.{i}.attention.value.weight"]
-        mean = fold(w * w) / F(len(w))
-        late = i - self.c["layers"] + self.c["value_embedding_layers"]
-        if self.c["value_embedding_width"] and late >= 0:
-            bias = np.stack([self.bias(t, late) for t in range(self.c["vocab_size"] + 1)])
-            mean = mean + fold(bias * bias) / F(bias.size)
-        return F(2.0 ** (7 - math.frexp(np.sqrt(max(mean, F(2.0**-80))))[1]))
-
-    def bias(self, token: int, late: int) -> np.ndarray:
-        x, worth = integers(self.w["value_embedding.embedding.weight"][token])
-        y = self.matrices["value_embedding.project.weight"](x) * (worth * self.w["value_embedding.scale"])
-        return y * self.w["value_embedding.layer_scales"][late]
-
-    def embedded(self, at: int) -> np.ndarray:
-        x = self.w["embedding.weight"][self.ids[at]]
-        if self.c["bigram_buckets"]:
-            n = self.c["bigram_buckets"] - 1
-            bucket = n if at == 0 else (36313 * self.ids[at] ^ 27191 * self.ids[at - 1]) % n
-            y, worth = integers(self.w["bigram.embedding.weight"][bucket])
-            x = x + self.matrices["bigram.project.weight"](y) * (worth * self.w["bigram.scale"])
-        return x
-
-    def embed(self, at: int) -> np.ndarray:
-        x, reach = self.embedded(at), self.c["neighbour_reach"]
+    def entry(self, ids: np.ndarray) -> np.ndarray:  # 8.1
+        x, reach = self.w["embedding.weight"][ids], self.c.neighbour_reach
+        if self.c.bigram_buckets:
+            n = self.c.bigram_buckets - 1
+            x = x + self.looked_up("bigram", np.append(n, (36313 * ids[1:] ^ 27191 * ids[:-1]) % n))
         if reach:
-            mixed = np.zeros_like(x)
-            for tap in range(reach + 1):
-                there = at - reach + tap
-                mixed = mixed + (self.embedded(there) if there >= 0 else F(0) * x) * self.w["neighbour_taps"][tap]
-            x = x + mixed
+            padded = np.concatenate((np.zeros((reach, x.shape[1]), F), x))
+            x = x + sum(padded[j : j + len(x)] * taps for j, taps in enumerate(self.w["neighbour_taps"][: reach + 1]))
         return x * inverse_rms(x)
 
-    def rotate(self, x: np.ndarray, place: int) -> np.ndarray:
-        half = (self.c["rotary_dims"] or self.head) // 2
-        out = x.copy()
-        for j in range(half):
-            c, s = turn(place, j, half, self.c["rotary_base"])
-            a, b = x[j], x[half + j]
-            out[j], out[half + j] = a * c + b * s, b * c - a * s
-        return np.rint(out * (inverse_rms(out, 2.0**-80) * F(128))).astype(np.int64)
-
-    def norm(self, i: int, x: np.ndarray) -> np.float32:
-        return inverse_rms(x) * (F(1 / math.sqrt(i + 1)) if self.c["depth_scaled_norm"] else F(1))
-
-    def attention(self, i: int, x: np.ndarray, token: int, place: int) -> np.ndarray:
-        c, d, at = self.c, self.head, f"blocks.{i}.attention."
-        kv = c["kv_heads"] * d
+    def normed(self, i: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ints(x) and u * N."""
         xi, worth = integers(x)
-        y = self.matrices[at](xi)
-        v = y[c["width"] + kv :] * (worth * self.norm(i, x))
-        late = i - c["layers"] + c["value_embedding_layers"]
-        if c["value_embedding_width"] and late >= 0:
-            v = v + self.bias(token, late)
-        v = v.reshape(-1, d)
-        self.keys[i].append(np.stack([self.rotate(k, place) for k in y[c["width"] :][:kv].reshape(-1, d)]))
-        self.values[i].append(np.clip(np.rint(v * self.grid[i]), -2047, 2047).astype(np.int64))
-        out = []
-        for h, q in enumerate(y[: c["width"]].reshape(-1, d)):
-            group = h // (c["heads"] // c["kv_heads"])
-            q = self.rotate(q, place)
-            factor = self.w[at + "query_gain"][h] * F(32 / (128 * 128 * math.sqrt(d)))
-            z = np.array([k[group] @ q for k in self.keys[i]]).astype(F) * factor
-            steps = np.minimum((z.max() + F(0.5)) - z, F(len(self.exp) - 1)).astype(int)
-            e = np.array([self.exp[s] for s in steps])
-            p = np.rint(e.astype(F) * (F(4096) / F(e.sum()))).astype(np.int64)
-            o = (p @ np.stack([u[group] for u in self.values[i]])).astype(F) * (F(1) / (F(p.sum()) * self.grid[i]))
-            if c["exclusive_attention"]:
-                own = v[group] / max(np.sqrt(fold(v[group] * v[group])), F(1e-12))
-                o = o - fold(o * own) * own
-            out.append(o)
-        yi, worth = integers(np.concatenate(out))
-        return self.matrices[at + "output.weight"](yi) * worth
+        return xi, worth * (inverse_rms(x) * (F(1 / math.sqrt(i + 1)) if self.c.depth_scaled_norm else F(1)))
 
-    def mlp(self, i: int, x: np.ndarray) -> np.ndarray:
-        xi, worth = integers(x)
-        worth = worth * self.norm(i, x)
-        h = self.matrices[f"blocks.{i}.mlp.up.weight"](xi)
-        h = np.maximum(h, h * F(0.5) if self.c["activation"] == "leaky_relu2" else F(0))
-        hi, square = integers(h * h)
-        return self.matrices[f"blocks.{i}.mlp.down.weight"](hi) * (square * (worth * worth))
+    def turned(self, x: np.ndarray) -> np.ndarray:
+        """Queries or keys [heads, places, D] as integers."""
+        half, cos, sin = self.turns.shape[1], *np.moveaxis(self.turns[: x.shape[1]], 2, 0)
+        a, b = x[..., :half], x[..., half : 2 * half]
+        x = np.concatenate((a * cos + b * sin, b * cos - a * sin, x[..., 2 * half :]), axis=-1)
+        return np.rint(x * (inverse_rms(x, 2.0**-80) * F(128))).astype(np.int64)
 
-    def frequencies(self, token: int) -> list[int]:
-        """Read one more input; how probable each token is next, of 2^24."""
-        c, place = self.c, len(self.ids)
-        self.ids.append(token)
-        x = first = self.embed(place)
-        half, kept = c["layers"] // 2, []
-        for i in range(c["layers"]):
-            if c["unet_skips"] and i >= half and kept:
-                x = x + self.w["skip_scales"][i - half] * kept.pop()
-            if c["embedding_mix"]:
-                mix = self.w[f"blocks.{i}.embedding_mix"]
+    def attention(self, i: int, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """8.3. Heads are the first axis, places the second."""
+        c, d, name = self.c, self.head, f"blocks.{i}.attention"
+        group = np.arange(c.heads) // (c.heads // c.kv_heads)  # the key head of each query head
+        xi, worth = self.normed(i, x)
+        q, k, v = (self.product(f"{name}.{part}.weight", xi) for part in ("query", "key", "value"))
+        q, k, v = (y.reshape(len(x), -1, d).swapaxes(0, 1) for y in (q, k, v * worth + self.bias(i, ids)))
+        q, k, v = self.turned(q), self.turned(k)[group], v[group]
+        kept = np.clip(np.rint(v * self.grid[i]), -2047, 2047).astype(np.int64)
+        gain = self.w[f"{name}.query_gain"][:, None, None]
+        z = (q @ k.swapaxes(1, 2)).astype(F) * (gain * F(32 / (16384 * math.sqrt(d))))
+        z = np.where(np.tri(len(x), dtype=bool), z, F(-np.inf))  # later places: e is 0
+        e = self.exp[np.minimum((z.max(axis=-1, keepdims=True) + F(0.5)) - z, F(len(self.exp) - 1)).astype(int)]
+        p = np.rint(e.astype(F) * (F(4096) / e.sum(axis=-1, keepdims=True).astype(F))).astype(np.int64)
+        y = (p @ kept).astype(F) * (F(1) / (p.sum(axis=-1, keepdims=True).astype(F) * self.grid[i]))
+        if c.exclusive_attention:
+            own = v / np.maximum(np.sqrt(fold(v * v)), F(1e-12))
+            y = y - fold(y * own) * own
+        yi, worth = integers(y.swapaxes(0, 1).reshape(len(x), -1))
+        return self.product(f"{name}.output.weight", yi) * worth
+
+    def frequencies(self, ids: np.ndarray) -> list[int]:
+        """A window's inputs so far -> how probable each token is next, of 2^24 (8.2 and 8.5)."""
+        c, w, kept = self.c, self.w, []
+        x = first = self.entry(ids)
+        for i in range(c.layers):
+            if c.unet_skips and i >= c.layers // 2 and kept:
+                x = x + w["skip_scales"][i - c.layers // 2] * kept.pop()
+            if c.embedding_mix:
+                mix = w[f"blocks.{i}.embedding_mix"]
                 x = mix[0] * x + mix[1] * first
-            a = self.attention(i, x, token, place)
-            x = x + (a * self.w[f"blocks.{i}.attention_scale"] if c["channel_scales"] else a)
-            m = self.mlp(i, x)
-            x = x + (m * self.w[f"blocks.{i}.mlp_scale"] if c["channel_scales"] else m)
-            if c["unet_skips"] and i < half:
+            x = x + self.attention(i, x, ids) * w.get(f"blocks.{i}.attention_scale", F(1))
+            xi, worth = self.normed(i, x)
+            h = self.product(f"blocks.{i}.mlp.up.weight", xi)
+            hi, square = integers(np.square(np.maximum(h, h * F(0.5) if c.activation == "leaky_relu2" else F(0))))
+            m = self.product(f"blocks.{i}.mlp.down.weight", hi) * (square * (worth * worth))
+            x = x + m * w.get(f"blocks.{i}.mlp_scale", F(1))
+            if c.unet_skips and i < c.layers // 2:
                 kept.append(x)
-        xi, worth = integers(x)
-        z = self.matrices["output"](xi) * (worth * inverse_rms(x) * F(64))
-        z = np.clip(np.rint(z), -self.edge, self.edge).astype(int).tolist()
-        levels = [self.cap[n] if n >= 0 else -self.cap[-n] for n in z]
-        below = [min(max(levels) - n, len(self.logit_exp) - 1) for n in levels]
-        e = np.array([self.logit_exp[n] for n in below], np.float64)
+        xi, worth = integers(x[-1])
+        z = np.rint(self.product("next token", xi) * (worth * inverse_rms(x[-1]) * F(64))).astype(np.int64)
+        levels = np.sign(z) * self.cap[np.minimum(np.abs(z), len(self.cap) - 1)]
+        e = self.logit_exp[np.minimum(levels.max() - levels, len(self.logit_exp) - 1)].astype(np.float64)
         f = np.floor(e * (np.float64((1 << 24) - len(e)) / e.sum())).astype(np.int64) + 1
-        f[below.index(0)] += (1 << 24) - f.sum()
+        f[levels.argmax()] += (1 << 24) - f.sum()
         return f.tolist()
 
 
-class Coder:
+class Coder:  # 7.2
     def __init__(self, data: bytes) -> None:
         self.state = int.from_bytes(data[:8], "little")
         self.words = np.frombuffer(data[8:], "<u4").tolist()[::-1]
 
     def symbol(self, frequencies: list[int]) -> int:
-        point, start, symbol = self.state % (1 << 24), 0, 0
-        while start + frequencies[symbol] <= point:
-            start += frequencies[symbol]
-            symbol += 1
-        self.state = frequencies[symbol] * (self.state >> 24) + point - start
+        ends, point = np.cumsum(frequencies).tolist(), self.state % (1 << 24)
+        symbol = int(np.searchsorted(ends, point, side="right"))
+        self.state = frequencies[symbol] * (self.state >> 24) + point - (ends[symbol] - frequencies[symbol])
         if self.state < 1 << 32:
             self.state = self.state << 32 | self.words.pop()
         return symbol
 
 
-def tokens_of(network: Network, coder: Coder, count: int, streams: int) -> list[int]:
-    """All streams' tokens, place by place."""
-    short, longer = divmod(count, streams)
-    length, mask = min(network.c["sequence_length"], 4096), network.c["vocab_size"]
+def tokens_of(network: Network, coder: Coder, count: int, streams: int) -> list[int]:  # 7.3
     out: list[list[int]] = [[] for _ in range(streams)]
-    networks = [copy.copy(network) for _ in range(streams)]
-    for place in range(short + (longer > 0)):
-        for stream in range(streams if place < short else longer):
-            done = out[stream]
-            start = 0
-            while place >= start + length:
-                start += max(1, length // 2)
-            inputs = [mask, *done[start:place]]
-            own = networks[stream]
-            if place == 0 or own.ids != inputs[:-1]:
-                own.start()
-                for token in inputs[:-1]:
-                    own.frequencies(token)
-            done.append(coder.symbol(own.frequencies(inputs[-1])))
+    hop = max(1, network.length // 2)
+    for done in range(count):
+        place, stream = divmod(done, streams)
+        start = hop * max(0, math.ceil((place + 1 - network.length) / hop))
+        inputs = [network.c.vocab_size, *out[stream][start:place]]
+        out[stream].append(coder.symbol(network.frequencies(np.array(inputs))))
     return [token for stream in out for token in stream]
 
 
-def kinds_of(texts: list[bytes], number: int, coder: Coder) -> list[int]:
-    def kind_of_byte(b: int) -> int:
-        for first, last in ((65, 90), (97, 122), (48, 57)):
-            if first <= b <= last:
-                return first
-        return min(b, 128)
-
-    counts: dict[tuple, list[int]] = {}
-    out = []
-    for text in texts:
-        padded, last = b"\0\0" + text + b"\0", 0
-        for at in [i for i in range(2, len(padded) - 1) if padded[i] == 32]:
-            two, one, after = (kind_of_byte(padded[at + i]) for i in (-2, -1, 1))
-            kind = number - 1
-            for node in range(number - 1):
-                p, cells = 1 << 15, []
-                for context in ((node,), (node, one, after), (node, one, after, two, (at - last).bit_length())):
-                    cells.append(counts.setdefault(context, [0, 0]))
-                    p = (65536 * cells[-1][1] + 4 * p) // (sum(cells[-1]) + 4)
-                p = 256 * min(max(p, 1), 65535)
-                hit = coder.symbol([p, (1 << 24) - p]) == 0
-                for cell in cells:
-                    cell[hit] += 1
-                if hit:
-                    kind = node
-                    break
-            last = at if kind else last
-            out.append(kind)
-    return out
+def runs_of(text: bytes, common: int, coder: Coder, counts: dict[tuple, list[int]]) -> Iterator[int]:
+    """The kind of each space of a text (7.4)."""
+    classes = [(65, 90, 65), (97, 122, 97), (48, 57, 48), (128, 255, 128)]
+    near = [next((c for first, last, c in classes if first <= b <= last), b) for b in b"\0\0" + text + b"\0"]
+    last = 0
+    for at in [i for i in range(2, len(near) - 1) if near[i] == 32]:
+        kind, hit = 0, False
+        while kind < common and not hit:
+            fine = near[at - 1], near[at + 1], near[at - 2], (at - last).bit_length()
+            cells = [counts.setdefault((kind, *fine[:n]), [0, 0]) for n in (0, 2, 4)]
+            p = 1 << 15
+            for no, yes in cells:
+                p = (65536 * yes + 4 * p) // (no + yes + 4)
+            p = 256 * min(max(p, 1), 65535)
+            hit = coder.symbol([p, (1 << 24) - p]) == 0
+            for cell in cells:
+                cell[hit] += 1
+            kind += not hit
+        last = at if kind else last
+        yield kind
 
 
-def modelled(body: bytes, network: Network, decode: Callable[[list[int]], bytes]) -> bytes:
-    b = Bytes(body)
-    side = Bytes(b.take(b.number()))
-    streams, coder = b.number(), Coder(b.data[b.at :])
-    if side.take(1) == b"\1":
-        size = side.number()
-        side = Bytes(lzma.decompress(side.data[side.at :]))
-        assert len(side.data) == size
-    table = []
-    for _ in range(side.number()):
-        kind, count = side.take(1)[0], side.number()
-        table.append((kind, count, side.number() if kind == 0 else 0))
-    fold_runs = side.take(1) == b"\1"
-    common = [side.take(side.number()) for _ in range(side.number())] if fold_runs else []
-    edits = [
-        [(side.number(), side.number(), side.take(side.number())) for _ in range(n)] for k, _, n in table if k == 0
-    ]
-    ids = tokens_of(network, coder, sum(count + 1 for kind, count, _ in table if kind == 0), streams)
-    texts = []
-    for count, changes in zip([c for k, c, _ in table if k == 0], edits, strict=True):
-        known, text, at = decode(ids[1 : count + 1]), b"", 0
-        ids = ids[count + 1 :]
-        for keep, drop, put in changes:
-            text += known[at : at + keep] + put
-            at += keep + drop
-        texts.append(text + known[at:])
-    runs = []
-    for kind in kinds_of(texts, len(common) + 1, coder) if fold_runs else []:
-        runs.append(common[kind] if kind < len(common) else side.take(side.number()))
+def number(file: io.BytesIO) -> int:
+    byte = file.read(1)[0]
+    return byte & 0x7F | (number(file) << 7 if byte & 0x80 else 0)
+
+
+def modelled(body: bytes, network: Network, decode_ids: Callable[[list[int]], bytes]) -> bytes:  # 7
+    file = io.BytesIO(body)
+    side = io.BytesIO(file.read(number(file)))
+    streams, coder = number(file), Coder(file.read())
+    if side.read(1) == b"\1":
+        size, side = number(side), io.BytesIO(lzma.decompress(side.read()))
+        assert len(side.getvalue()) == size
+    segments = [(kind := side.read(1)[0], number(side), 0 if kind else number(side)) for _ in range(number(side))]
+    folded = side.read(1) == b"\1"
+    common = [side.read(number(side)) for _ in range(number(side))] if folded else []
+    texts = [(count, [(number(side), number(side), side.read(number(side))) for _ in range(edits)])
+             for kind, count, edits in segments if kind == 0]  # fmt: skip
+    ids = tokens_of(network, coder, sum(count + 1 for count, _ in texts), streams)
+    pieces, counts = [], {}
+    for count, edits in texts:
+        known, ids, text, at = decode_ids(ids[1 : count + 1]), ids[count + 1 :], b"", 0
+        for keep, drop, put in edits:
+            text, at = text + known[at : at + keep] + put, at + keep + drop
+        text += known[at:]
+        if folded:
+            first, *words = text.split(b" ")
+            kinds = runs_of(text, len(common), coder, counts)
+            runs = [common[k] if k < len(common) else side.read(number(side)) for k in kinds]
+            text = first + b"".join(run + word for run, word in zip(runs, words, strict=True))
+        pieces.append(text)
     assert coder.state == 1 << 32 and not coder.words
-    out = b""
-    for kind, count, _ in table:
-        if kind == 1:
-            out += side.take(count)
-            continue
-        first, *words = texts.pop(0).split(b" ") if fold_runs else [texts.pop(0)]
-        out += first + b"".join(runs.pop(0) + word for word in words)
-    return out
+    return b"".join(side.read(count) if kind == 1 else pieces.pop(0) for kind, count, _ in segments)
 
 
 def decode(data: bytes, config: dict, weights: dict, decode_ids: Callable[[list[int]], bytes], sha256: str) -> bytes:
-    """The bytes that a `.mzz` file holds. decode_ids: a tokenizer's ids -> bytes."""
-    b, out = Bytes(data), b""
-    assert b.take(4) == b"MZZ2"
-    while (kind := b.take(1)[0]) not in (0, 5):
+    """The bytes that a `.mzz` file holds (section 6). decode_ids: a tokenizer's ids -> bytes."""
+    file, out = io.BytesIO(data), b""
+    assert file.read(4) == b"MZZ2"
+    while (kind := file.read(1)[0]) not in (0, 5):
         if kind == 1:
-            out += b.take(b.number())
+            out += file.read(number(file))
         elif kind == 3:
-            assert b.take(33) == bytes.fromhex(sha256) + b"\1"
+            assert file.read(33) == bytes.fromhex(sha256) + b"\1"
         else:
-            size, body = b.number(), b.take(b.number())
-            assert b.take(4) == zlib.crc32(body).to_bytes(4, "little")
+            size, body = number(file), file.read(number(file))
+            assert file.read(4) == zlib.crc32(body).to_bytes(4, "little")
             part = lzma.decompress(body) if kind == 2 else modelled(body, Network(config, weights), decode_ids)
             assert len(part) == size
             out += part
-    if kind == 5:
-        out += b.take(len(data) - 16 - b.at)
-    assert data[b.at :] == hashlib.sha256(out).digest()[:16]
+    out += file.read(len(data) - 16 - file.tell())  # nothing in an end block
+    assert file.read() == hashlib.sha256(out).digest()[:16]
     return out
