@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 import mezzotint
 from mezzotint import files
 from mezzotint.cli import main
-from mezzotint.errors import CheckpointError, DataError, Interrupted
+from mezzotint.errors import CheckpointError, DataError, Interrupted, MezzotintError
 from mezzotint.files import atomic_file, atomic_folder, atomic_write, why_not_written, writing
 from mezzotint.training.checkpoint import read_run
 
@@ -139,3 +139,17 @@ def test_checkpoints_name_theirs_and_what_is_kept(trained, tmp_path, monkeypatch
     assert "\n" not in str(error.value)
     monkeypatch.undo()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before and mezzotint.load_run(run)
+
+
+@pytest.mark.parametrize("name", ["model.mzt", "exported/model.safetensors", "text.mzz"])
+def test_a_pointer_in_a_files_place_is_called_one(trained, tmp_path, name):
+    """What a clone without Git LFS holds, wherever a file is read."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    mezzotint.export_folder(mezzotint.load(trained.artifact), tmp_path / "exported")
+    path = tmp_path / name
+    path.write_bytes(pointer)
+    with pytest.raises(MezzotintError, match="is a Git LFS pointer"):
+        if name == "text.mzz":
+            mezzotint.decompress(pointer, mezzotint.load(trained.artifact))
+        else:
+            mezzotint.load(path if name == "model.mzt" else path.parent)

@@ -235,6 +235,7 @@ class TestForeign:
         for path, message in (
             ("hf:nobody/nothing", "cannot be reached"),
             ("prose,visibility=causal", "no setting visib"),
+            (f"{tmp_path}/missing.mzt", "missing.mzt"),
         ):
             words = [*command, "--model_args", f"path={path}"]
             done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)

@@ -268,16 +268,25 @@ def test_published_shards_that_are_missing(hub):
     assert "has 2 training shards" in run("fineweb:sp300:3").stderr
 
 
-def test_an_unreachable_hub_is_one_line(tmp_path):
+@pytest.mark.parametrize(("source", "named"), [("fineweb:sp1024", "manifest.json"), ("hf:nobody/nothing", "hf:nobody")])
+@pytest.mark.parametrize(
+    "away", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "silent"]
+)
+def test_an_unreachable_hub_is_one_line(tmp_path, source, named, away):
+    """Without the client's own attempts, one after another."""
+    if source.startswith("hf:"):
+        pytest.importorskip("datasets")
     code = (
         "import sys\nfrom mezzotint.data.prepare import prepare\nfrom mezzotint.errors import DataError\n"
-        "try: prepare(['fineweb:sp1024'], sys.argv[1])\nexcept DataError as error: print(error)"
+        "try: prepare([sys.argv[2]], sys.argv[1])\nexcept DataError as error: print(error)"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), **away}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, env=environment, check=True
-    )
-    assert done.stdout.count("\n") == 1 and "manifest.json" in done.stdout and not (tmp_path / "out").exists()
+        [sys.executable, "-c", code, str(tmp_path / "out"), source], capture_output=True, text=True, env=environment,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.count("\n") == 1 and named in done.stdout and "cannot be reached" in done.stdout
+    assert "Retrying" not in done.stderr and not (tmp_path / "out").exists()
 
 
 # --- what goes in, and what is left -----------------------------------------------------------------------------------

@@ -201,6 +201,7 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
         ("x.jsonl.gz", b"nothing packed", "x.jsonl.gz.*damaged"),
         ("x.jsonl.zst", pa.compress(b'{"text": "abc"}\n' * 1000, codec="zstd", asbytes=True)[:-9], "zst.*damaged"),
         ("x.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         ("x.txt", "é".encode() * 600_000 + b"\xe9t\xe9", "byte 1200000 breaks"),
         ("x.txt", "\ufeffab".encode("utf-16-le") + b"\x00\xd8\x00\x00", "UTF-16 text: byte 6"),
         ("x.csv", b"text,n\nabc,1\nabc\n", "line 3: 1 fields"),

@@ -35,6 +35,12 @@ class NotWritten(OSError):
     """What the system said while a file or folder was written; `filename` is its own, not that of a temporary one."""
 
 
+def refuse_pointer(start: bytes, what: Path | str, kind: type[MezzotintError]) -> None:
+    """Raise `kind` where `start`, the first bytes of a file, are those of what Git LFS leaves in a file's place."""
+    if start.startswith(b"version https://git-lfs"):
+        raise kind(f"{what} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+
+
 @contextlib.contextmanager
 def _named(path: Path, temporary: str) -> Iterator[None]:
     """What is said without a name, or of the temporary file, is about `path`."""

@@ -38,7 +38,7 @@ from mezzotint.compression.coder import (
 from mezzotint.compression.exact import ExactNetwork
 from mezzotint.compression.frames import TextFrame, put_together, read_side, take_apart
 from mezzotint.errors import ConfigError, DataError
-from mezzotint.files import atomic_file, writing
+from mezzotint.files import atomic_file, refuse_pointer, writing
 from mezzotint.model import Model
 from mezzotint.progress import OnProgress, Progress
 from mezzotint.scoring.journal import model_digest
@@ -221,6 +221,7 @@ def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progr
     if magic == MAGIC_1:
         return version1.decompress_rest(source, target, model, progress)
     if magic[:3] != MAGIC[:3]:
+        refuse_pointer(magic + source.read(64), "this", DataError)
         raise DataError("not a compressed file: it does not begin with MZZ2")
     if magic != MAGIC:
         raise DataError("the compressed file is of a newer version: upgrade mezzotint")

@@ -25,6 +25,7 @@ import pyarrow.parquet
 
 from mezzotint.errors import DataError
 from mezzotint.extras import extra
+from mezzotint.files import refuse_pointer
 
 CHUNK = 1 << 20  # bytes read at once
 LONG = 32_000_000  # characters of a file of text from which it is not held whole
@@ -37,7 +38,6 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 KINDS = "text (.txt, .md, source code), .jsonl, .csv, .tsv (each also .gz or .zst) or .parquet"
-POINTER = "version https://git-lfs"
 
 
 @dataclass
@@ -75,8 +75,7 @@ def _characters(file: BinaryIO, path: Path) -> Iterator[str]:
     Raises DataError naming the first byte that is neither.
     """
     data = file.read(CHUNK)
-    if data.startswith(POINTER.encode()):
-        raise DataError(f"{path} is a Git LFS pointer, not the text itself: fetch it with `git lfs pull`")
+    refuse_pointer(data, path, DataError)
     mark, encoding = next(((m, e) for m, e in MARKS if data.startswith(m)), (b"", "utf-8"))
     decoder = codecs.getincrementaldecoder(encoding)()
     data, at = data[len(mark) :], len(mark)
@@ -171,6 +170,8 @@ def _table(path: Path, name: str) -> Iterator[str | None]:
 
 def _parquet(path: Path, name: str) -> Iterator[str | None]:
     try:
+        with path.open("rb") as start:
+            refuse_pointer(start.read(64), path, DataError)
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if name not in names and name.split(".")[0] not in names:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import sentencepiece
 
-from mezzotint.errors import DataError
+from mezzotint.errors import DataError, Interrupted
 from mezzotint.extras import extra
+from mezzotint.files import refuse_pointer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,8 +192,7 @@ class Tokenizer(Vocabulary, Protocol):
         """
         if not serialized:
             raise DataError("the tokenizer's file is empty")
-        if serialized.startswith(b"version https://git-lfs"):
-            raise DataError("this is a Git LFS pointer, not the tokenizer itself: fetch it with `git lfs pull`")
+        refuse_pointer(serialized, "this", DataError)
         is_json = serialized[:64].lstrip()[:1] == b"{"
         most = MAX_JSON_BYTES if is_json else MAX_BYTES
         if len(serialized) > most:
@@ -488,6 +488,8 @@ def _train(texts: list[str], vocab_size: int, **more: Any) -> Tokenizer:
             minloglevel=2,
             **more,
         )
+    except Interrupted:  # raised by a signal's handler while the texts were read
+        raise
     except Exception as error:
         reason = str(error)
         most = re.search(r"value <= (\d+)", reason)

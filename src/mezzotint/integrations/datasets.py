@@ -6,9 +6,11 @@ Knows nothing of texts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mezzotint.errors import DataError
+from mezzotint.integrations.network import reachable
 
 try:
     import datasets
@@ -18,6 +20,10 @@ except ImportError as error:
 
 def rows(source: str, place: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
     """The rows of `place`, one after another. source: what errors call it. Raises DataError."""
+    if not Path(place).exists() and not reachable():
+        raise DataError(
+            f"cannot read {source}: the Hub cannot be reached; try again with a network, or name a local folder"
+        )
     try:
         yield from datasets.load_dataset(place, config, split=split, streaming=True)
     except Exception as error:  # the library's own errors are of many kinds

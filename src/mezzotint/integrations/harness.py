@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from mezzotint.config import parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.integrations.network import reachable
 from mezzotint.model import TOKENS_PER_FORWARD, Model
-from mezzotint.pretrained import load
+from mezzotint.pretrained import load, pretrained_models
 from mezzotint.sampling.denoise import denoise
+from mezzotint.training.checkpoint import split_run
 
 try:
     from datasets import config as datasets_config
@@ -273,9 +275,15 @@ def _check_early(words: Sequence[str]) -> None:
         return  # JSON, or what the harness will complain of
     settings = dict(pair.split("=", 1) for pair in pairs)
     check_settings(settings)
-    path = settings.get("path", "")
-    if path.startswith("hf:") and not reachable():
-        load(path)
+    path = settings.get("path")
+    if path is None:
+        raise ConfigError("name a model: --model_args path=MODEL.mzt or path=RUN")
+    if path.startswith("hf:"):
+        missing = not reachable()
+    else:
+        missing = path not in pretrained_models() and not split_run(Path(path))[0].exists()
+    if missing:
+        load(path)  # which says why
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from mezzotint import config as configuration
 from mezzotint.config import ModelConfig
 from mezzotint.data.tokenizer import MAX_BYTES, Tokenizer
 from mezzotint.errors import ArtifactError, MezzotintError
+from mezzotint.files import refuse_pointer
 from mezzotint.model import Denoiser, Model, count_parameters
 from mezzotint.packing import entropy
 from mezzotint.packing.grid import Grid
@@ -263,6 +264,7 @@ def _read(path: Path, keep_values: bool = True) -> Opened:
 def _read_file(path: Path, file: BinaryIO, keep_values: bool) -> Opened:
     start = file.read(PREFIX.size)
     if len(start) < PREFIX.size or start[:8] != MAGIC:
+        refuse_pointer(start + file.read(64), "this", ArtifactError)
         raise ArtifactError("not a Mezzotint artifact (wrong first bytes)")
     _, version, stored, length = PREFIX.unpack(start)
     if version > VERSION:

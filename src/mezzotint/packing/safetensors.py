@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from mezzotint.config import to_dict
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError, DataError
-from mezzotint.files import atomic_folder, writing
+from mezzotint.files import atomic_folder, refuse_pointer, writing
 from mezzotint.model import Model
 from mezzotint.packing.artifact import MAX_HEADER, checked_config, layout, network_of
 
@@ -89,6 +89,8 @@ def import_folder(folder: Path | str) -> Model:
         )
     try:
         config = checked_config({"config": settings}, (folder / WEIGHTS).stat().st_size)
+        with (folder / WEIGHTS).open("rb") as start:
+            refuse_pointer(start.read(64), WEIGHTS, ArtifactError)
         state = load_file(folder / WEIGHTS)
         tokenizer = Tokenizer.load(folder)
     except (OSError, SafetensorError, DataError, ArtifactError) as error:
