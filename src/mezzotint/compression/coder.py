@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from mezzotint.compression.exact import TOTAL, Cache, ExactNetwork
 from mezzotint.errors import DataError
@@ -152,15 +153,9 @@ def encode_tokens(network: ExactNetwork, tokens: np.ndarray, streams: Streams, e
             inputs = _inputs(part, start, stop, c.mask_id)
             cache = Cache(network, len(part), stop - start)
             hidden = network.hidden(inputs, cache, first - start).reshape(-1, c.width)
-            targets = part[:, first:stop].ravel()
-            for begin in range(0, len(hidden), POSITIONS):  # a wide vocabulary takes memory
-                chosen = targets[begin : begin + POSITIONS]
-                f = network.frequencies(hidden[begin : begin + POSITIONS])
-                own = f[np.arange(len(f)), chosen]
-                f[np.arange(f.shape[1]) >= chosen[:, None]] = 0
-                place = np.arange(begin, begin + len(chosen))
-                where = row + place // (stop - first), first + place % (stop - first)
-                starts[where], frequencies[where] = f.sum(axis=1), own
+            where = slice(row, row + len(part)), slice(first, stop)
+            found = network.intervals(hidden, part[:, first:stop].ravel())
+            starts[where], frequencies[where] = (x.reshape(len(part), -1) for x in found)
             done = first * streams.number + (row + len(part)) * (stop - first)
             tick(done / table.size)
     bits = 0.0
@@ -198,7 +193,7 @@ def _decode_step(network: ExactNetwork, hidden: np.ndarray, decoder: Decoder) ->
     """One token for each row of hidden [n, W]."""
     out = []
     for begin in range(0, len(hidden), POSITIONS):
-        ends = np.cumsum(network.frequencies(hidden[begin : begin + POSITIONS]), axis=1)
+        ends = torch.from_numpy(network.frequencies(hidden[begin : begin + POSITIONS])).cumsum(1).numpy()
         for row in ends:
             token = int(row.searchsorted(decoder.peek(), side="right"))
             below = int(row[token - 1]) if token else 0

@@ -6,7 +6,8 @@ FORMAT.md, "Exact arithmetic, version 1", is the specification; this is one way 
   sums stay below 2^24 in float32, 2^53 in float64 or 2^31 in int32. So no order of summation, no fused multiply-add and
   no kernel can change it, and whichever kernel is fastest may be taken. `_Matrix` checks both the bound and the kernel.
 - Everything else is one IEEE 754 operation at a time on float32 arrays (add, multiply, divide, square root, compare,
-  round half to even), each rounded correctly by definition. NumPy does them, never a compiler that might contract them.
+  round half to even), each rounded correctly by definition. Each is an array operation of its own, of NumPy or torch,
+  never a compiler's that might contract them. Divisions are NumPy's: torch may multiply by a reciprocal instead.
 - Sums of floats have a stated order, `fold`. Sums of integers need none.
 - exp, tanh, cos and sin are tables of integers made by Python's integers, never by a math library.
 
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mezzotint.config import ModelConfig
 from mezzotint.errors import MezzotintError
 from mezzotint.model import Model
 
@@ -43,14 +45,25 @@ TINY = np.float32(2.0**-80)
 F32 = np.float32
 BIAS_FLOATS = 1 << 23  # the most that is kept of the values' biases, all made before
 LARGEST = 1 << 14  # in size, of a weight
+NARROW = 16  # columns from which on `fold` adds rows of the transpose
+CHUNK = 1 << 17  # logits that are worked on together: they stay in a core's cache
 FUTURE = np.triu(np.full((ROWS, ROWS), F32(-np.inf)), 1)
 """What hides later places from a score."""
 
 
 def fold(x: np.ndarray) -> np.ndarray:
-    """Sum over the last axis in a stated order: the later half is added to the earlier one until one is left."""
-    y = np.array(x.reshape(-1, x.shape[-1]).T, order="C")  # a copy, and whole rows to add
-    n = len(y)
+    """Sum over the last axis in a stated order: the later half is added to the earlier one until one is left.
+
+    x: [..., K]. Returns [..., 1].
+    """
+    y = x.reshape(-1, x.shape[-1])
+    n = x.shape[-1]
+    while n > NARROW:
+        half = (n + 1) // 2
+        z = y[:, :half].copy()
+        z[:, : n - half] += y[:, half:n]
+        y, n = z, half
+    y = np.array(y.T, order="C")  # a copy, and whole rows to add
     while n > 1:
         half = (n + 1) // 2
         y[: n - half] += y[half:n]
@@ -154,10 +167,20 @@ class _Matrix:
         return True
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Integers x [n, K] of at most 127, float32 -> exact sums [n, R], rounded to float32."""
+        """Integers x [n, K] of at most 127 -> exact sums [n, R], rounded to float32."""
         if self.short is None:
             return np.matmul(x.astype(self.kind, copy=False), self.codes).astype(F32, copy=False)
-        return torch._int_mm(torch.from_numpy(x.astype(np.int8)), self.short).numpy().astype(F32)
+        return torch._int_mm(torch.from_numpy(x.astype(np.int8, copy=False)), self.short).numpy().astype(F32)
+
+    def product(self, x: np.ndarray) -> np.ndarray:
+        """Integers x [n, K] -> the sums times the scales of their rows, float32 [n, R]."""
+        return times(self(x), self.scale)
+
+
+def times(x: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """x * by, float32, in the memory of x, which takes torch half as long as NumPy where `by` is spread out."""
+    torch.from_numpy(x).mul_(torch.from_numpy(by))
+    return x
 
 
 def total(x: np.ndarray) -> np.ndarray:
@@ -173,17 +196,91 @@ def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def to_integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of x as integers of at most 127, and what one of them is worth: float32 [n, K], [n, 1]."""
+    """Rows of x [n, K] as integers of at most 127, int8, and what one of them is worth, float32 [n, 1]."""
     largest = torch.from_numpy(np.abs(x)).amax(-1, keepdim=True).numpy()
-    safe = np.maximum(largest, TINY)
-    x = x * (F32(INPUT) / safe)
-    return np.rint(x, out=x), largest / F32(INPUT)
+    steps = torch.from_numpy(F32(INPUT) / np.maximum(largest, TINY))
+    return torch.mul(torch.from_numpy(x), steps).round_().to(torch.int8).numpy(), largest / F32(INPUT)
 
 
 def inverse_rms(x: np.ndarray, epsilon: np.float32 = EPSILON) -> np.ndarray:
     """1 / sqrt(mean of squares + epsilon) of rows, [..., K] -> [..., 1]."""
     mean = fold(x * x) * (F32(1) / F32(x.shape[-1]))
     return F32(1) / np.sqrt(mean + epsilon)
+
+
+class _Entry:
+    """What enters the first layer, and the biases of the values: what depends on inputs alone."""
+
+    def __init__(self, config: ModelConfig, state: dict[str, np.ndarray]) -> None:
+        self.config, self.embedding = config, state["embedding.weight"]
+        self.taps = state.get("neighbour_taps")
+        self.bigram = self.values = None
+        if config.bigram_buckets:
+            self.bigram = state["bigram.embedding.weight"], _Matrix(state["bigram.project.weight"])
+            self.bigram_scale = state["bigram.scale"]
+        self.biases: np.ndarray | None = None
+        if config.value_embedding_width:
+            self.values = state["value_embedding.embedding.weight"], _Matrix(state["value_embedding.project.weight"])
+            self.value_scale = state["value_embedding.scale"]
+            if (config.vocab_size + 1) * config.kv_heads * config.head_width <= BIAS_FLOATS:
+                self.biases = self.value_bias(np.arange(config.vocab_size + 1))
+
+    def value_bias(self, ids: np.ndarray) -> np.ndarray:
+        """What ids [n] add to the values of all late layers, before the layers' scales: [n, kv_heads * D]."""
+        assert self.values is not None
+        if self.biases is not None:
+            return self.biases[ids]
+        table, project = self.values
+        x, worth = to_integers(table[ids])
+        return times(project.product(x), worth * self.value_scale)
+
+    def __call__(self, ids: np.ndarray, new: int) -> np.ndarray:
+        """The vectors [B * new, W] of the last `new` of the inputs ids [B, m], whose first ones are context."""
+        c = self.config
+        x = self.embedding[ids]
+        if self.bigram is not None:
+            table, project = self.bigram
+            previous = np.concatenate((np.full((len(ids), 1), -1), ids[:, :-1]), axis=1)
+            bucket = np.bitwise_xor(36_313 * ids, 27_191 * previous) % (c.bigram_buckets - 1)
+            y, worth = to_integers(table[np.where(previous < 0, c.bigram_buckets - 1, bucket).ravel()])
+            x += times(project.product(y), worth * self.bigram_scale).reshape(x.shape)
+        if self.taps is not None:
+            reach = c.neighbour_reach
+            padded = np.concatenate((np.zeros((len(ids), reach, c.width), F32), x), axis=1)
+            mixed = np.zeros_like(x)
+            for tap in range(reach + 1):
+                mixed += padded[:, tap : tap + x.shape[1]] * self.taps[tap]
+            x = x + mixed
+        x = x[:, x.shape[1] - new :].reshape(-1, c.width)
+        return x * inverse_rms(x)
+
+
+class _Output:
+    """The last hidden states' probabilities."""
+
+    def __init__(self, softcap: float, weight: np.ndarray) -> None:
+        self.matrix = _Matrix(weight)
+        half = cap_table(softcap)
+        self.edge = len(half) - 1
+        self.cap = torch.from_numpy(np.concatenate((-half[:0:-1], half)).astype(np.int32))
+        self.exp = torch.from_numpy(exp_table(LOGIT_STEP, TOTAL).astype(np.float64))
+        self.rows = max(1, CHUNK // len(weight))
+
+    def excess(self, hidden: np.ndarray) -> np.ndarray:
+        """Hidden states [n, W], at most `rows` -> each token's frequency less 1, float64 integers [n, V]."""
+        xi, worth = to_integers(hidden)
+        z = times(self.matrix.product(xi), worth * inverse_rms(hidden) * F32(LOGIT_STEP))
+        place = torch.from_numpy(z).round_().clamp_(-self.edge, self.edge).add_(self.edge).to(torch.int32)
+        level = torch.index_select(self.cap, 0, place.view(-1)).view(place.shape)
+        torch.sub(level.amax(-1, keepdim=True), level, out=level)
+        level.clamp_(max=len(self.exp) - 1)
+        best = level.numpy().argmin(axis=1)
+        f = torch.index_select(self.exp, 0, level.view(-1)).view(level.shape)
+        size = f.shape[1]
+        f.mul_(torch.from_numpy((TOTAL - size) / f.sum(-1, keepdim=True).numpy())).floor_()
+        excess = f.numpy()
+        excess[np.arange(len(excess)), best] += TOTAL - size - f.sum(-1).numpy()
+        return excess
 
 
 class ExactNetwork:
@@ -199,15 +296,10 @@ class ExactNetwork:
         if any(not np.abs(value).max(initial=0) <= LARGEST for value in state.values()):
             raise MezzotintError(f"compress takes models whose weights are at most {LARGEST:,} in size")
         self.length = min(c.sequence_length, WINDOW)
-        self.state = {name: value for name, value in state.items() if value.ndim < 2 or "taps" in name or "mix" in name}
+        self.state = {name: value for name, value in state.items() if value.ndim < 2 or "mix" in name}
         self.state["skip_scales"] = state.get("skip_scales", np.zeros((0, 1), F32))
-        self.embedding = state["embedding.weight"]
-        self.output = _Matrix(self.embedding[: c.vocab_size])
-        self.bigram = self.values = None
-        if c.bigram_buckets:
-            self.bigram = state["bigram.embedding.weight"], _Matrix(state["bigram.project.weight"])
-        if c.value_embedding_width:
-            self.values = state["value_embedding.embedding.weight"], _Matrix(state["value_embedding.project.weight"])
+        self.entry = _Entry(c, state)
+        self.output = _Output(c.softcap, state["embedding.weight"][: c.vocab_size])
         self.layers: list[dict[str, _Matrix]] = []
         for i in range(c.layers):
             at = f"blocks.{i}."
@@ -219,74 +311,42 @@ class ExactNetwork:
         channels = c.rotary_dims or c.head_width
         cos, sin = rotary_tables(self.length, channels, c.rotary_base)
         still = np.zeros((self.length, c.head_width - channels), F32)
-        # Whole heads in a row: [length, 1, D].
-        self.cos = np.concatenate((cos, cos, still + 1), axis=1)[:, None]
-        self.sin = np.concatenate((sin, -sin, still), axis=1)[:, None]
+        # For all heads of a query, one after another: [length, W].
+        self.cos = np.tile(np.concatenate((cos, cos, still + 1), axis=1), (1, c.heads))
+        self.sin = np.tile(np.concatenate((sin, -sin, still), axis=1), (1, c.heads))
         self.turning = channels
         self.score_exp = torch.from_numpy(exp_table(SCORE_STEP, 4096).astype(F32))
-        self.logit_exp = exp_table(LOGIT_STEP, TOTAL).astype(np.float64)
-        half = cap_table(c.softcap)
-        self.cap = np.concatenate((-half[:0:-1], half)).astype(np.int32)
-        self.biases: list[np.ndarray] = []
         self.value_grid = [self._grid(state, i) for i in range(c.layers)]
-        if c.layers * (c.vocab_size + 1) * c.kv_heads * c.head_width <= BIAS_FLOATS and self.values is not None:
-            everything = np.arange(c.vocab_size + 1)
-            self.biases = [self._value_bias(everything, late) for late in range(c.value_embedding_layers)]
+
+    def _late(self, layer: int) -> int:
+        """Which of the layers whose values have a bias this is; below 0 where it has none."""
+        c = self.config
+        return layer - (c.layers - c.value_embedding_layers) if self.entry.values is not None else -1
 
     def _grid(self, state: dict[str, np.ndarray], layer: int) -> np.float32:
         """Steps per 1 of a layer's values: a power of two that leaves room for 16 times their root mean square."""
-        c = self.config
         weight = state[f"blocks.{layer}.attention.value.weight"]
         mean = fold(np.square(weight.reshape(1, -1)))[0, 0] / F32(len(weight))
-        late = layer - (c.layers - c.value_embedding_layers)
-        if self.values is not None and late >= 0:
-            bias = self._value_bias(np.arange(c.vocab_size + 1)[None], late)
+        if (late := self._late(layer)) >= 0:
+            bias = self.entry.value_bias(np.arange(self.config.vocab_size + 1))
+            bias = bias * self.state["value_embedding.layer_scales"][late]
             mean = mean + fold(np.square(bias.reshape(1, -1)))[0, 0] / F32(bias.size)
         return F32(2.0 ** (7 - int(np.frexp(np.sqrt(np.maximum(mean, TINY)))[1])))
 
-    def _value_bias(self, ids: np.ndarray, late: int) -> np.ndarray:
-        assert self.values is not None
-        if late < len(self.biases):
-            return self.biases[late][ids.ravel()]
-        table, project = self.values
-        x, worth = to_integers(table[ids.ravel()])
-        x = project(x) * project.scale * (worth * self.state["value_embedding.scale"])
-        return x * self.state["value_embedding.layer_scales"][late]
-
-    def _embed(self, ids: np.ndarray, new: int) -> np.ndarray:
-        """What enters the first layer at the last `new` of the inputs ids [B, m], whose first ones are context."""
-        c = self.config
-        x = self.embedding[ids]
-        if self.bigram is not None:
-            table, project = self.bigram
-            previous = np.concatenate((np.full((len(ids), 1), -1), ids[:, :-1]), axis=1)
-            bucket = np.bitwise_xor(36_313 * ids, 27_191 * previous) % (c.bigram_buckets - 1)
-            y, worth = to_integers(table[np.where(previous < 0, c.bigram_buckets - 1, bucket).ravel()])
-            y = project(y) * project.scale * (worth * self.state["bigram.scale"])
-            x = x + y.reshape(x.shape)
-        if c.neighbour_reach:
-            taps, reach = self.state["neighbour_taps"], c.neighbour_reach
-            padded = np.concatenate((np.zeros((len(ids), reach, c.width), F32), x), axis=1)
-            mixed = np.zeros_like(x)
-            for tap in range(reach + 1):
-                mixed = mixed + padded[:, tap : tap + x.shape[1]] * taps[tap]
-            x = x + mixed
-        x = x[:, x.shape[1] - new :].reshape(-1, c.width)
-        return x * inverse_rms(x)
-
     def _rotate(self, x: np.ndarray, at: int, n: int) -> np.ndarray:
-        """x [B * n, heads, D] at places at .. at + n - 1, turned and normalised, in integers of 1 / 128."""
-        half = self.turning // 2
-        y = x.reshape(-1, n, *x.shape[1:])
-        turned = np.empty_like(y)
+        """x [B * n, heads * D] at places at .. at + n - 1, turned and normalised, in integers of 1 / 128."""
+        width, half = self.config.head_width, self.turning // 2
+        size = x.shape[-1]
+        turned = np.empty((len(x), size // width, width), F32)
+        y = x.reshape(turned.shape)
         turned[..., :half] = y[..., half : 2 * half]
         turned[..., half : 2 * half] = y[..., :half]
         turned[..., 2 * half :] = 0
-        turned *= self.sin[at : at + n]
-        out = y * self.cos[at : at + n]
-        out += turned
-        out *= inverse_rms(out, TINY) * UNIT
-        return np.rint(out, out=out)
+        cos, sin = (torch.from_numpy(table[at : at + n, :size]) for table in (self.cos, self.sin))
+        other = torch.from_numpy(turned).view(-1, n, size).mul_(sin)
+        out = torch.mul(torch.from_numpy(x.reshape(-1, n, size)), cos).add_(other).view(turned.shape)
+        times(out.numpy(), inverse_rms(out.numpy(), TINY) * UNIT)
+        return out.round_().numpy()
 
     def _attend(self, q: np.ndarray, cache: Cache, layer: int, at: int) -> np.ndarray:
         """q [B, n, H, D] at places `at` on -> [B, n, H, D], given the keys and values kept for all of them."""
@@ -311,8 +371,8 @@ class ExactNetwork:
             y = products(e.reshape(b, c.kv_heads, group * rows, stop), values).reshape(
                 b, c.kv_heads, group, rows, width
             )
-            y = y * worth
-            out[:, start : start + rows] = y.transpose(0, 3, 1, 2, 4).reshape(b, rows, heads, width)
+            there = out[:, start : start + rows].reshape(b, rows, c.kv_heads, group, width)
+            np.multiply(y, worth, out=there.transpose(0, 2, 3, 1, 4))
         return out
 
     def _shares(self, z: np.ndarray) -> np.ndarray:
@@ -321,36 +381,38 @@ class ExactNetwork:
         torch.sub(t.amax(-1, keepdim=True) + 0.5, t, out=t)
         t.clamp_(max=len(self.score_exp) - 1)
         e = torch.index_select(self.score_exp, 0, t.to(torch.int32).view(-1)).view(t.shape).numpy()
-        e *= SHARE / total(e)
-        return np.rint(e, out=e)
+        return np.rint(times(e, SHARE / total(e)), out=e)
 
-    def _attention(self, i: int, x: np.ndarray, ids: np.ndarray, cache: Cache, at: int, skip: int) -> np.ndarray:
-        """Layer i's attention for x [B * n, W]; the result leaves out the first `skip` of each row's n places."""
-        c = self.config
-        b, n = ids.shape
+    def _attention(self, i: int, x: np.ndarray, bias: np.ndarray | None, cache: Cache, skip: int) -> np.ndarray:
+        """Layer i's attention for x [B * n, W] behind what is kept, less the first `skip` of each row's n places.
+
+        bias: of the values, as `_Entry.value_bias` gives it.
+        """
+        c, at = self.config, cache.kept
+        b = len(cache.ids)
+        n = len(x) // b
         matrix, kv = self.layers[i]["inside"], c.kv_heads * c.head_width
         xi, worth = to_integers(x)
-        acc = matrix(xi)
-        acc *= matrix.scale
-        k = self._rotate(acc[:, c.width : c.width + kv].reshape(b * n, c.kv_heads, c.head_width), at, n)
+        acc = matrix.product(xi)
         v = acc[:, c.width + kv :] * (worth * self._norm(i, x))
-        late = i - (c.layers - c.value_embedding_layers)
-        if self.values is not None and late >= 0:
-            v = v + self._value_bias(ids, late)
+        late = self._late(i)
+        if bias is not None and late >= 0:
+            v += bias * self.state["value_embedding.layer_scales"][late]
         v = v.reshape(b, n, c.kv_heads, c.head_width)
-        grid = np.clip(np.rint(v * self.value_grid[i]), F32(-VALUE), F32(VALUE))
+        k = self._rotate(acc[:, c.width : c.width + kv], at, n).reshape(v.shape)
+        grid = torch.from_numpy(v * self.value_grid[i]).round_().clamp_(-VALUE, VALUE).numpy()
         cache.keys[i, :, :, :, at : at + n] = k.transpose(0, 2, 3, 1)
         cache.values[i, :, :, at : at + n] = grid.swapaxes(1, 2)
-        asked = acc[:, : c.width].reshape(b, n, -1)[:, skip:].reshape(b * (n - skip), c.heads, c.head_width)
-        y = self._attend(self._rotate(asked, at + skip, n - skip), cache, i, at + skip)
+        asked = acc[:, : c.width].reshape(b, n, -1)[:, skip:].reshape(-1, c.width)
+        q = self._rotate(asked, at + skip, n - skip).reshape(b, n - skip, c.heads, c.head_width)
+        y = self._attend(q, cache, i, at + skip)
         if c.exclusive_attention:
             own = v[:, skip:]
             own = (own / np.maximum(np.sqrt(fold(own * own)), F32(1e-12)))[:, :, :, None]
             grouped = y.reshape(b, n - skip, c.kv_heads, -1, c.head_width)
             y = grouped - fold(grouped * own) * own
-        xi, worth = to_integers(y.reshape(b * (n - skip), c.width))
-        matrix = self.layers[i]["output"]
-        return self._scaled(matrix(xi) * matrix.scale * worth, f"blocks.{i}.attention_scale")
+        xi, worth = to_integers(y.reshape(-1, c.width))
+        return self._scaled(times(self.layers[i]["output"].product(xi), worth), f"blocks.{i}.attention_scale")
 
     def _norm(self, i: int, x: np.ndarray) -> np.ndarray:
         r = inverse_rms(x)
@@ -363,15 +425,11 @@ class ExactNetwork:
         up, down = self.layers[i]["up"], self.layers[i]["down"]
         xi, worth = to_integers(x)
         worth = worth * self._norm(i, x)
-        h = up(xi)
-        h *= up.scale
+        h = up.product(xi)
         np.maximum(h, h * F32(0.5) if self.config.activation == "leaky_relu2" else F32(0), out=h)
         np.multiply(h, h, out=h)
         hi, square = to_integers(h)
-        y = down(hi)
-        y *= down.scale
-        y *= square * (worth * worth)
-        return self._scaled(y, f"blocks.{i}.mlp_scale")
+        return self._scaled(times(down.product(hi), square * (worth * worth)), f"blocks.{i}.mlp_scale")
 
     def hidden(self, ids: np.ndarray, cache: Cache, skip: int = 0) -> np.ndarray:
         """The last layer's outputs at the next inputs ids [B, n], less the first `skip` of each row: [B, n - skip, W].
@@ -383,7 +441,8 @@ class ExactNetwork:
         at = cache.kept
         cache.ids[:, at : at + n] = ids
         context = min(at, c.neighbour_reach + 1)
-        x = embedded = self._embed(cache.ids[:, at - context : at + n], n)
+        x = embedded = self.entry(cache.ids[:, at - context : at + n], n)
+        bias = self.entry.value_bias(ids.ravel()) if self.entry.values is not None else None
         skips: list[np.ndarray] = []
         half = len(self.state["skip_scales"]) and c.layers // 2
         for i in range(c.layers):
@@ -393,7 +452,7 @@ class ExactNetwork:
             if mix is not None:
                 x = mix[0] * x + mix[1] * embedded
             last = skip if i == c.layers - 1 else 0
-            a = self._attention(i, x, ids, cache, at, last)
+            a = self._attention(i, x, bias, cache, last)
             if last:
                 x = x.reshape(b, n, -1)[:, last:].reshape(-1, c.width)
             x = x + a
@@ -407,20 +466,26 @@ class ExactNetwork:
 
     def frequencies(self, hidden: np.ndarray) -> np.ndarray:
         """Last hidden states [n, W] -> how probable each token is next: float64 integers >= 1 [n, V], sum 2^24."""
-        xi, worth = to_integers(hidden)
-        z = self.output(xi)
-        z *= self.output.scale
-        z *= worth * inverse_rms(hidden) * F32(LOGIT_STEP)
-        edge = F32(len(self.cap) // 2)
-        np.clip(np.rint(z, out=z), -edge, edge, out=z)
-        level = self.cap[z.astype(np.int32) + len(self.cap) // 2]
-        level = np.minimum(level.max(axis=1, keepdims=True) - level, len(self.logit_exp) - 1)
-        f = self.logit_exp[level]
-        f *= (TOTAL - f.shape[1]) / f.sum(axis=1, keepdims=True)
-        np.floor(f, out=f)
-        f += 1
-        f[np.arange(len(f)), level.argmin(axis=1)] += TOTAL - f.sum(axis=1)
-        return f
+        rows = self.output.rows
+        parts = [self.output.excess(hidden[at : at + rows]) for at in range(0, len(hidden), rows)]
+        return np.concatenate(parts) + 1
+
+    def intervals(self, hidden: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Last hidden states [n, W] and the tokens [n] that come next -> the tokens' starts and frequencies, int64 [n].
+
+        A start is the sum of the frequencies of all tokens with lower ids.
+        """
+        starts, frequencies = np.zeros(len(hidden), np.int64), np.zeros(len(hidden), np.int64)
+        for at in range(0, len(hidden), self.output.rows):
+            part = slice(at, at + self.output.rows)
+            excess, chosen = self.output.excess(hidden[part]), tokens[part]
+            n, size = excess.shape
+            first = np.arange(n) * size
+            # Sums from each row's first to its chosen token, and from there on.
+            below = np.add.reduceat(excess.ravel(), np.stack((first, first + chosen), axis=1).ravel())[::2]
+            starts[part] = np.where(chosen > 0, below, 0) + chosen
+            frequencies[part] = excess[np.arange(n), chosen] + 1
+        return starts, frequencies
 
 
 class Cache:
