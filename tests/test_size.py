@@ -10,9 +10,7 @@ import mezzotint
 
 SOURCE = Path(mezzotint.__file__).parent
 FILE, CLASS, FUNCTION, PARAMETERS = 650, 220, 80, 6
-EXCEPTIONS = {
-    "compression/exact.py: ExactNetwork": "one network in exact arithmetic, layer by layer",
-}
+EXCEPTIONS: dict[str, str] = {}
 """What is, or may be, longer -> why."""
 
 

@@ -45,7 +45,7 @@ TINY = np.float32(2.0**-80)
 F32 = np.float32
 BIAS_FLOATS = 1 << 23  # the most that is kept of the values' biases, all made before
 LARGEST = 1 << 14  # in size, of a weight
-NARROW = 16  # columns from which on `fold` adds rows of the transpose
+NARROW = 64  # columns from which on `fold` adds rows of the transpose
 CHUNK = 1 << 17  # logits that are worked on together: they stay in a core's cache
 FUTURE = np.triu(np.full((ROWS, ROWS), F32(-np.inf)), 1)
 """What hides later places from a score."""
