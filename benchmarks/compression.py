@@ -8,8 +8,8 @@ PNG, a .gz, Chinese, UTF-16, CRLF and an empty one. Beside xz -9e, zstd -19 and 
 seconds of one thread.
 
 matrix: each combination of threads, ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_CBWR and interpreter (its own torch,
-NumPy and Python) compresses a text with the shipped model, restores what the first combination wrote, and prints the
-SHA-256 of its own file. All equal: every file is restored under every other combination, as it is the same file.
+NumPy and Python) compresses a text by the model, restores what the first combination wrote, and prints the SHA-256 of
+its own file. All equal: every file is restored under every other combination, as it is the same file.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 COLUMN = """
 import hashlib, sys, torch, numpy, mezzotint
 text, first = open(sys.argv[1], "rb").read(), open(sys.argv[2], "rb").read()
-model = mezzotint.load()
+model = mezzotint.load(sys.argv[3] or None)
 blob = mezzotint.compress(text, model)
+assert blob[4] == 3, "the text is not coded by the model"
 assert mezzotint.decompress(first or blob, model) == text
 if not first:
     open(sys.argv[2], "wb").write(blob)
@@ -124,22 +126,28 @@ def run_files(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run_matrix(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a combination."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         text, first = Path(folder, "text"), Path(folder, "first.mzz")
-        text.write_bytes((ROOT / "README.md").read_bytes()[: args.bytes] + bytes(range(256)))
+        text.write_bytes((ROOT / "README.md").read_bytes()[: args.bytes])
         first.touch()
-        for interpreter, *values in itertools.product(args.interpreters, *SETTINGS.values()):
-            chosen = dict(zip(SETTINGS, values, strict=True))
-            environment = {k: v for k, v in os.environ.items() if k not in SETTINGS} | {
-                k: v for k, v in chosen.items() if v
-            }
-            environment["PYTHONPATH"] = str(ROOT / "src")
-            command = [interpreter, "-c", COLUMN, str(text), str(first)]
+
+        def column(chosen: dict[str, str], interpreter: str) -> dict[str, Any]:
+            environment = {k: v for k, v in os.environ.items() if k not in SETTINGS}
+            environment |= {k: v for k, v in chosen.items() if v} | {"PYTHONPATH": str(ROOT / "src")}
+            command = [interpreter, "-c", COLUMN, str(text), str(first), args.model or ""]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             printed = done.stdout.split() or ["failed", done.stderr.strip().split("\n")[-1]]
-            rows.append({**chosen, "sha256": printed[0], "versions": " ".join(printed[1:])})
-            print(*rows[-1].values(), flush=True)
+            row = {**chosen, "sha256": printed[0], "versions": " ".join(printed[1:])}
+            print(*row.values(), flush=True)
+            return row
+
+        combinations = [
+            (dict(zip(SETTINGS, values, strict=True)), interpreter)
+            for *values, interpreter in itertools.product(*SETTINGS.values(), args.interpreters)
+        ]
+        rows = [column(*combinations[0])]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            rows += pool.map(column, *zip(*combinations[1:], strict=True))
     digests = {row["sha256"] for row in rows}
     print(f"{len(rows)} combinations, {len(digests)} different files")
     return rows
@@ -150,14 +158,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("part", choices=["files", "matrix"])
     parser.add_argument("--text", type=Path, help="Parquet or text whose first bytes are the prose")
-    parser.add_argument("--bytes", type=int, default=0, help="of prose [300,000], or of the matrix's text [6,000]")
+    parser.add_argument("--bytes", type=int, default=0, help="of prose [300,000], or of the matrix's text [1,200]")
     parser.add_argument("--model", help="model to use [the shipped prose]")
     parser.add_argument("--interpreters", nargs="+", default=[sys.executable], help="Pythons of the matrix")
+    parser.add_argument("--jobs", type=int, default=1, help="combinations of the matrix that run at a time")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(words)
-    args.bytes = args.bytes or (300_000 if args.part == "files" else 6_000)
+    args.bytes = args.bytes or (300_000 if args.part == "files" else 1_200)
     rows = run_files(args) if args.part == "files" else run_matrix(args)
-    digest = hashlib.sha256((ROOT / "src/mezzotint/models/prose.mzt").read_bytes()).hexdigest()
+    model = args.model or ROOT / "src/mezzotint/models/prose.mzt"
+    digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
     command = f"python benchmarks/compression.py {args.part}"
     write_json(args.json, {"command": command, "model_sha256": digest, "rows": rows})
 
