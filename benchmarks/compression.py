@@ -149,7 +149,8 @@ def run_matrix(args: argparse.Namespace) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(args.jobs) as pool:
             rows += pool.map(column, *zip(*combinations[1:], strict=True))
     digests = {row["sha256"] for row in rows}
-    print(f"{len(rows)} combinations, {len(digests)} different files")
+    failed = sum(row["sha256"] == "failed" for row in rows)
+    print(f"{len(rows)} combinations, {len(digests)} different files, {failed} failed")
     return rows
 
 
@@ -166,8 +167,8 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     args.bytes = args.bytes or (300_000 if args.part == "files" else 1_200)
     rows = run_files(args) if args.part == "files" else run_matrix(args)
-    model = args.model or ROOT / "src/mezzotint/models/prose.mzt"
-    digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
+    model = Path(args.model or ROOT / "src/mezzotint/models/prose.mzt")
+    digest = hashlib.sha256(model.read_bytes()).hexdigest() if model.is_file() else None
     command = f"python benchmarks/compression.py {args.part}"
     write_json(args.json, {"command": command, "model_sha256": digest, "rows": rows})
 
