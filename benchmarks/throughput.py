@@ -1,18 +1,19 @@
 """Where a training step's time goes: tokens/s and model FLOP/s beside this machine's measured matrix-product rate.
 
-    python benchmarks/throughput.py [--preset small] [--rounds 5] [--steps 8] [--json FILE]
+    python benchmarks/throughput.py [--preset small] [--vocab-size N] [--rounds 5] [--steps 8] [--json FILE]
 
 Rows, all with one shape and batch, timed in turns within one run: the preset's step; the same without causal windows;
 and the reference's step (the output layer at every position, PyTorch's own attention kernel and Muon).
 
 Model FLOPs are those that the mathematics needs, forward and backward: matrices, attention over the positions that see
 each other (half for causal windows), and the output layer at predicted positions. The optimizer's are not among them.
-The peak is the best bfloat16 rate of a few products, the model's own shapes among them.
+The peak is the best rate of a few products in bfloat16 and in float32, the model's own shapes among them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -77,12 +78,13 @@ def model_flops(model: ModelConfig, config: TrainConfig, network: Denoiser) -> f
     return 6 * tokens * (matrices + attention + predicted * model.vocab_size * model.width)
 
 
-def peak(model: ModelConfig, tokens: int, seconds: float = 0.5) -> float:
-    """Best bfloat16 matrix-product rate in FLOP/s over large squares and the shapes of the model's layers."""
+def peak(model: ModelConfig, tokens: int, seconds: float = 0.25) -> float:
+    """Best matrix-product rate in FLOP/s, of either type, over large squares and the shapes of the model's layers."""
     best = 0.0
     width, hidden = model.width, model.mlp_width
-    for m, k, n in ((2048, 2048, 2048), (4096, 1024, 1024), (tokens, width, hidden), (tokens, hidden, width)):
-        a, b = torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n, k, dtype=torch.bfloat16)
+    shapes = ((2048, 2048, 2048), (4096, 1024, 1024), (tokens, width, hidden), (tokens, hidden, width))
+    for (m, k, n), dtype in itertools.product(shapes, (torch.bfloat16, torch.float32)):
+        a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
         functional.linear(a, b)
         rates, until = [], time.perf_counter() + seconds
         while time.perf_counter() < until:
@@ -97,13 +99,14 @@ def main(words: Sequence[str] | None = None) -> None:
     """Parse, time, print."""
     parser = new_parser(__doc__)
     parser.add_argument("--preset", default="small")
+    parser.add_argument("--vocab-size", type=int, default=0, help="pieces [the preset's]")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each row [5]")
     parser.add_argument("--steps", type=int, default=8, help="steps in a turn [8]")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args(words)
     chosen = preset(options.preset)
-    model = chosen.model
+    model = dataclasses.replace(chosen.model, vocab_size=options.vocab_size or chosen.model.vocab_size)
     # The end of a run: whole windows, all mask rates.
     base = dataclasses.replace(chosen.train, steps=1000, short_share=0.0, narrow_share=0.0, compile=not options.eager)
     rows: list[dict[str, Any]] = [

@@ -461,6 +461,18 @@ def test_throughput_times_every_row(trained, tmp_path, monkeypatch, capsys):
     assert "on 4 H100s, estimated" in capsys.readouterr().out
 
 
+def test_two_commits_take_turns(monkeypatch, capsys):
+    """A step that takes no time, in two processes; the first one's package is that of a commit."""
+    module = script("throughput_commits")
+    first = {"failed": None, "tokens": 64, "threads": 1}
+    says = f"import json, sys, mezzotint\nprint({json.dumps(json.dumps(first))}, flush=True)\n"
+    monkeypatch.setattr(module, "STEPPER", says + "for _ in sys.stdin:\n    print([0.5, 0.25], flush=True)\n")
+    if subprocess.run(["git", "-C", str(BENCHMARKS), "rev-parse", "HEAD"], capture_output=True).returncode:
+        pytest.skip("no checkout")
+    module.main(["HEAD", "--rounds", "2"])
+    assert rows_of(capsys.readouterr().out)[2] == ["HEAD", "500", "128", "250", "yes"]
+
+
 def test_user_paths_are_open(capsys):
     assert script("user_paths").main(["--quick", "--only", "install"]) == 0
     assert rows_of(capsys.readouterr().out)[2][0] == "install"

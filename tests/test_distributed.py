@@ -14,6 +14,7 @@ import torch
 from corpus import metrics, prepared_words
 
 from mezzotint.data.dataset import Dataset
+from mezzotint.distributed import bfloat16_pays
 
 SCRIPT = """
 import json, sys
@@ -129,3 +130,22 @@ def test_processes_share_the_matrices_of_muon(tmp_path):
     assert torch.equal(first, second)
     # Three updates of 0.02 an element, known to bfloat16's 0.4% each after a few products.
     assert float((first - alone).abs().max()) < 0.06 * 0.05
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "pays"),
+    [
+        ("GenuineIntel", "avx2 avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("GenuineIntel", "avx2 avx512f avx512_bf16 avx512_fp16", False),
+        ("GenuineIntel", "avx2 avx512f", False),
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2", False),
+    ],
+)
+def test_where_bfloat16_pays(vendor, flags, pays, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    facts = f"processor : 0\nvendor_id : {vendor}\nflags : fpu {flags}\n"
+    assert bfloat16_pays(torch.device("cpu"), facts) is pays
+    assert bfloat16_pays(torch.device("cuda"), facts)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert bfloat16_pays(torch.device("cpu"), facts)

@@ -9,7 +9,14 @@ import torch
 
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig
 from mezzotint.model import Denoiser
-from mezzotint.training.optim import BatchedMuon, MovingAverage, Optimizers, learning_rate_scale, split_parameters
+from mezzotint.training.optim import (
+    BatchedMuon,
+    MovingAverage,
+    Optimizers,
+    _newton_schulz_of_gram,
+    learning_rate_scale,
+    split_parameters,
+)
 
 MODEL = ModelConfig(vocab_size=11, sequence_length=8, layers=2, width=16, heads=2, kv_heads=1, neighbour_reach=1)
 
@@ -155,3 +162,18 @@ def test_state_of_another_model_is_refused():
     optimizers = Optimizers(Denoiser(MODEL), TrainConfig())
     with pytest.raises(KeyError):
         optimizers.load_state_tensors({"nothing.weight/momentum_buffer": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 24, 32), (2, 24, 96), (1, 1, 7)])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_newton_schulz_on_the_smaller_side(shape, steps):
+    """As the iteration in float64; singular values fall over four decades."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x * torch.logspace(0, -4, shape[2], dtype=torch.float64)
+    a, b, c = coefficients = (3.4445, -4.775, 2.0315)
+    want = x / x.norm(dim=(1, 2), keepdim=True)
+    for _ in range(steps):
+        gram = want @ want.mT
+        want = a * want + (b * gram + c * gram @ gram) @ want
+    found = _newton_schulz_of_gram(x.float(), coefficients, steps, 1e-7).double()
+    assert float((found - want).norm() / want.norm()) < 1e-3

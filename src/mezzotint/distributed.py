@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,24 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     elif device.type not in ("cpu", "mps"):
         raise ConfigError(f"device {name!r} is not supported: use auto, cpu, cuda or mps")
     return device
+
+
+def bfloat16_pays(device: torch.device, facts: str | None = None) -> bool:
+    """Whether matrix products on `device` are faster in bfloat16 than in float32.
+
+    On a CPU of the x86 family they are with tiles (AMX), and on AMD's that have the instructions for it; Intel's dot
+    products in vectors take longer than float32's, and without any they are emulated (LOG.md, 2026-11-27). A rule and not
+    a timing, so that every run on a machine decides alike. facts: /proc/cpuinfo's text; the machine's where not given.
+    """
+    if device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if facts is None:
+        try:
+            facts = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+        except OSError:
+            return True
+    flags = next((line.split() for line in facts.splitlines() if line.startswith("flags")), ["amx_bf16"])
+    return "amx_bf16" in flags or ("AuthenticAMD" in facts and "avx512_bf16" in flags)
 
 
 @contextlib.contextmanager

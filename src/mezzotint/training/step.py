@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from mezzotint import seeding
 from mezzotint.config import TrainConfig
 from mezzotint.data.loader import Loader, Prefetch
-from mezzotint.distributed import rank_and_size
+from mezzotint.distributed import bfloat16_pays, rank_and_size
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Denoiser, Tables
 from mezzotint.objective import nelbo_per_window, token_nll, training_loss
 from mezzotint.system import keep_freed_memory
 from mezzotint.training.corrupt import Pass, Stage, StepWork, prepare_step, stage_at
 from mezzotint.training.optim import MovingAverage, Optimizers
+from mezzotint.training.output import capped_nll
 
 
 class MaskedLoss(nn.Module):
@@ -48,11 +49,15 @@ class MaskedLoss(nn.Module):
         whole = compiled and not by_layers
         self.hidden = torch.compile(network.hidden, dynamic=False) if whole else network.hidden
         self.blocks = torch.compile(network.hidden_blocks, dynamic=False) if whole else network.hidden_blocks
-        # One graph for any number of masked positions: softcap and softmax in two passes over the logits, not ten.
-        self.nll = torch.compile(self._nll, dynamic=True) if compiled else self._nll
+        # On a CPU the output layer is written out; else one graph for any number of masked positions.
+        on_cpu = network.embedding.weight.device.type == "cpu"
+        self.nll = self._nll if on_cpu or not compiled else torch.compile(self._nll, dynamic=True)
         self.tables: dict[tuple[int, int], Tables] = {}
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        config, table = self.network.config, self.network.embedding.weight
+        if hidden.device.type == "cpu":
+            return capped_nll(hidden, table[: config.vocab_size], targets, config.softcap)
         return token_nll(self.network.logits(hidden), targets)
 
     def forward(
@@ -153,6 +158,7 @@ class Trainer:
         self.loader = loader
         self.batches = Prefetch(loader, self._prepare)
         self.device = device
+        self.half = config.dtype == "bfloat16" and bfloat16_pays(device)
         self.rank, self.world = rank_and_size()
         if config.batch % self.world:
             raise ConfigError(f"batch {config.batch} must be a multiple of the {self.world} processes")
@@ -219,14 +225,13 @@ class Trainer:
 
     def _gradients(self, work: StepWork) -> Tensor:
         """As `gradients`, of work that is prepared: [loss, NELBO] on the device."""
-        config = self.config
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # which MPS does not have
         figures = torch.zeros(2, dtype=exact, device=self.device)
         for n, host in enumerate(work.passes):
             last = n == len(work.passes) - 1
             quiet = contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync()  # type: ignore[operator]
             part = host.to(self.device)
-            with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
                 block_size = 1 if part.causal else work.size or 0
                 nll = self.loss(part.corrupted, part.ids, part.predicted, block_size, work.both).float()
                 nll = nll if part.weights is None else nll * part.weights
