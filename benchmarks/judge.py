@@ -81,9 +81,7 @@ def count_bytes(record: Path) -> dict[str, int]:
     return {"artifact": artifact, "code": code, "total": artifact + code}
 
 
-def run_scorer(
-    record: Path, data: Path, tokens: int | None, python: str = sys.executable, timeout: float | None = None
-) -> dict[str, Any]:
+def run_scorer(record: Path, data: Path, tokens: int | None, python: str = sys.executable) -> dict[str, Any]:
     """The JSON that the record's scorer prints, and how the network was taken away.
 
     Raises RuntimeError with the scorer's last words if it fails.
@@ -94,7 +92,7 @@ def run_scorer(
     words += [] if tokens is None else ["--tokens", str(tokens)]
     command = [*prefix, python, "-I", "-c", GUARD, blocked, "leave" if prefix else "refuse", *words]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=timeout)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise RuntimeError(f"the scorer failed: {done.stderr.strip()[-2000:]}")
     return {"network": "own namespace" if prefix else "sockets refused", **json.loads(done.stdout)}

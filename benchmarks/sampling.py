@@ -103,14 +103,14 @@ def judged(judge: Model, ids: Tensor) -> dict[str, float]:
     return {"judged_bpb": ratio, "stderr": error, **character(ids[:, 1:])}
 
 
-def starts(model: Model, data: Dataset, count: int, length: int, skip: int = 0) -> Tensor:
-    """Real text: `length` ids of `count` validation documents, evenly spaced, from id `skip` of each (0 is BOS)."""
+def starts(model: Model, data: Dataset, count: int, length: int) -> Tensor:
+    """Real text: `length` ids of `count` validation documents, evenly spaced, from the BOS of each."""
     stream = data.split("val")
     ids = np.asarray(stream[0 : len(stream)]).astype(np.int64)
     heads = np.flatnonzero(ids == model.tokenizer.bos_id)
-    long = [h for h, end in zip(heads, [*heads[1:], len(ids)], strict=True) if end - h >= skip + length]
+    long = [h for h, end in zip(heads, [*heads[1:], len(ids)], strict=True) if end - h >= length]
     chosen = [long[i * len(long) // count] for i in range(min(count, len(long)))]
-    return torch.from_numpy(np.stack([ids[h + skip : h + skip + length] for h in chosen]))
+    return torch.from_numpy(np.stack([ids[h : h + length] for h in chosen]))
 
 
 class Points(Book):

@@ -20,14 +20,14 @@ MOST_SEED = 2**63 - 1
 MOST = 10**9  # of what is counted and has no other bound
 
 
-def shown(value: Any, most: int = 60) -> str:
+def shown(value: Any) -> str:
     """A value as an error quotes it: one line of printable characters, cut where it is long."""
     try:
         text = repr(value)
     except Exception:  # Python writes no whole number of more than 4,300 digits; others have a repr of their own
         text = f"a value of type {type(value).__name__}"
     text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
-    return text if len(text) <= most else text[:most] + "..."
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 @dataclass(frozen=True)
@@ -517,6 +517,6 @@ OPTIONS: dict[str, Rule] = {
 """What the options that are no field of `ModelConfig` or `TrainConfig` may be, by their names in Python."""
 
 
-def checked(name: str, value: Any, error: type[MezzotintError] = ConfigError) -> Any:
-    """The value of the option `name` of `OPTIONS`, None where it is None. Raises `error`."""
-    return None if value is None else OPTIONS[name].check(name, value, error)
+def checked(name: str, value: Any) -> Any:
+    """The value of the option `name` of `OPTIONS`, None where it is None. Raises ConfigError."""
+    return None if value is None else OPTIONS[name].check(name, value)

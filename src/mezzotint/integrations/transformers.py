@@ -163,7 +163,7 @@ def from_transformers(
 
 
 def load_transformers(
-    name: str | Path, objective: str | None = None, *, trust_remote_code: bool = False, window: int | None = None
+    name: str | Path, objective: str | None = None, *, trust_remote_code: bool = False
 ) -> ForeignModel:
     """The model of a repository on the Hub, `hf:OWNER/NAME`, or of a local folder. Weights are safetensors only.
 
@@ -185,7 +185,7 @@ def load_transformers(
         reason = " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
         away = " (the Hub cannot be reached)" if local and not Path(where).is_dir() else ""
         raise CheckpointError(f"no model could be had from {name}{away}: {reason}") from error
-    return from_transformers(model, tokenizer, objective, window=window)
+    return from_transformers(model, tokenizer, objective)
 
 
 @contextlib.contextmanager

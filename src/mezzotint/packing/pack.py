@@ -405,7 +405,6 @@ def sweep(
     score: Callable[[Model], np.ndarray],
     *,
     tolerances: Sequence[float] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
-    calibration_tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
     progress: OnProgress | None = None,
 ) -> list[dict[str, float]]:
@@ -415,10 +414,10 @@ def sweep(
     pair up. The first point costs about the first of `tolerances` (increasing; nats per token) by measurement, the
     others' steps follow from its. Returns one dict per tolerance: `tolerance`, `bytes`, `bits_per_parameter`,
     `cost_nats_per_token` (measured as by `pack`, on calibration text), `nelbo_bpb`, `cost_bpb` (over the unpacked
-    model) and `cost_stderr_bpb`. calibration_tokens, seed, progress: see `pack`. Raises ArtifactError as it does.
+    model) and `cost_stderr_bpb`. seed, progress: see `pack`. Raises ArtifactError as it does.
     """
     tell = progress or silent
-    windows, check = calibration_split(model, calibration, calibration_tokens)
+    windows, check = calibration_split(model, calibration, CALIBRATION_TOKENS)
     before = np.asarray(score(model), dtype=np.float64)
     measured = MeasuredCost(model, check, seed)
     packer = RateDistortionPacker(model, windows, seed, tolerances[0], measured, tell)

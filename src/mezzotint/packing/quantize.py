@@ -217,7 +217,7 @@ class Divergence:
         return total / self.tokens
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
+def damped(hessian: Tensor, damping: float = 0.01) -> Tensor:
     """`hessian` [C, C] with `damping` times its mean diagonal added to the diagonal; the identity if it is zero."""
     mean = hessian.diagonal().mean()
     if not mean > 0:
@@ -246,7 +246,6 @@ def gptq(
     columns: np.ndarray | None = None,
     *,
     limit: int = INT6_LIMIT,
-    damping: float = 0.01,
     block: int = 128,
     penalty: RatePenalty | None = None,
     ascending: bool = False,
@@ -260,7 +259,7 @@ def gptq(
     weight [R, C]; hessian [C, C]; rows, columns: float16 scales [R], [C].
     """
     order = rounding_order(hessian, ascending)
-    factor = inverse_factor(hessian, order, damping).float()
+    factor = inverse_factor(hessian, order).float()
     work = weight.detach().float().cpu().T[order].contiguous()  # [C, R]: one column of W per row
     scale = torch.from_numpy(rows.astype(np.float32))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -314,14 +313,14 @@ def rounding_order(hessian: Tensor, ascending: bool = False) -> Tensor:
     return torch.argsort(hessian.diagonal(), descending=not ascending, stable=True)
 
 
-def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped `hessian` with rows and columns in `order`, float64."""
-    h = damped(hessian, damping)[order][:, order]
+    h = damped(hessian)[order][:, order]
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
 
 
 def curved_scales(
-    weight: np.ndarray, curvature: Curvature, step: float, limit: int, damping: float = 0.01
+    weight: np.ndarray, curvature: Curvature, step: float, limit: int
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Float16 scales (rows [R], columns [C]) whose rounding errors all cost alike: about step^2 / 24 nats per weight.
 
@@ -340,7 +339,7 @@ def curved_scales(
     for ascending in (True, False):
         order = rounding_order(curvature.inputs, ascending)
         own = torch.empty(len(order), dtype=torch.float64)
-        own[order] = 1 / inverse_factor(curvature.inputs, order, damping).diagonal()
+        own[order] = 1 / inverse_factor(curvature.inputs, order).diagonal()
         columns = step / own.numpy()
         middle = float(np.exp(np.log(columns).mean()))  # keeps both vectors well inside float16
         across = round_to_octave_grid(columns / middle, 8)
