@@ -361,6 +361,23 @@ class TestControl:
         assert mean == pytest.approx([enumerated_nelbo(model, x) for x in texts], abs=1e-9)
         assert moved > 1  # it does something
 
+    @pytest.mark.parametrize("rare", [0, 1])
+    def test_text_of_one_token_is_not_steadied_by_rounding(self, rare):
+        """All guesses are equal, but perhaps for one token of the first window: there is nothing to fit."""
+        cost = torch.linspace(0.5, 9.0, 64, dtype=torch.float64)
+
+        class ByPlace(UniformModel):
+            def logits(self, ids, *, block_size=0, positions=None):
+                out = torch.zeros(*ids.shape, 3, dtype=torch.float64)
+                out[..., 1] = math.log(2) - torch.log(torch.expm1(cost))  # token 1 costs `cost` of its place
+                return out if positions is None else out[positions]
+
+        stream = np.full(64 * 5, 1)
+        stream[:rare] = 2
+        for seed in range(20):
+            estimate = nelbo(ByPlace(3, 64), ToyWindows(stream, 64, ToyTokenizer(3)), repeats=2, seed=seed)
+            assert 0 < estimate.nats_per_token < 10
+
     def test_less_variance_where_tokens_differ_in_difficulty(self):
         """A model whose tokens cost what their frequency says: nearly all of the luck of the draw goes away."""
         random = np.random.default_rng(0)

@@ -168,6 +168,10 @@ def _controlled(
     if not np.isfinite(y).all():  # no probability at all: nothing to steady
         return float(y.sum()), 0.0, 0.0, 0.0
     a = a - a.mean()
+    if np.abs(a).max() <= 1e-9 * np.abs(guess).max():
+        a[:] = (
+            0.0  # equal guesses: what rounding leaves of them is no spread, and dividing by it would be without bound
+        )
     return weighted(nll), weighted(guess * masked) - guess.sum(), float(a @ a), float(a @ y)
 
 
