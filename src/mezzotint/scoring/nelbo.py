@@ -169,9 +169,7 @@ def _controlled(
         return float(y.sum()), 0.0, 0.0, 0.0
     a = a - a.mean()
     if np.abs(a).max() <= 1e-9 * np.abs(guess).max():
-        a[:] = (
-            0.0  # equal guesses: what rounding leaves of them is no spread, and dividing by it would be without bound
-        )
+        a[:] = 0.0  # what rounding leaves of equal guesses is no spread: dividing by it has no bound
     return weighted(nll), weighted(guess * masked) - guess.sum(), float(a @ a), float(a @ y)
 
 
