@@ -57,6 +57,18 @@ def bfloat16_pays(device: torch.device, facts: str | None = None) -> bool:
 
 
 @contextlib.contextmanager
+def _standard_output_spared() -> Iterator[None]:
+    """What is written to file 1 goes to file 2: Gloo of PyTorch 2.9 says there that it is connected, amid a command's JSON."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
 def process_group(device_name: str) -> Iterator[tuple[int, int, int]]:
     """Join torchrun's process group if there is one; yields (rank, world size, local rank)."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,7 +83,8 @@ def process_group(device_name: str) -> Iterator[tuple[int, int, int]]:
         # their restarts by themselves, so this is for one only (docs/scaling.md says what to do with many).
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # Beside NCCL for what is on the GPUs, Gloo for what is not: no GPU is waited for to agree on a clock.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    with _standard_output_spared():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     try:
         yield rank, world, int(os.environ.get("LOCAL_RANK", "0"))
     finally:
