@@ -1,212 +1,152 @@
 """A second decoder of `.mzz` files of version 2, written from FORMAT.md alone, in NumPy and nothing of the package.
-
-Plain and slow: one token at a time, everything but integers in float32, one operation after another. Integers are held
-in int64, so it does not matter that the package holds them in float32 or int8. Numbers in comments are FORMAT.md's.
-"""
+Plain and slow: the whole window is read anew for each token, and integers are int64. Vectors are the last axis of
+arrays. Numbers in comments name sections of FORMAT.md."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import lzma
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from decimal import Decimal, getcontext
-from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 
 F = np.float32
-
-
-def rounded(x: Decimal) -> int:
-    return math.floor(x + Decimal("0.5"))
-
-
-@cache
-def exponentials(step: int, peak: int) -> np.ndarray:
-    out = [peak]
-    while out[-1]:
-        out.append(rounded((Decimal(-len(out)) / step).exp() * peak))
-    return np.array(out)
-
-
-@cache
-def turns(place: int, half: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of a place's angles, by the series of e^(i angle)."""
-    out = np.zeros((2, half), F)
-    for j in range(half):
-        angle = place * (Decimal(base).ln() * (-j) / half).exp()
-        term, n, sums = Decimal(1), 0, [Decimal(0), Decimal(0)]
-        while n < 4 or abs(term) > Decimal(10) ** -50:
-            sums[n % 2] += term if n % 4 < 2 else -term
-            n += 1
-            term = term * angle / n
-        out[:, j] = [rounded(x * 32768) / 32768 for x in sums]
-    return out[0], out[1]
+getcontext().prec = 60
 
 
 def fold(x: np.ndarray) -> np.ndarray:
-    """Sums over the last axis, which is kept."""
-    while (n := x.shape[-1]) > 1:
-        half = (n + 1) // 2
-        first = x[..., :half].copy()
-        first[..., : n - half] += x[..., half:]
-        x = first
-    return x
+    n, half = x.shape[-1], (x.shape[-1] + 1) // 2
+    return x if n == 1 else fold(np.append(x[..., : n - half] + x[..., half:], x[..., n - half : half], axis=-1))
 
 
-def irms(x: np.ndarray, epsilon: float = 2.0**-23) -> np.ndarray:
+def inverse_rms(x: np.ndarray, epsilon: float = 2.0**-23) -> np.ndarray:
     return F(1) / np.sqrt(fold(x * x) * (F(1) / F(x.shape[-1])) + F(epsilon))
 
 
-def ints(x: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    largest = np.abs(x).max()
-    return np.rint(x * (F(127) / max(largest, F(2.0**-80)))).astype(np.int64), largest / F(127)
+def integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    return np.rint(x * (F(127) / np.maximum(largest, F(2.0**-80)))).astype(np.int64), largest / F(127)
 
 
-class Matrix:
-    def __init__(self, w: np.ndarray) -> None:
+def turn(angle: Decimal) -> list[float]:
+    """cos and sin in steps of 2^-15, by their series."""
+    terms = [Decimal(1)]
+    while len(terms) < 4 or abs(terms[-1]) > Decimal(10) ** -50:
+        terms.append(terms[-1] * angle / len(terms))
+    return [round((sum(terms[i::4]) - sum(terms[i + 2 :: 4])) * 32768) / 32768 for i in (0, 1)]
+
+
+class Network:  # a model's weights, and the tables of 8
+    def __init__(self, config: dict, weights: dict[str, np.ndarray]) -> None:
+        c = self.c = SimpleNamespace(**config)
+        self.w = weights | {"next token": weights["embedding.weight"][: c.vocab_size]}
+        self.length, self.head = min(c.sequence_length, 4096), c.width // c.heads
+        self.exp, self.logit_exp = (np.array([round((Decimal(-i) / step).exp() * peak) for i in range(20 * step)])
+                                    for peak, step in ((4096, 32), (1 << 24, 64)))  # fmt: skip
+        cap = Decimal(c.softcap) * 64
+        powers = [(Decimal(-2 * i) / cap).exp() for i in range(min(math.ceil(640 * c.softcap), 1 << 20) + 1)]
+        self.cap = np.array([round(cap * (1 - p) / (1 + p)) for p in powers])
+        half = (c.rotary_dims or self.head) // 2
+        angles = [(Decimal(c.rotary_base).ln() * -j / half).exp() for j in range(half)]
+        self.turns = np.array([[turn(t * angle) for angle in angles] for t in range(self.length)], F)
+        self.grid = []
+        for i in range(c.layers):
+            v, bias = weights[f"blocks.{i}.attention.value.weight"], self.bias(i, np.arange(c.vocab_size + 1))
+            mean = fold((v * v).ravel())[0] / F(len(v)) + fold((bias * bias).ravel())[0] / F(bias.size)
+            self.grid.append(F(2.0 ** (7 - math.frexp(np.sqrt(max(mean, F(2.0**-80))))[1])))
+
+    def product(self, name: str, x: np.ndarray) -> np.ndarray:
+        w = self.w[name]
         largest = np.abs(w).max(axis=1)
-        steps = np.where(largest > 0, F(63) / np.where(largest > 0, largest, F(1)), F(0))
-        self.scale = largest / F(63)
-        self.codes = np.clip(np.rint(w * steps[:, None]), -63, 63).astype(np.int64)
+        inverse = F(63) / np.where(largest > 0, largest, F(np.inf))
+        codes = np.clip(np.rint(w * inverse[:, None]), -63, 63).astype(np.int64)
+        return (x @ codes.T).astype(F) * (largest / F(63))
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        return (self.codes @ x).astype(F) * self.scale
+    def looked_up(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Rows of a narrow table, made as wide as the network."""
+        x, worth = integers(self.w[f"{name}.embedding.weight"][ids])
+        return self.product(f"{name}.project.weight", x) * (worth * self.w[f"{name}.scale"])
 
+    def bias(self, i: int, ids: np.ndarray) -> np.ndarray:
+        """What layer i adds to its values: 0 where it adds nothing."""
+        late = i - self.c.layers + self.c.value_embedding_layers
+        if not self.c.value_embedding_width or late < 0:
+            return np.zeros((len(ids), 1), F)
+        return self.looked_up("value_embedding", ids) * self.w["value_embedding.layer_scales"][late]
 
-class Network:
-    """One window, fed an input at a time."""
-
-    def __init__(self, config: dict, w: dict[str, np.ndarray]) -> None:
-        getcontext().prec = 60
-        c = self.c = config
-        self.w, self.head = w, c["width"] // c["heads"]
-        self.matrices = {name: Matrix(v) for name, v in w.items() if v.ndim == 2 and name.endswith("weight")}
-        self.matrices["logits"] = Matrix(w["embedding.weight"][: c["vocab_size"]])
-        for i in range(c["layers"]):
-            at = f"blocks.{i}.attention."
-            self.matrices[at] = Matrix(np.concatenate([w[f"{at}{p}.weight"] for p in ("query", "key", "value")]))
-        softcap = Decimal(c["softcap"])
-        self.edge = min(math.ceil(640 * c["softcap"]), 1 << 20)
-        powers = [(Decimal(-2 * i) / (64 * softcap)).exp() for i in range(self.edge + 1)]
-        self.cap = np.array([rounded(64 * softcap * (1 - p) / (1 + p)) for p in powers])
-        self.grid = [self.value_grid(i) for i in range(c["layers"])]
-        self.start()
-
-    def start(self) -> None:
-        self.ids: list[int] = []
-        self.keys: list[list[np.ndarray]] = [[] for _ in self.grid]
-        self.values: list[list[np.ndarray]] = [[] for _ in self.grid]
-
-    def value_grid(self, i: int) -> np.float32:  # 8.3
-        w = self.w[f"blocks.{i}.attention.value.weight"]
-        mean = fold((w * w).ravel())[0] / F(len(w))
-        bias = [self.bias(i, token) for token in range(self.c["vocab_size"] + 1)]
-        if bias[0] is not None:
-            mean = mean + fold(np.square(np.concatenate(bias)))[0] / F(len(bias) * len(bias[0]))
-        return F(2.0 ** (7 - math.frexp(np.sqrt(max(mean, F(2.0**-80))))[1]))
-
-    def projected(self, name: str, row: int) -> np.ndarray:
-        """A row of a small embedding, projected and scaled."""
-        x, u = ints(self.w[f"{name}.embedding.weight"][row])
-        return self.matrices[f"{name}.project.weight"](x) * (u * self.w[f"{name}.scale"])
-
-    def bias(self, i: int, token: int) -> np.ndarray | None:
-        late = i - self.c["layers"] + self.c["value_embedding_layers"]
-        if not self.c["value_embedding_width"] or late < 0:
-            return None
-        return self.projected("value_embedding", token) * self.w["value_embedding.layer_scales"][late]
-
-    def embedded(self, at: int) -> np.ndarray:
-        x, n = self.w["embedding.weight"][self.ids[at]], self.c["bigram_buckets"] - 1
-        if n > 0:
-            x = x + self.projected("bigram", n if at == 0 else (36313 * self.ids[at] ^ 27191 * self.ids[at - 1]) % n)
-        return x
-
-    def entry(self, at: int) -> np.ndarray:  # 8.1
-        x, reach = self.embedded(at), self.c["neighbour_reach"]
+    def entry(self, ids: np.ndarray) -> np.ndarray:  # 8.1
+        x, reach = self.w["embedding.weight"][ids], self.c.neighbour_reach
+        if self.c.bigram_buckets:
+            n = self.c.bigram_buckets - 1
+            x = x + self.looked_up("bigram", np.append(n, (36313 * ids[1:] ^ 27191 * ids[:-1]) % n))
         if reach:
-            y = np.zeros_like(x)
-            for j in range(reach + 1):
-                there = at - reach + j
-                y = y + (self.embedded(there) if there >= 0 else np.zeros_like(x)) * self.w["neighbour_taps"][j]
-            x = x + y
-        return x * irms(x)
+            padded = np.concatenate((np.zeros((reach, x.shape[1]), F), x))
+            x = x + sum(padded[j : j + len(x)] * taps for j, taps in enumerate(self.w["neighbour_taps"][: reach + 1]))
+        return x * inverse_rms(x)
 
-    def rotate(self, x: np.ndarray, place: int) -> np.ndarray:
-        """Heads [n, D] -> integers."""
-        half = (self.c["rotary_dims"] or self.head) // 2
-        cos, sin = turns(place, half, self.c["rotary_base"])
-        a, b = x[:, :half], x[:, half : 2 * half]
-        y = np.concatenate((a * cos + b * sin, b * cos - a * sin, x[:, 2 * half :]), axis=1)
-        return np.rint(y * (irms(y, 2.0**-80) * F(128))).astype(np.int64)
+    def normed(self, i: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ints(x) and u * N."""
+        xi, worth = integers(x)
+        return xi, worth * (inverse_rms(x) * (F(1 / math.sqrt(i + 1)) if self.c.depth_scaled_norm else F(1)))
 
-    def norm(self, i: int, x: np.ndarray) -> np.ndarray:
-        return irms(x) * F(1 / math.sqrt(i + 1)) if self.c["depth_scaled_norm"] else irms(x)
+    def turned(self, x: np.ndarray) -> np.ndarray:
+        """Queries or keys [heads, places, D] as integers."""
+        half, cos, sin = self.turns.shape[1], *np.moveaxis(self.turns[: x.shape[1]], 2, 0)
+        a, b = x[..., :half], x[..., half : 2 * half]
+        x = np.concatenate((a * cos + b * sin, b * cos - a * sin, x[..., 2 * half :]), axis=-1)
+        return np.rint(x * (inverse_rms(x, 2.0**-80) * F(128))).astype(np.int64)
 
-    def attention(self, i: int, x: np.ndarray) -> np.ndarray:  # 8.3
-        c, d, at, place = self.c, self.head, f"blocks.{i}.attention.", len(self.ids) - 1
-        xi, u = ints(x)
-        parts = np.split(self.matrices[at](xi), [c["width"], c["width"] + c["kv_heads"] * d])
-        queries, keys = (self.rotate(part.reshape(-1, d), place) for part in parts[:2])
-        v = parts[2] * (u * self.norm(i, x))
-        if (bias := self.bias(i, self.ids[-1])) is not None:
-            v = v + bias
-        v = v.reshape(-1, d)
-        self.keys[i].append(keys)
-        self.values[i].append(np.clip(np.rint(v * self.grid[i]), -2047, 2047).astype(np.int64))
-        exp, out = exponentials(32, 4096), []
-        for h, q in enumerate(queries):
-            group = h // (c["heads"] // c["kv_heads"])
-            factor = self.w[at + "query_gain"][h] * F(32 / (16384 * math.sqrt(d)))
-            z = np.array([k[group] @ q for k in self.keys[i]]).astype(F) * factor
-            e = exp[np.minimum((z.max() + F(0.5)) - z, F(len(exp) - 1)).astype(int)]
-            p = np.rint(e.astype(F) * (F(4096) / F(e.sum()))).astype(np.int64)
-            y = (p @ np.stack([u[group] for u in self.values[i]])).astype(F) * (F(1) / (F(p.sum()) * self.grid[i]))
-            if c["exclusive_attention"]:
-                o = v[group] / np.maximum(np.sqrt(fold(v[group] * v[group])), F(1e-12))
-                y = y - fold(y * o) * o
-            out.append(y)
-        yi, u = ints(np.concatenate(out))
-        return self.matrices[at + "output.weight"](yi) * u
+    def attention(self, i: int, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """8.3. Heads are the first axis, places the second."""
+        c, d, name = self.c, self.head, f"blocks.{i}.attention"
+        group = np.arange(c.heads) // (c.heads // c.kv_heads)  # the key head of each query head
+        xi, worth = self.normed(i, x)
+        q, k, v = (self.product(f"{name}.{part}.weight", xi) for part in ("query", "key", "value"))
+        q, k, v = (y.reshape(len(x), -1, d).swapaxes(0, 1) for y in (q, k, v * worth + self.bias(i, ids)))
+        q, k, v = self.turned(q), self.turned(k)[group], v[group]
+        kept = np.clip(np.rint(v * self.grid[i]), -2047, 2047).astype(np.int64)
+        gain = self.w[f"{name}.query_gain"][:, None, None]
+        z = (q @ k.swapaxes(1, 2)).astype(F) * (gain * F(32 / (16384 * math.sqrt(d))))
+        z = np.where(np.tri(len(x), dtype=bool), z, F(-np.inf))  # later places: e is 0
+        e = self.exp[np.minimum((z.max(axis=-1, keepdims=True) + F(0.5)) - z, F(len(self.exp) - 1)).astype(int)]
+        p = np.rint(e.astype(F) * (F(4096) / e.sum(axis=-1, keepdims=True).astype(F))).astype(np.int64)
+        y = (p @ kept).astype(F) * (F(1) / (p.sum(axis=-1, keepdims=True).astype(F) * self.grid[i]))
+        if c.exclusive_attention:
+            own = v / np.maximum(np.sqrt(fold(v * v)), F(1e-12))
+            y = y - fold(y * own) * own
+        yi, worth = integers(y.swapaxes(0, 1).reshape(len(x), -1))
+        return self.product(f"{name}.output.weight", yi) * worth
 
-    def mlp(self, i: int, x: np.ndarray) -> np.ndarray:  # 8.2, step 3
-        xi, u = ints(x)
-        u = u * self.norm(i, x)
-        h = self.matrices[f"blocks.{i}.mlp.up.weight"](xi)
-        h = np.maximum(h, h * F(0.5) if self.c["activation"] == "leaky_relu2" else F(0))
-        hi, g = ints(h * h)
-        return self.matrices[f"blocks.{i}.mlp.down.weight"](hi) * (g * (u * u))
-
-    def read(self, token: int) -> np.ndarray:
-        """Read one more input; how probable each token is next, of 2^24."""
-        c, w = self.c, self.w
-        self.ids.append(token)
-        x = x0 = self.entry(len(self.ids) - 1)
-        half, kept = c["layers"] // 2, []
-        for i in range(c["layers"]):  # 8.2
-            if c["unet_skips"] and i >= half and kept:
-                x = x + w["skip_scales"][i - half] * kept.pop()
-            if c["embedding_mix"]:
-                x = w[f"blocks.{i}.embedding_mix"][0] * x + w[f"blocks.{i}.embedding_mix"][1] * x0
-            for part, scale in ((self.attention, "attention_scale"), (self.mlp, "mlp_scale")):
-                y = part(i, x)
-                x = x + (y * w[f"blocks.{i}.{scale}"] if c["channel_scales"] else y)
-            if c["unet_skips"] and i < half:
+    def frequencies(self, ids: np.ndarray) -> list[int]:
+        """A window's inputs so far -> how probable each token is next, of 2^24 (8.2 and 8.5)."""
+        c, w, kept = self.c, self.w, []
+        x = first = self.entry(ids)
+        for i in range(c.layers):
+            if c.unet_skips and i >= c.layers // 2 and kept:
+                x = x + w["skip_scales"][i - c.layers // 2] * kept.pop()
+            if c.embedding_mix:
+                mix = w[f"blocks.{i}.embedding_mix"]
+                x = mix[0] * x + mix[1] * first
+            x = x + self.attention(i, x, ids) * w.get(f"blocks.{i}.attention_scale", F(1))
+            xi, worth = self.normed(i, x)
+            h = self.product(f"blocks.{i}.mlp.up.weight", xi)
+            hi, square = integers(np.square(np.maximum(h, h * F(0.5) if c.activation == "leaky_relu2" else F(0))))
+            m = self.product(f"blocks.{i}.mlp.down.weight", hi) * (square * (worth * worth))
+            x = x + m * w.get(f"blocks.{i}.mlp_scale", F(1))
+            if c.unet_skips and i < c.layers // 2:
                 kept.append(x)
-        xi, u = ints(x)  # 8.5
-        z = np.rint(self.matrices["logits"](xi) * (u * irms(x) * F(64))).clip(-self.edge, self.edge).astype(int)
-        level = np.where(z < 0, -self.cap[abs(z)], self.cap[abs(z)])
-        exp = exponentials(64, 1 << 24)
-        e = exp[np.minimum(level.max() - level, len(exp) - 1)].astype(np.float64)
+        xi, worth = integers(x[-1])
+        z = np.rint(self.product("next token", xi) * (worth * inverse_rms(x[-1]) * F(64))).astype(np.int64)
+        levels = np.sign(z) * self.cap[np.minimum(np.abs(z), len(self.cap) - 1)]
+        e = self.logit_exp[np.minimum(levels.max() - levels, len(self.logit_exp) - 1)].astype(np.float64)
         f = np.floor(e * (np.float64((1 << 24) - len(e)) / e.sum())).astype(np.int64) + 1
-        f[level.argmax()] += (1 << 24) - f.sum()
-        return f
+        f[levels.argmax()] += (1 << 24) - f.sum()
+        return f.tolist()
 
 
 class Coder:  # 7.2
@@ -214,117 +154,97 @@ class Coder:  # 7.2
         self.state = int.from_bytes(data[:8], "little")
         self.words = np.frombuffer(data[8:], "<u4").tolist()[::-1]
 
-    def symbol(self, frequencies: np.ndarray) -> int:
-        point, ends = self.state % (1 << 24), np.cumsum(frequencies)
-        symbol = int((ends <= point).sum())
-        w = int(frequencies[symbol])
-        self.state = w * (self.state >> 24) + point - (int(ends[symbol]) - w)
+    def symbol(self, frequencies: list[int]) -> int:
+        ends, point = np.cumsum(frequencies).tolist(), self.state % (1 << 24)
+        symbol = int(np.searchsorted(ends, point, side="right"))
+        self.state = frequencies[symbol] * (self.state >> 24) + point - (ends[symbol] - frequencies[symbol])
         if self.state < 1 << 32:
             self.state = self.state << 32 | self.words.pop()
         return symbol
 
 
 def tokens_of(network: Network, coder: Coder, count: int, streams: int) -> list[int]:  # 7.3
-    length = min(network.c["sequence_length"], 4096)
     out: list[list[int]] = [[] for _ in range(streams)]
-    networks = [copy.copy(network) for _ in range(streams)]
-    for at in range(count):
-        place, own, done = at // streams, networks[at % streams], out[at % streams]
-        start = 0
-        while place >= start + length:
-            start += max(1, length // 2)
-        *before, last = [network.c["vocab_size"], *done[start:place]]  # MASK first
-        if own.ids != before or not before:
-            own.start()
-            for token in before:
-                own.read(token)
-        done.append(coder.symbol(own.read(last)))
+    hop = max(1, network.length // 2)
+    for done in range(count):
+        place, stream = divmod(done, streams)
+        start = hop * max(0, math.ceil((place + 1 - network.length) / hop))
+        inputs = [network.c.vocab_size, *out[stream][start:place]]
+        out[stream].append(coder.symbol(network.frequencies(np.array(inputs))))
     return [token for stream in out for token in stream]
 
 
-def kinds_of(texts: list[bytes], number: int, coder: Coder) -> Iterator[int]:  # 7.4
-    classes = [next((a for a, z in ((65, 90), (97, 122), (48, 57)) if a <= b <= z), min(b, 128)) for b in range(256)]
-    counts: dict[tuple, list[int]] = {}
-    for text in texts:
-        padded, last = b"\0\0" + text + b"\0", 0
-        for at in [i for i in range(2, len(padded) - 1) if padded[i] == 32]:
-            a, b, c = (classes[padded[at + i]] for i in (-2, -1, 1))
-            for kind in range(number):
-                if kind == number - 1:
-                    break
-                contexts = (kind,), (kind, b, c), (kind, b, c, a, (at - last).bit_length())
-                cells = [counts.setdefault(context, [0, 0]) for context in contexts]
-                p = 1 << 15
-                for no, yes in cells:
-                    p = (65536 * yes + 4 * p) // (no + yes + 4)
-                q = 256 * min(max(p, 1), 65535)
-                hit = coder.symbol(np.array([q, (1 << 24) - q])) == 0
-                for cell in cells:
-                    cell[hit] += 1
-                if hit:
-                    break
-            last = at if kind else last
-            yield kind
+def runs_of(text: bytes, common: int, coder: Coder, counts: dict[tuple, list[int]]) -> Iterator[int]:
+    """The kind of each space of a text (7.4)."""
+    classes = [(65, 90, 65), (97, 122, 97), (48, 57, 48), (128, 255, 128)]
+    near = [next((c for first, last, c in classes if first <= b <= last), b) for b in b"\0\0" + text + b"\0"]
+    last = 0
+    for at in [i for i in range(2, len(near) - 1) if near[i] == 32]:
+        kind, hit = 0, False
+        while kind < common and not hit:
+            fine = near[at - 1], near[at + 1], near[at - 2], (at - last).bit_length()
+            cells = [counts.setdefault((kind, *fine[:n]), [0, 0]) for n in (0, 2, 4)]
+            p = 1 << 15
+            for no, yes in cells:
+                p = (65536 * yes + 4 * p) // (no + yes + 4)
+            p = 256 * min(max(p, 1), 65535)
+            hit = coder.symbol([p, (1 << 24) - p]) == 0
+            for cell in cells:
+                cell[hit] += 1
+            kind += not hit
+        last = at if kind else last
+        yield kind
 
 
-def number(b: io.BytesIO) -> int:
-    byte = b.read(1)[0]
-    return byte if byte < 128 else byte - 128 + 128 * number(b)
+def number(file: io.BytesIO) -> int:
+    byte = file.read(1)[0]
+    return byte & 0x7F | (number(file) << 7 if byte & 0x80 else 0)
 
 
-def string(b: io.BytesIO) -> bytes:
-    return b.read(number(b))
-
-
-def modelled(b: io.BytesIO, network: Network, decode: Callable[[list[int]], bytes]) -> bytes:  # 7
-    side, streams, coder = io.BytesIO(string(b)), number(b), Coder(b.read())
+def modelled(body: bytes, network: Network, decode_ids: Callable[[list[int]], bytes]) -> bytes:  # 7
+    file = io.BytesIO(body)
+    side = io.BytesIO(file.read(number(file)))
+    streams, coder = number(file), Coder(file.read())
     if side.read(1) == b"\1":
-        size = number(side)
-        side = io.BytesIO(lzma.decompress(side.read()))
+        size, side = number(side), io.BytesIO(lzma.decompress(side.read()))
         assert len(side.getvalue()) == size
-    segments = []  # 7.1: tokens or bytes, edits or None
-    for _ in range(number(side)):
-        kind, size = side.read(1), number(side)
-        segments.append((size, number(side) if kind == b"\0" else None))
+    segments = [(kind := side.read(1)[0], number(side), 0 if kind else number(side)) for _ in range(number(side))]
     folded = side.read(1) == b"\1"
-    common = [string(side) for _ in range(number(side))] if folded else []
-    edits = [[(number(side), number(side), string(side)) for _ in range(n)] for _, n in segments if n is not None]
-    sizes = [size for size, n in segments if n is not None]
-    ids = tokens_of(network, coder, sum(sizes) + len(sizes), streams)
-    texts = []
-    for size, changes in zip(sizes, edits, strict=True):
-        known, text, at = decode(ids[1 : size + 1]), b"", 0
-        ids = ids[size + 1 :]
-        for keep, drop, put in changes:
-            text += known[at : at + keep] + put
-            at += keep + drop
-        texts.append(text + known[at:])
-    kinds = list(kinds_of(texts, len(common) + 1, coder)) if folded else []
+    common = [side.read(number(side)) for _ in range(number(side))] if folded else []
+    texts = [(count, [(number(side), number(side), side.read(number(side))) for _ in range(edits)])
+             for kind, count, edits in segments if kind == 0]  # fmt: skip
+    ids = tokens_of(network, coder, sum(count + 1 for count, _ in texts), streams)
+    pieces, counts = [], {}
+    for count, edits in texts:
+        known, ids, text, at = decode_ids(ids[1 : count + 1]), ids[count + 1 :], b"", 0
+        for keep, drop, put in edits:
+            text, at = text + known[at : at + keep] + put, at + keep + drop
+        text += known[at:]
+        if folded:
+            first, *words = text.split(b" ")
+            kinds = runs_of(text, len(common), coder, counts)
+            runs = [common[k] if k < len(common) else side.read(number(side)) for k in kinds]
+            text = first + b"".join(run + word for run, word in zip(runs, words, strict=True))
+        pieces.append(text)
     assert coder.state == 1 << 32 and not coder.words
-    runs = iter([common[kind] if kind < len(common) else string(side) for kind in kinds])
-    whole = iter(
-        [b"".join(next(runs) if x == b" " else x for x in re.split(b"( )", t)) if folded else t for t in texts]
-    )
-    return b"".join(side.read(size) if n is None else next(whole) for size, n in segments)
+    return b"".join(side.read(count) if kind == 1 else pieces.pop(0) for kind, count, _ in segments)
 
 
 def decode(data: bytes, config: dict, weights: dict, decode_ids: Callable[[list[int]], bytes], sha256: str) -> bytes:
-    """The bytes that a `.mzz` file holds. decode_ids: a tokenizer's ids -> bytes."""
-    b, out = io.BytesIO(data), b""
-    assert b.read(4) == b"MZZ2"
-    while (kind := b.read(1)[0]) not in (0, 5):  # 6
+    """The bytes that a `.mzz` file holds (section 6). decode_ids: a tokenizer's ids -> bytes."""
+    file, out = io.BytesIO(data), b""
+    assert file.read(4) == b"MZZ2"
+    while (kind := file.read(1)[0]) not in (0, 5):
         if kind == 1:
-            out += string(b)
+            out += file.read(number(file))
         elif kind == 3:
-            assert b.read(33) == bytes.fromhex(sha256) + b"\1"
+            assert file.read(33) == bytes.fromhex(sha256) + b"\1"
         else:
-            size, body = number(b), string(b)
-            assert b.read(4) == zlib.crc32(body).to_bytes(4, "little")
-            network = Network(config, weights) if kind == 4 else None
-            part = modelled(io.BytesIO(body), network, decode_ids) if network else lzma.decompress(body)
+            size, body = number(file), file.read(number(file))
+            assert file.read(4) == zlib.crc32(body).to_bytes(4, "little")
+            part = lzma.decompress(body) if kind == 2 else modelled(body, Network(config, weights), decode_ids)
             assert len(part) == size
             out += part
-    if kind == 5:
-        out += b.read(len(data) - 16 - b.tell())
-    assert b.read() == hashlib.sha256(out).digest()[:16]
+    out += file.read(len(data) - 16 - file.tell())  # nothing in an end block
+    assert file.read() == hashlib.sha256(out).digest()[:16]
     return out
