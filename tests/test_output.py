@@ -41,3 +41,27 @@ def test_autocast_decides_on_the_products():
         rough = capped_nll(rows, table, targets, 30.0)
     assert not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0, 60.0])
+def test_compiled_code_has_the_same_loss(cap, monkeypatch):
+    """By its own function, of products far beyond the cap too, with gradients, against float64."""
+    stretches = []
+    monkeypatch.setattr(output.CappedCrossEntropy, "apply", lambda *inputs: stretches.append(inputs))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(7, 24, generator=generator) * 3
+    rows[0], rows[1] = rows[0] * 1e4, 0.0
+    table = torch.randn(11, 24, generator=generator)
+    targets, g = torch.randint(0, 11, (7,), generator=generator), torch.rand(7, generator=generator)
+    x, t = rows.clone().requires_grad_(), table.clone().requires_grad_()
+    nll = torch.compile(capped_nll, backend="eager", dynamic=True)(x, t, targets, cap)
+    exact, entries = rows.double().requires_grad_(), table.double().requires_grad_()
+    want = functional.cross_entropy(cap * torch.tanh(exact @ entries.T / cap), targets, reduction="none")
+    assert not stretches and nll.dtype == torch.float32
+    torch.testing.assert_close(nll.double(), want, rtol=1e-4, atol=1e-4)
+    for ours, plain in zip(
+        torch.autograd.grad((nll * g).sum(), (x, t)),
+        torch.autograd.grad((want * g).sum(), (exact, entries)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.double(), plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))

@@ -26,7 +26,7 @@ from mezzotint.objective import nelbo_per_window, token_nll, training_loss
 from mezzotint.system import keep_freed_memory
 from mezzotint.training.corrupt import Pass, Stage, StepWork, prepare_step, stage_at
 from mezzotint.training.optim import MovingAverage, Optimizers
-from mezzotint.training.output import capped_nll
+from mezzotint.training.output import MOST_WITHOUT_MAXIMUM, capped_nll
 
 
 class MaskedLoss(nn.Module):
@@ -49,9 +49,9 @@ class MaskedLoss(nn.Module):
         whole = compiled and not by_layers
         self.hidden = torch.compile(network.hidden, dynamic=False) if whole else network.hidden
         self.blocks = torch.compile(network.hidden_blocks, dynamic=False) if whole else network.hidden_blocks
-        # On a CPU the output layer is written out; else one graph for any number of masked positions.
-        on_cpu = network.embedding.weight.device.type == "cpu"
-        self.nll = self._nll if on_cpu or not compiled else torch.compile(self._nll, dynamic=True)
+        # One graph for any number of masked positions: softcap and softmax in two passes over the logits, not ten.
+        plain = network.embedding.weight.device.type == "cpu" and network.config.softcap > MOST_WITHOUT_MAXIMUM
+        self.nll = self._nll if plain or not compiled else torch.compile(self._nll, dynamic=True)
         self.tables: dict[tuple[int, int], Tables] = {}
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
