@@ -153,3 +153,22 @@ def test_a_pointer_in_a_files_place_is_called_one(trained, tmp_path, name):
             mezzotint.decompress(pointer, mezzotint.load(trained.artifact))
         else:
             mezzotint.load(path if name == "model.mzt" else path.parent)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_a_file_written_anew_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "private"
+    for mode in (0o600, 0o640):
+        path.write_bytes(b"old")
+        path.chmod(mode)
+        atomic_write(path, b"new")
+        assert path.read_bytes() == b"new" and stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_shard_that_is_a_git_lfs_pointer_is_called_one(tmp_path: Path) -> None:
+    from mezzotint.data.dataset import _open_shard
+
+    shard = tmp_path / "val_000000.bin"
+    shard.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+    with pytest.raises(DataError, match=r"val_000000\.bin is a Git LFS pointer"):
+        _open_shard(shard)

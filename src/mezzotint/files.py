@@ -131,7 +131,8 @@ def _written(path: Path, descriptor: int, name: str, direct: bool) -> Iterator[B
         if not direct:
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)  # mkstemp is private; a finished file follows the user's umask
+            # mkstemp is private: a new file follows the umask, one that is written anew keeps its mode
+            os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask)
             os.replace(name, path)
             sync_folder(path.parent)
     finally:

@@ -18,6 +18,7 @@ import numpy as np
 
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import DataError
+from mezzotint.files import refuse_pointer
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20_240_520, 1, 1024
 SHARD_TOKENS = 100_000_000
@@ -34,6 +35,7 @@ def _open_shard(path: Path) -> np.ndarray:
     except OSError as error:
         raise DataError(f"cannot read shard {path}: {error.strerror}") from error
     if len(header) < HEADER_BYTES:
+        refuse_pointer(header.tobytes(), path, DataError)
         raise DataError(f"shard {path} is truncated: {size} bytes do not hold a header")
     fields = header.view("<i4")
     if fields[0] != SHARD_MAGIC:
