@@ -333,6 +333,12 @@ class TestStudent:
         assert student_t_tail(1e9, 3) < 1e-20
 
 
+@pytest.mark.parametrize("given", [{}, [1, 2, 3], "data"])
+def test_what_is_no_windows_is_one_line(given):
+    with pytest.raises(DataError, match="is not windows: Dataset"):
+        nelbo(UniformModel(3, 4), given)
+
+
 class TestControl:
     def test_unbiased_by_enumeration(self):
         """Over every mask of two windows at once, the mean with the control variate is the enumerated NELBO."""

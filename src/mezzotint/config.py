@@ -269,7 +269,11 @@ class TrainConfig:
     )
     seed: int = _option(0, "seed of initialisation, data order and masks", "[0, 9223372036854775807]")
     device: str = _option("auto", "cpu, cuda, mps, or auto")
-    dtype: str = _option("bfloat16", "autocast type; master weights stay float32", choices=("bfloat16", "float32"))
+    dtype: str = _option(
+        "bfloat16",
+        "autocast type (a CPU that multiplies float32 faster keeps to that); master weights stay float32",
+        choices=("bfloat16", "float32"),
+    )
     compile: bool = _option(True, "use torch.compile where it works")
     log_every: float = _option(1.0, "seconds between metric rows", "[0, 1e6]")
     checkpoint_minutes: float = _option(5.0, "minutes between checkpoints", "[0, 1e6]")

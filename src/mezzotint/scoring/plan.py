@@ -79,7 +79,12 @@ class Scoring:
         progress: OnProgress | None,
         **more: Any,
     ) -> Scoring:
-        """Raises DataError: nothing to score, or `model` and `windows` have different tokenizers."""
+        """Raises DataError: nothing to score, no windows, or `model` and `windows` have different tokenizers."""
+        if not hasattr(windows, "context"):
+            raise DataError(
+                f"a {type(windows).__name__} is not windows: "
+                'Dataset.open(data).split("val").windows(model.config.sequence_length) are'
+            )
         check_same_tokenizer(model, windows)
         return cls(windows, choose_windows(windows, tokens), tokens, progress=progress or silent, **more)
 
