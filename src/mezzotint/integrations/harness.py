@@ -20,7 +20,7 @@ from mezzotint.config import parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.integrations.network import reachable
 from mezzotint.model import TOKENS_PER_FORWARD, Model
-from mezzotint.pretrained import load, pretrained_models
+from mezzotint.pretrained import DEFAULT, load, pretrained_models
 from mezzotint.sampling.denoise import denoise
 from mezzotint.training.checkpoint import split_run
 
@@ -275,9 +275,7 @@ def _check_early(words: Sequence[str]) -> None:
         return  # JSON, or what the harness will complain of
     settings = dict(pair.split("=", 1) for pair in pairs)
     check_settings(settings)
-    path = settings.get("path")
-    if path is None:
-        raise ConfigError("name a model: --model_args path=MODEL.mzt or path=RUN")
+    path = settings.get("path", DEFAULT)  # without one the harness may only be asked for its help
     if path.startswith("hf:"):
         missing = not reachable()
     else:
