@@ -5,7 +5,8 @@
 Every text goes through every verb, in a process that may have 1.5 GB of data (RLIMIT_DATA: heap and private memory,
 the model's among it) and 20 seconds of processor time for each, and one more for each gap after the first ten. A text
 must end in a result that holds (the text around the gaps byte for byte; a finite figure; the same bytes restored) or in
-one line of error. Whatever else happens is broken: another exception, memory or time beyond the limits, a process that dies. Broken texts are kept in FOLDER.
+one line of error. Whatever else happens is broken: another exception, memory or time beyond the limits, a process that
+dies. Broken texts are kept in FOLDER.
 Both clocks are reported: on a machine that does other work the wall's says little. Exit status 1 if anything broke.
 
 The kinds: words without a space, scripts without spaces, code points at random, marks upon marks, control characters,

@@ -6,6 +6,7 @@ Knows nothing of models or data.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import platform
@@ -38,6 +39,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+@functools.cache
+def _processor() -> str:
+    """/proc/cpuinfo, read once as every step asks for it; nothing where there is none."""
+    try:
+        return Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
 def bfloat16_pays(device: torch.device, facts: str | None = None) -> bool:
     """Whether matrix products on `device` are faster in bfloat16 than in float32.
 
@@ -47,11 +57,7 @@ def bfloat16_pays(device: torch.device, facts: str | None = None) -> bool:
     """
     if device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return True
-    if facts is None:
-        try:
-            facts = Path("/proc/cpuinfo").read_text("utf-8", "replace")
-        except OSError:
-            return True
+    facts = _processor() if facts is None else facts
     flags = next((line.split() for line in facts.splitlines() if line.startswith("flags")), ["amx_bf16"])
     return "amx_bf16" in flags or ("AuthenticAMD" in facts and "avx512_bf16" in flags)
 

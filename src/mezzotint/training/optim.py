@@ -40,7 +40,11 @@ def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: in
     if not bfloat16_pays(x.device):
         return _newton_schulz_of_gram(x.float(), coefficients, steps, eps).bfloat16()
     x = x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    return _iterated(x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps), coefficients, steps)
+
+
+def _iterated(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """The iterations of `newton_schulz` on matrices of norm 1 at most, in their type."""
     a, b, c = coefficients
     for _ in range(steps):
         gram = x @ x.mT
@@ -59,10 +63,7 @@ def _newton_schulz_of_gram(x: Tensor, coefficients: tuple[float, float, float], 
     a, b, c = coefficients
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
     if 2 * x.shape[2] < 3 * x.shape[1]:
-        for _ in range(steps):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x
+        return _iterated(x, coefficients, steps)
     gram, made = x @ x.mT, None
     for step in range(steps):
         q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
