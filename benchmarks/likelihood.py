@@ -9,7 +9,8 @@ variance  forward passes to a standard error of 0.005 bits per byte over 64 wind
           uniform-t Bernoulli mask per window and pass) and each thing that Mezzotint does about it
 orders    the NELBO and the exact code length of each order on the same windows, with the passes each takes
 compress  real file sizes and speeds beside the chain figure, xz -9e, zstd -19 and brotli -q 11
-bounds    strides on whole windows; K orders and leaning orders, on windows of `--short` tokens; with the passes each takes
+bounds    strides on whole windows; leaning orders and K orders, on windows of `--short` tokens (those of the model, if it is as many);
+          with the passes each takes. K = 1, 4 and 16 are of the same `--orders-drawn` orders a window, in groups
 compare   a planted difference: the same model with Gaussian noise on its weights, paired and unpaired
 """
 
@@ -37,8 +38,8 @@ from mezzotint.objective import stratified_counts
 from mezzotint.pretrained import load
 from mezzotint.scoring.compare import compare
 from mezzotint.scoring.likelihood import causal, chain_rule, lower_bound, nelbo
-from mezzotint.scoring.nelbo import apply_control, nelbo_counts, nelbo_mask, token_surprisal
-from mezzotint.scoring.plan import MaskedWindow, choose_windows, masked_window_nll
+from mezzotint.scoring.nelbo import apply_control, nelbo_counts, nelbo_mask, orders_matrix, token_surprisal
+from mezzotint.scoring.plan import MaskedWindow, Scoring, choose_windows, masked_window_nll
 from mezzotint.scoring.statistics import Estimate
 
 TARGET = 0.005
@@ -239,7 +240,10 @@ def bounds(model: Model, windows: Windows, args: argparse.Namespace) -> list[dic
     def add(what: str, estimate: Estimate) -> None:
         row = {"windows": what, "method": estimate.method, "kind": estimate.kind, "bpb": estimate.bpb}
         row |= {"s.e.": estimate.mask_stderr_bpb, "passes": estimate.forward_passes, "tokens": estimate.tokens}
-        rows.append(row | {"bytes": estimate.bytes, "seconds": round(estimate.seconds)})
+        show(row | {"bytes": estimate.bytes}, estimate.seconds)
+
+    def show(row: dict[str, Any], seconds: float) -> None:
+        rows.append(row | {"seconds": round(seconds)})
         print(rows[-1], flush=True)
         if args.json:
             write_json(args.json, rows)
@@ -258,10 +262,21 @@ def bounds(model: Model, windows: Windows, args: argparse.Namespace) -> list[dic
     for lean in (0.0, 1.0, 4.0, 16.0):
         add(f"{args.short}", nelbo(model, short, repeats=args.chain_repeats, order_lean=lean, seed=args.seed))
     add(f"{args.short}", chain_rule(model, short))
-    for orders, repeats in ((1, 8), (4, 8), (16, 4)):
-        repeats = min(repeats, args.chain_repeats)
-        add(f"{args.short}", nelbo(model, short, orders=orders, repeats=repeats, seed=args.seed))
-    add(f"{args.short}", lower_bound(model, short, orders=16, repeats=2, seed=args.seed))
+    started = time.perf_counter()
+    plan = Scoring.make(
+        model, short, tokens=None, progress=None, repeats=args.orders_drawn, seed=args.seed, journal=args.journal
+    )
+    each = orders_matrix(model, plan, 1)
+    for orders in (k for k in (1, 4, 16) if k <= len(each)):
+        groups = each[: len(each) // orders * orders].reshape(-1, orders, each.shape[1])
+        nats = (math.log(orders) - np.logaddexp.reduce(-groups, axis=1)).sum(1)  # the text's, of each group
+        bpb = nats / plan.byte_counts.sum() / math.log(2)
+        error = float(bpb.std(ddof=1)) / math.sqrt(len(bpb)) if len(bpb) > 1 else math.nan
+        row = {"windows": f"{args.short}", "method": f"nelbo orders({orders})", "kind": "upper bound"}
+        row |= {"bpb": float(bpb.mean()), "s.e.": error, "passes": groups[..., 0].size * sum(plan.lengths)}
+        show(row | {"tokens": sum(plan.lengths), "bytes": int(plan.byte_counts.sum())}, time.perf_counter() - started)
+    if args.lower_orders:
+        add(f"{args.short}", lower_bound(model, short, orders=args.lower_orders, repeats=2, seed=args.seed))
     return rows
 
 
@@ -280,6 +295,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--chain-windows", type=int, default=16, help="windows for orders")
     parser.add_argument("--chain-repeats", type=int, default=32, help="NELBO repeats for orders")
     parser.add_argument("--short", type=int, default=64, help="tokens of a window for K orders and leans")
+    parser.add_argument("--orders-drawn", type=int, default=64, help="orders of a window for K orders")
+    parser.add_argument("--lower-orders", type=int, default=16, help="for the lower bound (0: none)")
+    parser.add_argument("--journal", type=Path, help="keeps what is done of K orders, to go on from")
     parser.add_argument("--stride-tokens", type=int, default=32_768, help="tokens for causal and nelbo with strides")
     parser.add_argument("--stride-passes", type=int, default=1024, help="forward passes for nelbo with each stride")
     parser.add_argument("--compare-repeats", type=int, default=8, help="NELBO repeats for compare")

@@ -1,6 +1,7 @@
 """Settings and costly things shared by all tests."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,3 +42,16 @@ def trained(tmp_path_factory) -> Trained:
     stream = mezzotint.Dataset.open(folder / "data").split("train")
     mezzotint.pack(mezzotint.load_run(folder / "run"), stream, folder / "model.mzt")
     return Trained(folder / "data", folder / "run", folder / "model.mzt")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a screen; skips where there is none."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

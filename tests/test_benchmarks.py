@@ -380,11 +380,14 @@ def test_block_sizes_scores_every_size_it_trains(trained, tmp_path, capsys):
 def test_likelihood_answers_every_question(both_ways, trained, prose, tmp_path, capsys):
     words = [str(both_ways), str(trained.data), "--windows", "2", "--repeats", "2", "--chain-windows", "1",
              "--chain-repeats", "2", "--short", "8", "--stride-tokens", "64", "--compare-repeats", "2", "--noise", "0.5",
-             "--text", str(prose), "--bytes", "300", "--check", "--json", str(tmp_path / "l.json")]  # fmt: skip
+             "--orders-drawn", "16", "--text", str(prose), "--bytes", "300", "--check", "--json", str(tmp_path / "l.json")]  # fmt: skip
     script("likelihood").main(words)
     found = json.loads((tmp_path / "l.json").read_text())
     assert set(found) == {"variance", "orders", "bounds", "compress", "compare"} and len(found["variance"]) == 5
     assert [r["figure"] for r in found["orders"]][:2] == ["NELBO", "left"]
+    some = {row["method"]: row for row in found["bounds"] if "orders" in row["method"]}
+    one, four, sixteen = (some[f"nelbo orders({k})"] for k in (1, 4, 16))  # of the same orders: Jensen's inequality
+    assert one["bpb"] > four["bpb"] > sixteen["bpb"] > 0 and one["passes"] == sixteen["passes"] == 16 * one["tokens"]
     ours = next(row for row in found["compress"] if row[""] == "mezzotint")
     assert "decompressed identical" in ours["note"] and "## bounds" in capsys.readouterr().out
 

@@ -96,6 +96,23 @@ def test_a_page_without_artifact_or_data(trained, tmp_path):
     Page((tmp_path / "plain.html").read_text())
 
 
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_is_no_wider_than_a_screen(page, browser, width):
+    """Nothing reaches over the right edge; what is wider, as tables may be, is scrolled by itself. No script goes wrong."""
+    context = browser.new_context(viewport={"width": width, "height": 844})
+    wrong: list[str] = []
+    try:
+        sheet = context.new_page()
+        sheet.on("pageerror", lambda error: wrong.append(str(error)))
+        sheet.set_content(page)
+        assert sheet.evaluate("document.documentElement.scrollWidth") <= width
+        smallest = "Math.min(...[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width))"
+        assert sheet.evaluate(smallest) >= 0.6 * min(width, 600)
+    finally:
+        context.close()
+    assert wrong == []
+
+
 def test_text_is_escaped(trained, tmp_path):
     """A run's name, its settings and sampled text are data, never markup."""
     run = tmp_path / "<script>alert(1)</script>".replace("/", "\u2215")
