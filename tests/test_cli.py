@@ -291,6 +291,26 @@ def test_score_table_says_what_may_be_compared(trained, capsys):
     assert rows["reconstruction"].rstrip().endswith("no") and "not a bound" in rows["reconstruction"]
 
 
+def test_figures_on_a_folder_of_texts_say_what_was_read(trained, tmp_path, capsys):
+    """`score` and `compare` give the account that `prepare` gives, as a line and as JSON."""
+    (tmp_path / "a.txt").write_text("the old house was dark and the light was low. " * 3)
+    (tmp_path / "a.md").write_text("the bright water went away over the cold hill. " * 3)
+    (tmp_path / "b.png").write_bytes(b"no")
+    (tmp_path / "c.txt").write_bytes(b"the \xe9")
+    said = f"files read: 2; skipped: 1 not UTF-8 ({tmp_path.name}/c.txt at byte 4), 1 other types; empty documents: 0"
+    files = {"read": 2, "skipped": {"not UTF-8": 1, "other types": 1}, "empty_documents": 0}
+    files["not_utf8"] = {f"{tmp_path.name}/c.txt": 4}
+    scored = ["score", trained.artifact, tmp_path, "--repeats", "2"]
+    for words in (scored, ["compare", trained.artifact, trained.artifact, tmp_path, "--repeats", "2"]):
+        assert main.main([*map(str, words)]) == 0
+        assert said in capsys.readouterr().out
+        assert main.main([*map(str, words), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["files"] == files
+    one_line(capsys, ["score", trained.artifact, tmp_path / "c.txt"], "c.txt is not UTF-8 text: byte 4 breaks it")
+    assert main.main([*map(str, scored[:2]), str(trained.data), "--tokens", "64", "--json"]) == 0
+    assert "files" not in json.loads(capsys.readouterr().out)
+
+
 def test_blocks_are_scored_as_asked(trained, capsys):
     words = ["score", trained.artifact, trained.data, "--tokens", "64", "--json"]
 

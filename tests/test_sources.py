@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 from corpus import TEXTS, write_jsonl
 
 from mezzotint.data.prepare import prepare
-from mezzotint.data.sources import Account, documents
+from mezzotint.data.sources import Account, documents, files_in_words
 from mezzotint.errors import DataError
 
 
@@ -277,3 +278,61 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
         assert size == count * 20_000
         peaks.append(peak)
     assert peaks[1] - peaks[0] < 750 * 2_000  # a name's share, a tenth of a file
+
+
+# --- files of a folder that are no text -------------------------------------------------------------------------------
+
+
+def folder_with_other_text(tmp_path: Path) -> Path:
+    """One good file, and of each kind that is read as text one with a byte that is not UTF-8 behind good lines."""
+    folder = tmp_path / "texts"
+    (folder / "old").mkdir(parents=True)
+    bad(folder, "a.txt", "Ein gutes Wort, und noch eins dazu.\n".encode() * 40)
+    bad(folder / "old", "latin.txt", "ab é".encode("latin-1"))
+    bad(folder, "x.jsonl", b'{"text": "first"}\n{"text": "\xe9"}\n')
+    bad(folder, "x.csv", b"text\nfirst\n\xe9\n")
+    bad(folder, "x.md", "\ufeffab".encode("utf-16-le") + b"\x00\xd8\x00\x00")
+    return folder
+
+
+BROKEN = {"texts/old/latin.txt": 3, "texts/x.csv": 11, "texts/x.jsonl": 28, "texts/x.md": 6}
+
+
+def test_files_of_a_folder_that_are_no_text_are_left_out_whole_and_named(tmp_path):
+    folder, account = folder_with_other_text(tmp_path), Account()
+    assert list(documents(folder, account=account)) == ["Ein gutes Wort, und noch eins dazu.\n" * 40]
+    assert account.to_dict() == {
+        "read": 1, "skipped": {"not UTF-8": 4}, "empty_documents": 0, "not_utf8": BROKEN,
+    }  # fmt: skip
+    for name, byte in BROKEN.items():  # a file given by its name still is an error
+        with pytest.raises(DataError, match=f"text: byte {byte} breaks it"):
+            list(documents(tmp_path / name))
+
+
+def test_the_account_in_words_names_a_few():
+    account = Account(3, skipped=Counter({"hidden": 2, "not UTF-8": 7}), not_utf8={f"a/{i}.txt": 1000 * i for i in range(7)})
+    assert files_in_words((account + Account(1, empty=1)).to_dict()) == (
+        "files read: 4; skipped: 2 hidden, 7 not UTF-8 (a/0.txt at byte 0, a/1.txt at byte 1,000, a/2.txt at byte 2,000, "
+        "a/3.txt at byte 3,000, a/4.txt at byte 4,000 and 2 more); empty documents: 1"
+    )
+
+
+def test_a_folder_of_nothing_but_other_text_says_where_the_first_breaks(tmp_path):
+    bad(tmp_path, "a.txt", b"ab\xff")
+    bad(tmp_path, "b.txt", b"\xff")
+    with pytest.raises(DataError, match=r"a\.txt is not UTF-8 text: byte 2"):
+        list(documents(tmp_path))
+
+
+def test_prepare_goes_on_without_what_is_no_text(tmp_path):
+    """Once with the others' account, and from a validation folder too."""
+    folder = folder_with_other_text(tmp_path)
+    held = tmp_path / "held"
+    held.mkdir()
+    bad(held, "a.txt", b"Ein gutes Wort.\n" * 9)
+    bad(held, "b.txt", b"\xff")
+    report = prepare([folder], tmp_path / "out", vocab_size=290, val=[held])
+    assert report["files"] == {
+        "read": 2, "skipped": {"not UTF-8": 5}, "empty_documents": 0, "not_utf8": BROKEN | {"held/b.txt": 0},
+    }  # fmt: skip
+    assert report["train"]["documents"] == report["val"]["documents"] == 1

@@ -16,6 +16,7 @@ from mezzotint.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mezzotint.data.dataset import Dataset, Windows
+    from mezzotint.data.sources import Account
     from mezzotint.model import Model
 
 
@@ -61,8 +62,8 @@ def is_data(sources: Sequence[Path]) -> bool:
     return len(sources) == 1 and folder.is_dir() and ((folder / "data.json").exists() or any(folder.glob("*.bin")))
 
 
-def scored_windows(model: Model, arguments: argparse.Namespace) -> Windows:
-    """Windows of a prepared folder's split, or of text, a document at a time."""
+def scored_windows(model: Model, arguments: argparse.Namespace, account: Account | None = None) -> Windows:
+    """Windows of a prepared folder's split, or of text, a document at a time; account: see `scored_texts`."""
     length = model.config.sequence_length
     stride = getattr(arguments, "stride", None)
     if is_data(arguments.data):
@@ -74,15 +75,15 @@ def scored_windows(model: Model, arguments: argparse.Namespace) -> Windows:
         return dataset.split(arguments.split).windows(length, stride)
     from mezzotint.data.texts import TextWindows
 
-    return cast("Windows", TextWindows(scored_texts(arguments), model.tokenizer, length, stride))
+    return cast("Windows", TextWindows(scored_texts(arguments, account), model.tokenizer, length, stride))
 
 
-def scored_texts(arguments: argparse.Namespace) -> list[str]:
-    """The documents that DATA|TEXT names."""
+def scored_texts(arguments: argparse.Namespace, account: Account | None = None) -> list[str]:
+    """The documents that DATA|TEXT names. account: is told what was read and what was skipped."""
     from mezzotint.data.sources import documents
 
     found: list[str] = []
     for source in arguments.data:
         with input_file(source, ".txt") as file:
-            found += documents(file)
+            found += documents(file, account=account)
     return found

@@ -73,10 +73,11 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_score(arguments: argparse.Namespace, display: Display) -> None:
+    from mezzotint.data.sources import Account, files_in_words
     from mezzotint.data.texts import TextWindows
 
-    model = load_model(arguments.model, arguments)
-    windows = scored_windows(model, arguments)
+    model, read = load_model(arguments.model, arguments), Account()
+    windows = scored_windows(model, arguments, read)
     methods = [arguments.method]
     if arguments.method == "all":
         causal = model.trained_causally
@@ -104,10 +105,11 @@ def run_score(arguments: argparse.Namespace, display: Display) -> None:
     if arguments.json:
         result = {"results": [e.to_dict() for e in estimates], "model_sha256": model.sha256}
         result |= {"commit": model.info.get("commit")} | ({"failures": failures} if failures else {})
-        result |= {"text": windows.account()} if isinstance(windows, TextWindows) else {}
+        result |= {"text": windows.account(), "files": read.to_dict()} if isinstance(windows, TextWindows) else {}
         return emit(arguments, result)
     print_scores(estimates)
     if isinstance(windows, TextWindows):
+        print(files_in_words(read.to_dict()))
         _print_account(windows.account())
 
 
@@ -204,16 +206,18 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_compare(arguments: argparse.Namespace, display: Display) -> None:
+    from mezzotint.data.sources import Account, files_in_words
     from mezzotint.scoring.compare import compare, compare_documents
 
     a, b = load_model(arguments.a, arguments), load_model(arguments.b, arguments)
     options = {"method": arguments.method, "repeats": arguments.repeats, "seed": arguments.seed}
     options["progress"] = display.bar_of("comparing")
+    read = Account()
     if is_data(arguments.data):
         scored_windows(b, arguments)  # the second model's tokenizer is checked like the first's
         found = compare(a, b, scored_windows(a, arguments), tokens=arguments.tokens, **options)
     else:
-        found = compare_documents(a, b, scored_texts(arguments), **options)
+        found = compare_documents(a, b, scored_texts(arguments, read), **options)
     display.close()
     p = found.p_value
     verdict = "no difference shown" if p >= 0.01 else f"{'A' if found.difference_bpb > 0 else 'B'} is better"
@@ -223,4 +227,8 @@ def run_compare(arguments: argparse.Namespace, display: Display) -> None:
         ("B - A", f"{found.difference_bpb:+.5f} ± {found.stderr_bpb:.5f} bits/byte, p = {p:.2g}: {verdict}"),
         ("over", f"{found.a.tokens:,} tokens, {found.a.bytes:,} bytes"),
     ]
-    emit(arguments, found.to_dict(), lines)
+    result = found.to_dict()
+    if not is_data(arguments.data):
+        result["files"] = read.to_dict()
+        lines.append(("text", files_in_words(result["files"])))
+    emit(arguments, result, lines)

@@ -49,6 +49,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_prepare(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint import pretrained
     from mezzotint.data.prepare import prepare
+    from mezzotint.data.sources import files_in_words
 
     result = prepare(
         arguments.sources,
@@ -78,8 +79,7 @@ def run_prepare(arguments: argparse.Namespace, display: Display) -> None:
         f"{arguments.out}: {result['vocab_size']:,} pieces, {result['bytes_per_token']:.3f} bytes/token", columns, rows
     )
     if files := result.get("files"):
-        skipped = ", ".join(f"{count:,} {why}" for why, count in files["skipped"].items()) or "none"
-        print(f"files read: {files['read']:,}; skipped: {skipped}; empty documents: {files['empty_documents']:,}")
+        print(files_in_words(files))
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -258,13 +258,15 @@ def prepare(
     sources, val: files and folders of them (kinds: see `sources`), `-` (UTF-8 text from standard input), `stdlib`,
     `hf:OWNER/NAME[:CONFIG][:SPLIT]`, or, alone, `fineweb:sp1024[:SHARDS]`. text_field: the column or JSON key of the text,
     `a.b` for b inside a. A file of text is read in stretches, so memory does not grow with it. Without `val`, a
-    `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a single document, its end. tokenizer: one, its file, or a folder that holds it (a run, an exported model); without it, one of
-    `vocab_size` pieces is trained on `sources` (default 4,096, or fewer where the text is too short for that).
+    `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a single document, its end. tokenizer: one, its
+    file, or a folder that holds it (a run, an exported model); without it, one of `vocab_size` pieces is trained on `sources`
+    (default 4,096, or fewer where the text is too short for that).
 
     Returns train and val, each {documents, tokens, bytes, piece_bytes, not_round_trip, lost_bytes}, vocab_size,
-    bytes_per_token, and files {read, skipped: {why: how many}, empty_documents}. bytes are those of the text's UTF-8;
-    piece_bytes what the piece table says; not_round_trip counts documents that do not decode to themselves, lost_bytes the
-    bytes of theirs that are not given back. Raises DataError, and Interrupted after SIGTERM.
+    bytes_per_token, and files {read, skipped: {why: how many}, empty_documents} with, where a folder has files that are no
+    text, not_utf8: {name: first byte that breaks it}. bytes are those of the text's UTF-8; piece_bytes what the piece table
+    says; not_round_trip counts documents that do not decode to themselves, lost_bytes the bytes of theirs that are not
+    given back. Raises DataError, and Interrupted after SIGTERM.
     """
     out = Path(out)
     if not sources:
@@ -378,7 +380,7 @@ def _prepare_texts(
     reading: _Reading, val: _Reading, out: Path, tokenizer: Tokenizer, val_fraction: float, description: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the data folder of sources that have been read once. description: the names of the sources and the seed."""
-    count, files = reading.count, reading.account.to_dict()
+    count = reading.count
     chosen: set[int] = set()
     if not val.sources and count > 1:
         held = min(count - 1, max(1, round(count * val_fraction)))
@@ -404,7 +406,7 @@ def _prepare_texts(
             raise DataError("the validation sources hold no text")
         report["vocab_size"] = tokenizer.vocab_size
         report["bytes_per_token"] = report["train"]["bytes"] / report["train"]["tokens"]
-        report["files"] = files
+        report["files"] = (reading.account + val.account).to_dict()
         _write_description(folder, tokenizer, report, description)
     return report
 

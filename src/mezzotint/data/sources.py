@@ -7,6 +7,7 @@ or shards.
 from __future__ import annotations
 
 import codecs
+import collections
 import contextlib
 import csv
 import json
@@ -15,7 +16,7 @@ import stat
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +38,8 @@ TEXT_SUFFIXES = frozenset([".txt", ".md", *CODE.split()])
 TABLES = {".csv": ",", ".tsv": "\t"}
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+NOT_UTF8 = "not UTF-8"
+NAMED = 5  # files that are no text and are named in a line
 KINDS = "text (.txt, .md, source code), .jsonl, .csv, .tsv (each also .gz or .zst) or .parquet"
 
 
@@ -44,17 +47,51 @@ KINDS = "text (.txt, .md, source code), .jsonl, .csv, .tsv (each also .gz or .zs
 class Account:
     """What was read of the sources. files: how many were read; skipped: why others were not -> how many; size: their bytes.
 
-    empty: documents without text (an empty file, a null or empty field), which are left out.
+    empty: documents without text (an empty file, a null or empty field), which are left out. not_utf8: skipped files that
+    are no text, by their names in their folders -> the first byte that breaks it.
     """
 
     files: int = 0
     size: int = 0
     empty: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    not_utf8: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Account) -> Account:
+        return Account(
+            self.files + other.files,
+            self.size + other.size,
+            self.empty + other.empty,
+            self.skipped + other.skipped,
+            self.not_utf8 | other.not_utf8,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON object."""
-        return {"read": self.files, "skipped": dict(sorted(self.skipped.items())), "empty_documents": self.empty}
+        """JSON object; `not_utf8` only where there are such files."""
+        found = {"read": self.files, "skipped": dict(sorted(self.skipped.items())), "empty_documents": self.empty}
+        return found | ({"not_utf8": self.not_utf8} if self.not_utf8 else {})
+
+
+def files_in_words(account: Mapping[str, Any]) -> str:
+    """One line of what `Account.to_dict` has: how many files were read, what was skipped and why."""
+    broken = list(account.get("not_utf8", {}).items())
+    names = ", ".join(f"{name} at byte {byte:,}" for name, byte in broken[:NAMED])
+    more = f" and {len(broken) - NAMED:,} more" if len(broken) > NAMED else ""
+    skipped = ", ".join(
+        f"{count:,} {why}" + (f" ({names}{more})" if why == NOT_UTF8 else "") for why, count in account["skipped"].items()
+    )
+    return (
+        f"files read: {account['read']:,}; skipped: {skipped or 'none'}; "
+        f"empty documents: {account['empty_documents']:,}"
+    )
+
+
+class NotText(DataError):
+    """A file's bytes are no text. byte: the first that breaks it."""
+
+    def __init__(self, message: str, byte: int) -> None:
+        super().__init__(message)
+        self.byte = byte
 
 
 @contextlib.contextmanager
@@ -72,7 +109,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 def _characters(file: BinaryIO, path: Path) -> Iterator[str]:
     """The characters of a UTF-8 file, or of one whose byte-order mark says UTF-16, in stretches.
 
-    Raises DataError naming the first byte that is neither.
+    Raises NotText naming the first byte that is neither.
     """
     data = file.read(CHUNK)
     refuse_pointer(data, path, DataError)
@@ -85,9 +122,8 @@ def _characters(file: BinaryIO, path: Path) -> Iterator[str]:
             yield decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             name = "UTF-8" if encoding == "utf-8" else "UTF-16"
-            raise DataError(
-                f"{path} is not {name} text: byte {at - waiting + error.start} breaks it; convert it to UTF-8 first"
-            ) from error
+            byte = at - waiting + error.start
+            raise NotText(f"{path} is not {name} text: byte {byte} breaks it; convert it to UTF-8 first", byte) from error
         if not data:
             return
         at += len(data)
@@ -257,7 +293,26 @@ def _folder_files(folder: Path, account: Account) -> list[Path]:
     return sorted(files)
 
 
-def _source_files(source: str | Path, account: Account) -> list[Path]:
+def _texts_of(folder: Path, files: Sequence[Path], account: Account) -> Iterator[Path]:
+    """The files of a folder but those that are no text, which go to the account. Raises NotText if none is left."""
+    first, kept = None, 0
+    for path in files:
+        try:
+            if _kind(path) != ".parquet":  # its strings are UTF-8, or it is damaged
+                with _open(path) as file:
+                    collections.deque(_characters(file, path), maxlen=0)
+        except NotText as error:
+            first = first or error
+            account.skipped[NOT_UTF8] += 1
+            account.not_utf8[f"{folder.resolve().name}/{path.relative_to(folder).as_posix()}"] = error.byte
+            continue
+        kept += 1
+        yield path
+    if first is not None and not kept:
+        raise first
+
+
+def _source_files(source: str | Path, account: Account) -> Iterable[Path]:
     """The files a source stands for. Raises DataError if there are none."""
     path = Path(source)
     if path.is_dir():
@@ -265,7 +320,7 @@ def _source_files(source: str | Path, account: Account) -> list[Path]:
         if not files:
             left = ", ".join(f"{n} {why}" for why, n in account.skipped.items())
             raise DataError(f"{path} holds no file of {KINDS}" + (f"; skipped: {left}" if left else ""))
-        return files
+        return _texts_of(path, files, account)
     if not path.exists():
         raise DataError(f"{source} does not exist; give a file, a folder, -, stdlib, hf:OWNER/NAME or fineweb:sp1024")
     if not _kind(path):
@@ -301,8 +356,9 @@ def long_documents(
 
     Memory: LONG characters, or the longest line of records, row of a table or 256 rows of Parquet, whichever is more.
 
-    source: a file, a folder of them, `stdlib`, or `hf:OWNER/NAME[:CONFIG][:SPLIT]`. text_field: the column or JSON key that
-    holds the text, `a.b` for key b inside a. account: is told what was read and what was skipped.
+    source: a file, a folder of them (those that are not UTF-8 are skipped), `stdlib`, or `hf:OWNER/NAME[:CONFIG][:SPLIT]`.
+    text_field: the column or JSON key that holds the text, `a.b` for key b inside a. account: is told what was read and
+    what was skipped.
     """
     account = account if account is not None else Account()
     if str(source).startswith("hf:"):
