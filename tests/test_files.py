@@ -141,7 +141,7 @@ def test_checkpoints_name_theirs_and_what_is_kept(trained, tmp_path, monkeypatch
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before and mezzotint.load_run(run)
 
 
-@pytest.mark.parametrize("name", ["model.mzt", "exported/model.safetensors", "text.mzz"])
+@pytest.mark.parametrize("name", ["model.mzt", "exported/model.safetensors", "exported/config.json", "text.mzz"])
 def test_a_pointer_in_a_files_place_is_called_one(trained, tmp_path, name):
     """What a clone without Git LFS holds, wherever a file is read."""
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
@@ -153,6 +153,22 @@ def test_a_pointer_in_a_files_place_is_called_one(trained, tmp_path, name):
             mezzotint.decompress(pointer, mezzotint.load(trained.artifact))
         else:
             mezzotint.load(path if name == "model.mzt" else path.parent)
+
+
+@pytest.mark.parametrize(
+    "name", ["data.json", "tokenizer.model", "val_lost.npy", "run/config.json", "run/weights.safetensors"]
+)
+def test_a_pointer_in_a_folder_of_data_or_of_a_run_is_called_one(trained, tmp_path, name, capsys):
+    data = tmp_path / "data"
+    (tmp_path / "a.txt").write_text("a word the tokenizer knows and one it does not: \u2581 x\n" * 9)
+    tokenizer = mezzotint.Tokenizer.load(trained.data)
+    mezzotint.prepare([tmp_path / "a.txt"], data, tokenizer=tokenizer)
+    shutil.copytree(trained.run, data / "run")
+    for path in [data / name] if "weights" not in name else [*data.glob("run/checkpoints/*/weights.safetensors")]:
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(MezzotintError) as caught:
+        mezzotint.load(data / "run") if name.startswith("run") else mezzotint.Dataset.open(data).split("val")
+    assert "is a Git LFS pointer" in str(caught.value) + capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")

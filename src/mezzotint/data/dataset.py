@@ -248,6 +248,8 @@ def _inside(rows: np.ndarray, start: int, stop: int) -> np.ndarray:
 def _rows(path: Path, total: int) -> np.ndarray:
     """Rows of (token, bytes) that sum to `total`, int64 [N, 2], memory-mapped. Raises DataError."""
     try:
+        with path.open("rb") as file:
+            refuse_pointer(file.read(64), path, DataError)
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         if rows.dtype != np.int64 or rows.shape[1:] != (2,):
             raise ValueError("not rows of two numbers")
@@ -279,7 +281,9 @@ class Dataset:
         description: dict[str, Any] = {}
         if (folder / "data.json").exists():
             try:
-                description = json.loads((folder / "data.json").read_text())
+                text = (folder / "data.json").read_bytes()
+                refuse_pointer(text, folder / "data.json", DataError)
+                description = json.loads(text)
                 wanted = description["tokenizer_sha256"]
                 if description["format"] != FORMAT:
                     raise DataError(f"{folder} was prepared by another version (format {description['format']})")

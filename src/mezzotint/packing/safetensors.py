@@ -75,6 +75,7 @@ def import_folder(folder: Path | str) -> Model:
             text = file.read(MAX_HEADER + 1)
         if len(text) > MAX_HEADER:
             raise ValueError(f"it has more than {MAX_HEADER:,} bytes")
+        refuse_pointer(text, folder / CONFIG, ArtifactError)
         content = json.loads(text)
         version, settings, info = content["mezzotint_version"], content["model"], content.get("info", {})
         if not isinstance(info, dict):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from mezzotint.config import ModelConfig, TrainConfig, from_dict, to_dict
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError
-from mezzotint.files import atomic_folder, atomic_write, why_not_written, writing
+from mezzotint.files import atomic_folder, atomic_write, refuse_pointer, why_not_written, writing
 from mezzotint.model import Denoiser, Model
 from mezzotint.system import try_lock
 from mezzotint.training.step import Trainer
@@ -159,6 +159,8 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name in (WEIGHTS, AVERAGE, OPTIMIZER, STATE):
             if _sha256(folder / name) != manifest["files"][name]:
+                with (folder / name).open("rb") as file:
+                    refuse_pointer(file.read(64), folder / name, CheckpointError)
                 raise CheckpointError(f"{folder / name} does not match its SHA-256")
         return json.loads((folder / STATE).read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -235,7 +237,9 @@ def read_run(run: Path) -> dict[str, Any]:
     """A run's config.json, with `model` and `train` as dataclasses. run: RUN or RUN@WHICH. Raises CheckpointError."""
     path = split_run(run)[0] / "config.json"
     try:
-        described = json.loads(path.read_text())
+        text = path.read_bytes()
+        refuse_pointer(text, path, CheckpointError)
+        described = json.loads(text)
         described["model"] = from_dict(ModelConfig, described["model"])
         described["train"] = from_dict(TrainConfig, described["train"])
     except FileNotFoundError as error:
