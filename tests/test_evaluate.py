@@ -33,7 +33,7 @@ from mezzotint.model import Denoiser, Model
 from mezzotint.objective import masked_nll, nelbo_per_window
 from mezzotint.scoring.compare import compare, compare_documents
 from mezzotint.scoring.journal import Journal
-from mezzotint.scoring.likelihood import causal, chain_rule, nelbo, reconstruction_score
+from mezzotint.scoring.likelihood import causal, chain_rule, lower_bound, nelbo, reconstruction_score
 from mezzotint.scoring.nelbo import apply_control
 from mezzotint.scoring.orders import reveal_order
 from mezzotint.scoring.plan import choose_windows
@@ -269,6 +269,17 @@ class TestNelbo:
         with pytest.raises(DataError, match="2 repeats"):
             nelbo(model, toy_windows(model, 32), repeats=1)
 
+    def test_more_than_anyone_can_wait_for_is_refused(self):
+        model = TableModel(4, 3)
+        windows = toy_windows(model, 32)
+        for options in ({"repeats": 10**20}, {"orders": 10**20}, {"orders": 10**5000}, {"orders": -(10**5000)}):
+            with pytest.raises(DataError, match=r"(at most 1,000,000,000, not|at least 1 order, not)"):
+                nelbo(model, windows, **options)
+        with pytest.raises(DataError, match="repeats must be a positive whole number, at most 1,000,000,000"):
+            compare(model, model, windows, repeats=10**20)
+        with pytest.raises(DataError, match="orders must be a positive whole number, at most 1,000,000,000"):
+            lower_bound(model, windows, orders=10**20)
+
 
 class TestWindows:
     def test_choice_is_even_and_the_same_for_all(self):
@@ -439,7 +450,9 @@ class TestOrders:
         assert np.concatenate(a).tolist() != np.concatenate(b).tolist()
         assert np.concatenate(a).tolist() == np.concatenate(reveal_order("random(1)", 50)).tolist()
 
-    @pytest.mark.parametrize("order", ["best", "block", "block(0)", "spread(-1)", "random()", "left(3)", ""])
+    @pytest.mark.parametrize(
+        "order", ["best", "block", "block(0)", "spread(-1)", "random()", "left(3)", "", f"random({'9' * 5000})"]
+    )
     def test_unknown(self, order):
         with pytest.raises(DataError, match="order"):
             reveal_order(order, 8)

@@ -94,6 +94,8 @@ def test_bad_requests(tmp_path):
         (dict(sources=[source], vocab_size=340, val=[tmp_path / "empty"]), "holds no"),
         (dict(sources=["fineweb:sp1024", source]), "alone"),
         (dict(sources=["fineweb:sp1024:x"]), "write fineweb"),
+        (dict(sources=["fineweb:sp1024:\u00b2"]), "write fineweb"),
+        (dict(sources=["fineweb:sp1024:" + "9" * 5000]), "write fineweb"),
     ]
     for arguments, message in cases:
         with pytest.raises(DataError, match=message):
@@ -287,7 +289,7 @@ def folder_with_other_text(tmp_path: Path) -> Path:
     """One good file, and of each kind that is read as text one with a byte that is not UTF-8 behind good lines."""
     folder = tmp_path / "texts"
     (folder / "old").mkdir(parents=True)
-    bad(folder, "a.txt", "Ein gutes Wort, und noch eins dazu.\n".encode() * 40)
+    bad(folder, "a.txt", b"Ein gutes Wort, und noch eins dazu.\n" * 40)
     bad(folder / "old", "latin.txt", "ab é".encode("latin-1"))
     bad(folder, "x.jsonl", b'{"text": "first"}\n{"text": "\xe9"}\n')
     bad(folder, "x.csv", b"text\nfirst\n\xe9\n")
@@ -310,7 +312,9 @@ def test_files_of_a_folder_that_are_no_text_are_left_out_whole_and_named(tmp_pat
 
 
 def test_the_account_in_words_names_a_few():
-    account = Account(3, skipped=Counter({"hidden": 2, "not UTF-8": 7}), not_utf8={f"a/{i}.txt": 1000 * i for i in range(7)})
+    account = Account(
+        3, skipped=Counter({"hidden": 2, "not UTF-8": 7}), not_utf8={f"a/{i}.txt": 1000 * i for i in range(7)}
+    )
     assert files_in_words((account + Account(1, empty=1)).to_dict()) == (
         "files read: 4; skipped: 2 hidden, 7 not UTF-8 (a/0.txt at byte 0, a/1.txt at byte 1,000, a/2.txt at byte 2,000, "
         "a/3.txt at byte 3,000, a/4.txt at byte 4,000 and 2 more); empty documents: 1"

@@ -317,7 +317,7 @@ class Dataset:
     def split(self, name: str) -> TokenStream:
         """The `train` or `val` stream. Raises DataError when a shard is missing, foreign or damaged."""
         paths = sorted(self.folder.glob(f"{name}_*.bin")) or sorted(self.folder.glob(f"fineweb_{name}_*.bin"))
-        paths = [p for p in paths if p.stem.rpartition("_")[2].isdigit()]
+        paths = [p for p in paths if p.stem.rpartition("_")[2].isdecimal()]
         if not paths:
             raise DataError(f"{self.folder} has no {name} shards")
         for i, path in enumerate(paths):

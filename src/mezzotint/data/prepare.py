@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import sys
@@ -421,8 +422,8 @@ def _write_description(folder: Path, tokenizer: Tokenizer, report: dict[str, Any
 def _prepare_published(source: str, out: Path, progress: OnProgress | None) -> dict[str, Any]:
     """Fetch `fineweb:VARIANT[:SHARDS]`, the challenge's published shards, through huggingface_hub."""
     words = source.split(":")
-    if len(words) not in (2, 3) or not words[1] or (len(words) == 3 and not words[2].isdigit()):
-        raise DataError(f"{source!r}: write fineweb:sp1024, or fineweb:sp1024:10 for 10 training shards")
+    if len(words) not in (2, 3) or not words[1] or (len(words) == 3 and not re.fullmatch("[0-9]{1,9}", words[2])):
+        raise DataError(f"{shown(source)}: write fineweb:sp1024, or fineweb:sp1024:10 for 10 training shards")
     name = f"fineweb10B_{words[1]}"
     published = extra("published")
 

@@ -78,7 +78,8 @@ def files_in_words(account: Mapping[str, Any]) -> str:
     names = ", ".join(f"{name} at byte {byte:,}" for name, byte in broken[:NAMED])
     more = f" and {len(broken) - NAMED:,} more" if len(broken) > NAMED else ""
     skipped = ", ".join(
-        f"{count:,} {why}" + (f" ({names}{more})" if why == NOT_UTF8 else "") for why, count in account["skipped"].items()
+        f"{count:,} {why}" + (f" ({names}{more})" if why == NOT_UTF8 else "")
+        for why, count in account["skipped"].items()
     )
     return (
         f"files read: {account['read']:,}; skipped: {skipped or 'none'}; "
@@ -123,7 +124,9 @@ def _characters(file: BinaryIO, path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             name = "UTF-8" if encoding == "utf-8" else "UTF-16"
             byte = at - waiting + error.start
-            raise NotText(f"{path} is not {name} text: byte {byte} breaks it; convert it to UTF-8 first", byte) from error
+            raise NotText(
+                f"{path} is not {name} text: byte {byte} breaks it; convert it to UTF-8 first", byte
+            ) from error
         if not data:
             return
         at += len(data)

@@ -20,6 +20,7 @@ from mezzotint.sampling.generate import Span, check_text, readable
 
 GAP = re.compile(r"(\\*)(_{4,}|\[MASK(?:\*([0-9]+))?\])")
 NOMINAL = 4  # masks that stand for a gap of unknown length while another one is filled
+MOST_ASKED = 10**12  # masks of a gap: more are not told apart, for no window has as many
 PADDING = 8  # masks behind a canvas that is shorter than the window: text unknown, as in training
 SHORTEST_CANVAS = 32
 
@@ -53,8 +54,7 @@ def parse_gaps(text: str) -> tuple[list[str], list[int | None]]:
             digits = (match[3] or "1").lstrip("0")
             if not digits:
                 raise MezzotintError(f"{gap} asks for no masks: ask for at least 1, or take it out")
-            # More digits than any window has tokens: the number only has to be too large.
-            counts.append(int(digits[:12]))
+            counts.append(min(int(digits[:13]), MOST_ASKED))
     fixed[-1] += text[last:]
     return fixed, counts
 
@@ -158,8 +158,9 @@ class Draft:
         self.texts, counts = parse_gaps(text) if isinstance(text, str) else text
         for count in counts:
             if (count or 1) > self.window - 1:
+                least = "at least " if count == MOST_ASKED else ""
                 raise MezzotintError(
-                    f"a gap of {count:,} tokens is asked for, but the model's window holds {self.window - 1:,}: "
+                    f"a gap of {least}{count:,} tokens is asked for, but the model's window holds {self.window - 1:,}: "
                     "ask for fewer"
                 )
         self.ids = [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mezzotint import seeding
+from mezzotint.config import OPTIONS, shown
 from mezzotint.data.dataset import Windows
 from mezzotint.data.texts import TextWindows
 from mezzotint.errors import DataError
@@ -260,7 +261,8 @@ class _Orders:
 
     def __post_init__(self) -> None:
         if self.asked < 1:
-            raise DataError(f"a bound needs at least 1 order, not {self.asked}")
+            raise DataError(f"a bound needs at least 1 order, not {shown(self.asked)}")
+        OPTIONS["orders"].check("orders", self.asked, DataError)
         if not self.lean >= 0:
             raise DataError(f"orders lean to the left by 0 or more, not by {self.lean}")
 

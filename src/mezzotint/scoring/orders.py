@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mezzotint import seeding
+from mezzotint.config import shown
 from mezzotint.errors import DataError
 
 
@@ -25,7 +26,7 @@ def reveal_order(order: str, length: int) -> list[np.ndarray]:
     (bit-reversed), so that what is predicted together depends on one another as little as may be.
     Raises DataError for any other word.
     """
-    match = re.fullmatch(r"(left|random|block|spread)(?:\((\d+)\))?", order)
+    match = re.fullmatch(r"(left|random|block|spread)(?:\((\d{1,100})\))?", order)
     name, number = (match[1], match[2]) if match else (None, None)
     if name == "left" and number is None:
         return [np.array([i]) for i in range(length)]
@@ -39,7 +40,7 @@ def reveal_order(order: str, length: int) -> list[np.ndarray]:
         reversed_bits = [int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits)]
         positions = np.array([i for i in reversed_bits if i < length])
         return [np.sort(group) for group in np.array_split(positions, min(int(number), length))]
-    raise DataError(f"unknown order {order!r}: use left, random(seed), block(size) or spread(passes)")
+    raise DataError(f"unknown order {shown(order)}: use left, random(seed), block(size) or spread(passes)")
 
 
 def canvas_length(block_size: int, length: int, last: int) -> int:

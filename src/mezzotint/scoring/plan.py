@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mezzotint.config import OPTIONS
 from mezzotint.data.dataset import Windows
 from mezzotint.data.texts import TextWindows
 from mezzotint.data.tokenizer import check_same_tokenizer
@@ -79,13 +80,15 @@ class Scoring:
         progress: OnProgress | None,
         **more: Any,
     ) -> Scoring:
-        """Raises DataError: nothing to score, no windows, or `model` and `windows` have different tokenizers."""
+        """Raises DataError: nothing to score, no windows, a number of repeats out of range, or `model` and `windows` have different tokenizers."""
         if not hasattr(windows, "context"):
             raise DataError(
                 f"a {type(windows).__name__} is not windows: "
                 'Dataset.open(data).split("val").windows(model.config.sequence_length) are'
             )
         check_same_tokenizer(model, windows)
+        if "repeats" in more:
+            more["repeats"] = OPTIONS["repeats"].check("repeats", more["repeats"], DataError)
         return cls(windows, choose_windows(windows, tokens), tokens, progress=progress or silent, **more)
 
     def ids(self, n: int) -> Tensor:

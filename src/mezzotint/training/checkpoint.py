@@ -150,7 +150,7 @@ def read_metrics_rows(run: Path) -> list[dict[str, Any]]:
 def _checkpoint_folders(run: Path) -> list[Path]:
     """Checkpoint folders, newest first, valid or not."""
     found = (run / "checkpoints").glob("step_*")
-    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]), reverse=True)
+    return sorted((p for p in found if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]), reverse=True)
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
