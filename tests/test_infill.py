@@ -9,10 +9,12 @@ import re
 import pytest
 import torch
 from test_sample import TEXT, Recall, Same, block_model, challenge_tokenizer, own_tokenizer, random_model
-from toy import TableModel
+from toy import TableModel, eighths
 
+from mezzotint.config import ModelConfig
 from mezzotint.data.tokenizer import train_tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
+from mezzotint.model import Denoiser, Model, Surroundings
 from mezzotint.sampling import candidates, healing, ranking
 from mezzotint.sampling.constraints import Constraint
 from mezzotint.sampling.draft import Draft, parse_gaps, shows
@@ -251,3 +253,72 @@ def test_proposals_differ_and_a_beam_finds_the_likeliest():
     for ids, score in zip(texts[:5], scores[:5], strict=True):
         if ids[0] in best:
             assert score <= best[ids[0]] + 1e-6
+
+
+def mixing_network(**more) -> Denoiser:
+    """A network whose inputs look at their neighbours in every way there is."""
+    config = ModelConfig(
+        vocab_size=50, sequence_length=64, layers=3, width=32, heads=4, kv_heads=2, mlp_ratio=2.0, neighbour_reach=2,
+        bigram_buckets=64, bigram_width=8, unet_skips=True, embedding_mix=True, value_embedding_width=8,
+        value_embedding_layers=2, **more,
+    )  # fmt: skip
+    return eighths(Denoiser(config)).eval()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("stretch", [(10, 20), (0, 7), (30, 40), (0, 40)])
+def test_what_surrounds_a_stretch_is_read_once(shifted, stretch):
+    """Rows that do not differ in it come back as the whole network has them, and all where it is the whole canvas."""
+    network = mixing_network(shifted_output=shifted)
+    ids = torch.arange(120).view(3, 40) * 7 % 51
+    with torch.inference_mode():
+        kept, whole = Surroundings(network, ids, *stretch), network.hidden(ids)
+        assert torch.allclose(kept.given, whole[:, slice(*stretch)], atol=1e-9)
+        rows = torch.tensor([2, 0, 0, 1])
+        assert torch.allclose(kept.hidden(ids[rows], rows), whole[rows, slice(*stretch)], atol=1e-9)
+        others = ids[rows]
+        others[:, slice(*stretch)] = (others[:, slice(*stretch)] * 5 + rows[:, None] + 3) % 51
+        near, exact = kept.hidden(others, rows), network.hidden(others)[:, slice(*stretch)]
+        assert torch.allclose(near, exact, atol=1e-9) == (stretch == (0, 40))
+
+
+def test_what_is_far_behind_is_not_weighed_to_the_end(monkeypatch):
+    """The end of all texts costs the same here, so two rounds tell of all what one round does, for less work."""
+    tokenizer = own_tokenizer()
+    model = Same(tokenizer, torch.linspace(0, 8, tokenizer.vocab_size), window=32)
+    middles = [[t] for t in range(0, tokenizer.vocab_size, 7)] + [[5, t] for t in range(0, tokenizer.vocab_size, 9)]
+    texts = [([1, 2], [*middle, 8, 9, 10, 11, 12]) for middle in middles]
+    once, _ = ranking.code_lengths(model, texts)
+    monkeypatch.setattr(ranking, "MARGIN", 0.5)
+    asked: list[int] = []
+    plain = ranking.code_lengths
+    monkeypatch.setattr(ranking, "code_lengths", lambda m, t: asked.append(sum(len(b) for _, b in t)) or plain(m, t))
+    for count in (1, 3, len(texts)):
+        asked.clear()
+        twice, _ = ranking.least_code_lengths(model, texts, 4, count)
+        ahead = sorted(range(len(texts)), key=once.__getitem__)[:count]
+        assert [twice[n] for n in ahead] == pytest.approx([once[n] for n in ahead])
+        assert min(range(len(texts)), key=twice.__getitem__) == ahead[0]
+        assert all(given >= max(twice[n] for n in ahead) or given == pytest.approx(exact)
+                   for given, exact in zip(twice, once, strict=True))  # fmt: skip
+        assert (sum(asked) < 0.6 * sum(len(b) for _, b in texts)) == (count < len(texts))
+
+
+def test_a_gap_costs_a_few_thousand_tokens(monkeypatch):
+    """Rows times tokens that go through the network for one gap, beside those with all of the text read for each row."""
+    tokenizer = own_tokenizer()
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, sequence_length=128, layers=1, width=16, heads=2, kv_heads=2)
+    info = {"train": {"causal_share": 0.5}}
+    model = Model(config, tokenizer, Denoiser(config).eval(), info)
+    counted: list[int] = []
+    layers = Denoiser._layers
+    monkeypatch.setattr(
+        Denoiser, "_layers", lambda net, x, *more: counted.append(x.shape[0] * x.shape[1]) or layers(net, x, *more)
+    )
+    text = TEXT[: len(TEXT) // 2] + "____" + TEXT[len(TEXT) // 2 :]
+    infill(model, text)
+    near = sum(counted)
+    counted.clear()
+    monkeypatch.setattr("mezzotint.sampling.infill.NEAR", None)
+    infill(model, text)
+    assert near < 8000 and near < 0.6 * sum(counted)

@@ -329,6 +329,59 @@ class Cache:
         return net.block_outputs(hidden, size, n)
 
 
+class Surroundings:
+    """A denoiser under full attention on rows that differ from given ones in one stretch only: the rest is read once.
+
+    Keys and values of the inputs outside the stretch stay what they were with the given ids in it, so all but the given rows
+    is an approximation (the dual cache of Wu et al. 2025, "Fast-dLLM", section 3.2), for the cost of the stretch.
+    Holds 2 * layers * rows * T * kv_heads * head_width floats.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, network: Denoiser, ids: Tensor, start: int, stop: int) -> None:
+        """ids: int64 [B, T], on any device. start, stop: the stretch."""
+        self.network, self.start, self.stop = network, start, min(stop, ids.shape[1])
+        self.ids = self._inputs(ids.to(network.embedding.weight.device))  # (B, I): T, or 1 + T with a shifted output
+        self.outside: list[tuple[Tensor, Tensor]] = []  # of each layer, keys and values: (B, H_kv, I - S, D)
+        self.end = self.stop + self.ids.shape[1] - ids.shape[1]  # of the stretch's S inputs
+        like = network.embedding.weight
+        self.cos, self.sin = network.rotary(self.ids.shape[1], like.device, like.dtype)
+
+        def attention_fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.outside.append((self._without(k), self._without(v)))
+            return attend(q, k, v)
+
+        x = network.embed(self.ids, causal=False)
+        hidden = network._layers(x, self.ids, self.cos, self.sin, lambda layer: attention_fn, self.stop)
+        self.given = hidden[:, start:]
+        """The given rows' hidden states, [B, stop - start, W]: exact."""
+
+    def _inputs(self, ids: Tensor) -> Tensor:
+        shifted = self.network.prefix_inputs(ids.shape[1])
+        return shift_right(ids, self.network.config.mask_id, keep_last=True) if shifted else ids
+
+    def _without(self, x: Tensor) -> Tensor:
+        return torch.cat((x[:, :, : self.start], x[:, :, self.end :]), dim=2)
+
+    @torch.inference_mode()
+    def hidden(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """Hidden states [R, stop - start, W] of the stretch in `ids` (int64 [R, T]), which is row `rows` (int64 [R]) of the given
+        ones elsewhere."""
+        net, device = self.network, self.ids.device
+        inputs, which = self._inputs(ids.to(device)), rows.to(device)
+        near = net.config.neighbour_reach + 1  # what the embedding of the stretch looks at beside it
+        first = max(0, self.start - near)
+        x = net.embed(inputs[:, first : self.end + near], causal=False)[:, self.start - first : self.end - first]
+
+        def attention_fn(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.outside[layer]
+            return attend(q, torch.cat((keys[which], k), dim=2), torch.cat((values[which], v), dim=2))
+
+        place = slice(self.start, self.end)
+        cos, sin, count = self.cos[place], self.sin[place], self.stop - self.start
+        return net._layers(x, inputs[:, place], cos, sin, lambda layer: partial(attention_fn, layer), count)
+
+
 @dataclass
 class Model:
     """All that scoring and sampling need: config, tokenizer and weights."""

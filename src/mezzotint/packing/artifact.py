@@ -274,16 +274,15 @@ def _read_file(path: Path, file: BinaryIO, keep_values: bool) -> Opened:
     size = path.stat().st_size
     if size < PREFIX.size + DIGEST:
         raise ArtifactError("damaged artifact: the file is cut short")
-    digest, whole = hashlib.sha256(start), hashlib.sha256(start)
+    digest = hashlib.sha256(start)
     left = size - PREFIX.size - DIGEST
     while left:
         chunk = file.read(min(left, 1 << 20))
         if not chunk:
             raise ArtifactError("damaged artifact: the file is cut short")
         digest.update(chunk)
-        whole.update(chunk)
         left -= len(chunk)
-    end = file.read(DIGEST)
+    end, whole = file.read(DIGEST), digest.copy()
     whole.update(end)
     if end != digest.digest():
         raise ArtifactError("damaged artifact: the checksum does not match; fetch or pack it again")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import constriction
@@ -218,13 +218,14 @@ class Bank:
         """Levels of codes -M..M, uint8 [K, 2 M + 1]."""
         return np.concatenate((self.magnitudes[:, :0:-1], self.magnitudes), axis=1)
 
+    @cached_property  # asked for by every plane
     def weights(self) -> list[np.ndarray]:
         """Integer weights of codes -M..M in each table, [2 M + 1] each; an empty table gives an empty array."""
         return [weights_of(row) if row.any() else np.zeros(0, dtype=np.int64) for row in self.levels()]
 
     def lengths(self) -> np.ndarray:
         """Code lengths in bits, float64 [K, 2 M + 1]; infinite in an empty table."""
-        return np.stack([lengths_of(w) if len(w) else np.full(2 * self.limit + 1, np.inf) for w in self.weights()])
+        return np.stack([lengths_of(w) if len(w) else np.full(2 * self.limit + 1, np.inf) for w in self.weights])
 
     def write(self, encoder: Encoder) -> None:
         """Code the bank: M, K, each table's number of leading non-zero levels, and these levels' second differences."""
@@ -286,7 +287,7 @@ def write_plane(encoder: Encoder, codes: np.ndarray, classes: Classes, bank: Ban
     """Code a plane [R, C]: row classes, column classes, then block by block all codes of table 0, of table 1, ..."""
     encoder.sequence(classes.rows)
     encoder.sequence(classes.columns)
-    weights = bank.weights()
+    weights = bank.weights
     for block in _blocks(codes.shape):
         part = Classes(classes.rows[block], classes.columns)
         order, counts = _order(part.tables(len(weights)))
@@ -308,7 +309,7 @@ def read_plane(decoder: Decoder, shape: tuple[int, int], bank: Bank) -> np.ndarr
 def read_blocks(decoder: Decoder, shape: tuple[int, int], bank: Bank) -> Iterator[tuple[slice, np.ndarray]]:
     """Decode a plane in runs of rows: which rows, and their codes, int16 [r, C]. Raises StreamError."""
     classes = Classes(decoder.sequence(shape[0]), decoder.sequence(shape[1]))
-    weights = bank.weights()
+    weights = bank.weights
     for block in _blocks(shape):
         part = Classes(classes.rows[block], classes.columns)
         order, counts = _order(part.tables(len(weights)))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.model import Model
+from mezzotint.model import TOKENS_PER_FORWARD, Denoiser, Model, Surroundings
 from mezzotint.sampling.constraints import Constraint
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.draft import Draft, edge_limits
@@ -22,7 +22,8 @@ from mezzotint.sampling.generate import resample_invalid_utf8
 from mezzotint.sampling.healing import log_probabilities
 
 LEFT, RIGHT = 64, 32  # tokens to each side of the gap that proposals see
-BEAM_LENGTHS = 4  # a beam of full width for gaps of so many tokens; an eighth of it for longer ones
+BEAM_LENGTHS = 4  # tokens of gaps that are sought by a beam of full width; an eighth of it for longer ones
+NEAR = 2  # of these are read anew with each beginning of a beam, the others once for each length (`_Reader`)
 TRIES = 256  # tokens tried for each place of a beam until enough meet the constraint; all, until one does
 
 Show = Callable[[int, Sequence[int], Sequence[float]], None]
@@ -39,7 +40,10 @@ class Candidate:
 
 @dataclass
 class Search:
-    """Where proposals are sought: gap `i` of a draft, by `model`. passes: forward passes so far."""
+    """Where proposals are sought: gap `i` of a draft, by `model`. passes: forward passes so far.
+
+    near: tokens to each side of the gap that are read anew with each beginning of a beam; None: all.
+    """
 
     model: Model
     draft: Draft
@@ -48,6 +52,7 @@ class Search:
     constraint: Constraint
     show: Show | None
     passes: int = 0
+    near: int | None = None
 
     @functools.cached_property
     def context(self) -> tuple[list[int], list[int]]:
@@ -75,6 +80,51 @@ class Search:
         return self.constraint.allows(text, before, after, complete=complete)
 
 
+class _Reader:
+    """What the model says of the tokens of a gap of some lengths, given their beginnings.
+
+    With `Search.near`, what is further off is read once for each length, with masks in the gap: an approximation
+    that costs a tenth, of a network that can do it and canvases that may be held.
+    """
+
+    def __init__(self, search: Search, lengths: Sequence[int], block_size: int) -> None:
+        self.search, self.lengths, self.block_size = search, lengths, block_size
+        self.kept: Surroundings | None = None
+        network = getattr(search.model, "network", None)
+        if search.near is None or block_size or not isinstance(network, Denoiser):
+            return
+        self.canvas, self.at = search.canvas([[search.draft.mask_id] * n for n in lengths])
+        if self.canvas.numel() <= TOKENS_PER_FORWARD:
+            stop = self.at + max(lengths) + search.near
+            self.kept = Surroundings(network, self.canvas, max(0, self.at - search.near), stop)
+            search.passes += 1
+
+    @torch.inference_mode()
+    def log_probabilities(self, rows: Sequence[tuple[int, Sequence[int]]], place: int) -> Tensor:
+        """Of what stands at `place`, [R, V]. rows: length of the gap, and its `place` first ids."""
+        search = self.search
+        if self.kept is None:
+            canvas, at = search.canvas([[*ids, *[search.draft.mask_id] * (n - place)] for n, ids in rows])
+            positions = torch.zeros(canvas.shape, dtype=torch.bool)
+            positions[:, at + place] = True
+            log_p, passes = log_probabilities(search.model, canvas, positions, self.block_size)
+            search.passes += passes
+            return log_p
+        network, where = search.model.network, self.at + place - self.kept.start
+        number = {n: b for b, n in enumerate(self.lengths)}
+        which = torch.tensor([number[n] for n, _ in rows])
+        if place == 0:
+            return network.logits(self.kept.given[which.to(search.model.device), where]).cpu().log_softmax(-1)
+        canvas = self.canvas[which]
+        canvas[:, self.at : self.at + place] = torch.tensor([list(ids) for _, ids in rows])
+        found = []
+        at_once = max(1, TOKENS_PER_FORWARD // canvas.shape[1])
+        for some, of in zip(canvas.split(at_once), which.split(at_once), strict=True):
+            found.append(network.logits(self.kept.hidden(some, of)[:, where]).cpu().log_softmax(-1))
+        search.passes += len(found)
+        return torch.cat(found)
+
+
 @dataclass(frozen=True)
 class _Hypothesis:
     ids: tuple[int, ...] = ()
@@ -85,59 +135,63 @@ class _Hypothesis:
 def beam(search: Search, lengths: Sequence[int], width: int, block_size: int) -> list[Candidate]:
     """The likeliest fills of each length, token by token from the left, all lengths together.
 
-    Keeps `width` beginnings for lengths to BEAM_LENGTHS and an eighth of that for longer ones, but half of it up to twice
-    that length under a regular expression. A token is judged by
+    Keeps `width` beginnings for a length to BEAM_LENGTHS, on average (more for the shorter ones), and an eighth of that
+    for longer ones, but half of it up to twice that length under a regular expression. A token is judged by
     its probability given both sides of the gap, the tokens before it and the masks behind it.
     """
     mask_id = search.draft.mask_id
     wide = BEAM_LENGTHS if search.constraint.expression is None else 2 * BEAM_LENGTHS
-    widths = {n: width if n <= BEAM_LENGTHS else max(1, width // (2 if n <= wide else 8)) for n in lengths}
-    alive = {n: [_Hypothesis()] for n in lengths}
+    # Most of what may be tried goes to the shortest, which cost least and which most gaps are.
+    share = sum(1 / n for n in lengths if n <= BEAM_LENGTHS) / max(1, sum(n <= BEAM_LENGTHS for n in lengths))
+    widths = {
+        n: max(1, round(width / n / share) if n <= BEAM_LENGTHS else width // (2 if n <= wide else 8)) for n in lengths
+    }
+    # Few long ones do not make the many short ones read more beside the gap.
+    groups = [[n for n in widths if (n <= BEAM_LENGTHS) == short] for short in (True, False)]
+    readers = [_Reader(search, group, block_size) for group in groups if group]
+    alive = {n: [_Hypothesis()] for n in widths}
     found: list[Candidate] = []
     for place in range(max(lengths)):
-        rows = [(n, h) for n, some in alive.items() for h in some]
-        if not rows:
-            break
-        middles = [[*h.ids, *[mask_id] * (n - place)] for n, h in rows]
-        canvas, at = search.canvas(middles)
-        positions = torch.zeros(canvas.shape, dtype=torch.bool)
-        positions[:, at + place] = True
-        log_p, passes = log_probabilities(search.model, canvas, positions, block_size)
-        search.passes += passes
         grown: dict[int, list[_Hypothesis]] = {}
-        for (n, h), row in zip(rows, log_p, strict=True):
-            grown.setdefault(n, []).extend(_extend(search, h, n, row, widths[n]))
-        for n, some in grown.items():
-            some.sort(key=lambda h: -h.log_p)
-            some = some[: widths[n]]
+        for reader in readers:
+            some = {n: alive[n] for n in reader.lengths if alive[n]}
+            if not some:
+                continue
+            log_p = reader.log_probabilities([(n, h.ids) for n, these in some.items() for h in these], place)
+            for (n, these), each in zip(some.items(), log_p.split([len(x) for x in some.values()]), strict=True):
+                grown[n] = sorted(_extend(search, these, n, each, widths[n]), key=lambda h: -h.log_p)[: widths[n]]
+        for n, these in grown.items():
             if place + 1 == n:
-                found += [Candidate(list(h.ids), list(h.confidence)) for h in some]
-                some = []
-            alive[n] = some
+                found += [Candidate(list(h.ids), list(h.confidence)) for h in these]
+            alive[n] = these if place + 1 < n else []
         if search.show is not None:
-            n, best = max(((n, some[0]) for n, some in grown.items() if some), key=lambda x: x[0], default=(0, None))
+            n, best = max(((n, h[0]) for n, h in grown.items() if h), key=lambda x: x[0], default=(0, None))
             if best is not None:
                 rest = n - place - 1
                 search.show(search.passes, [*best.ids, *[mask_id] * rest], [*best.confidence, *[0.0] * rest])
     return found
 
 
-def _extend(search: Search, h: _Hypothesis, n: int, log_p: Tensor, width: int) -> list[_Hypothesis]:
-    """The `width` likeliest tokens behind a beginning of `n` tokens that may stand there."""
-    place, tokenizer = len(h.ids), search.draft.tokenizer
+def _extend(search: Search, beginnings: list[_Hypothesis], n: int, log_p: Tensor, width: int) -> list[_Hypothesis]:
+    """The `width` likeliest tokens behind each beginning of `n` tokens that may stand there. log_p: [beginnings, V]."""
+    place, tokenizer = len(beginnings[0].ids), search.draft.tokenizer
     able = (
         edge_limits(tokenizer, search.draft.gaps[search.i].edges, n).get(place, tokenizer.is_text) & ~tokenizer.is_byte
     )
     if place == 0 and n > 1 and search.constraint.expression is not None:
         able = able | search.blank  # then a number or a rare character may follow, which no token has a space before
-    top = log_p.masked_fill(~able, -math.inf).topk(len(log_p) if search.constraint else min(width, len(log_p)))
+    vocabulary = log_p.shape[1]
+    top = log_p.masked_fill(~able, -math.inf).topk(vocabulary if search.constraint else min(width, vocabulary))
     grown: list[_Hypothesis] = []
-    for tried, (token, value) in enumerate(zip(top.indices.tolist(), top.values.tolist(), strict=True)):
-        if len(grown) == width or value == -math.inf or (grown and tried >= TRIES):
-            break
-        ids = (*h.ids, token)
-        if search.allows(ids, complete=place + 1 == n):
-            grown.append(_Hypothesis(ids, h.log_p + value, (*h.confidence, math.exp(value))))
+    for h, tokens, values in zip(beginnings, top.indices, top.values, strict=True):
+        before = len(grown)
+        for tried, (token, value) in enumerate(zip(tokens.tolist(), values.tolist(), strict=True)):
+            more = len(grown) - before
+            if more == width or value == -math.inf or (more and tried >= TRIES):
+                break
+            ids = (*h.ids, token)
+            if search.allows(ids, complete=place + 1 == n):
+                grown.append(_Hypothesis(ids, h.log_p + value, (*h.confidence, math.exp(value))))
     return grown
 
 

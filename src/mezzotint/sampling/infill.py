@@ -16,19 +16,20 @@ from mezzotint.config import OPTIONS, Rule, SamplingConfig, SamplingOptions, che
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.model import Model
 from mezzotint.progress import OnProgress, Progress
-from mezzotint.sampling.candidates import BEAM_LENGTHS, Candidate, Search, beam
+from mezzotint.sampling.candidates import BEAM_LENGTHS, NEAR, Candidate, Search, beam
 from mezzotint.sampling.candidates import drawn as draw_candidates
 from mezzotint.sampling.constraints import Constraint
 from mezzotint.sampling.draft import Draft, Parts, edge_limits, shows
 from mezzotint.sampling.generate import Span
 from mezzotint.sampling.healing import heal
-from mezzotint.sampling.ranking import CONTEXT, HORIZON, code_lengths, with_candidate
+from mezzotint.sampling.ranking import CONTEXT, HORIZON, NEAR_HORIZON, least_code_lengths, with_candidate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+LONGEST_BEAM = 2 * LENGTHS[-1]  # tokens of a gap that are sought by a beam
 CANDIDATES = 64  # for each gap of a text that has up to FEW of them, then fewer, down to LEAST
 FEW, LEAST = 4, 16
 PATHS = 3  # ways to fill the gaps so far that are kept while the next one is filled
@@ -91,13 +92,15 @@ class _Path:
 
 @dataclass
 class _Filling:
-    """What one call of `infill` was asked for, and the forward passes so far. drawn: not sought by a beam."""
+    """What one call of `infill` was asked for, and the forward passes so far. answers: to show for each gap. drawn: not
+    sought by a beam."""
 
     model: Model
     draft: Draft
     seed: int
     lengths: Sequence[int]
     candidates: int
+    answers: int
     drawn: bool
     attention: str
     constraint: Constraint
@@ -126,7 +129,7 @@ def _propose(filling: _Filling, i: int) -> list[Candidate]:
     """Candidates for gap i, each text once."""
     draft, settings = filling.draft, filling.settings
     show = None if filling.on_step is None else _shown(filling, i)
-    search = Search(filling.model, draft, i, filling.attention, filling.constraint, show, filling.passes)
+    search = Search(filling.model, draft, i, filling.attention, filling.constraint, show, filling.passes, NEAR)
     lengths, count = _lengths(filling, i), filling.candidates
     seed = filling.seed + 0x9E3779B97F4A7C15 * i
     short = [n for n in lengths if n <= BEAM_LENGTHS]
@@ -134,14 +137,14 @@ def _propose(filling: _Filling, i: int) -> list[Candidate]:
     if filling.drawn and not filling.constraint:
         found += draw_candidates(search, lengths * -(-count // len(lengths)), seed, settings)
     else:
-        # What a beam leaves out are longer texts, unless it alone can meet a constraint, or there is but one length.
-        alone = bool(filling.constraint) or (len(lengths) == 1 and lengths[0] <= 2 * LENGTHS[-1])
-        if beamed := lengths if alone else short:
+        # What a beam leaves out are much longer texts, unless it alone can meet a constraint.
+        beamed = [n for n in lengths if filling.constraint or n <= LONGEST_BEAM]
+        if beamed:
             width = max(1, round((count - len(lengths) + len(short)) / max(1, len(short))))
             found += beam(search, beamed, width, parse_attention(filling.attention))
-        if not filling.constraint and len(short) < len(lengths):
+        if len(beamed) < len(lengths):
             found += draw_candidates(
-                search, [n for n in lengths if n not in short], seed, {**settings, "temperature": 0.0}
+                search, [n for n in lengths if n not in beamed], seed, {**settings, "temperature": 0.0}
             )
     filling.passes = search.passes
     unique: dict[str, Candidate] = {}
@@ -172,17 +175,20 @@ def _weigh(
     right = draft.right_of(i, HORIZON) if beyond else draft.ids[i + 1][:HORIZON]
     right = right[: max(0, draft.window - longest - 1)]
     most = min(CONTEXT, max(1, draft.window - longest - len(right)))
-    texts = []
+    tail = max(0, len(right) - NEAR_HORIZON)
+    weighed: list[list[float]] = []
     for path in paths:
+        texts = []
         left = draft.left_of(i, most, [c.ids for c in path.filled])
         for candidate in found:
             before, text = with_candidate(draft, left, candidate.ids, right)
             # Encoded anew a text may have more tokens than it was drawn with.
             spare = len(before) + len(text) - draft.window
             texts.append((before[max(0, spare) :], text[: draft.window]))
-    nats, passes = code_lengths(filling.model, texts)
-    filling.passes += passes
-    return [nats[k * len(found) : (k + 1) * len(found)] for k in range(len(paths))]
+        nats, passes = least_code_lengths(filling.model, texts, tail, max(filling.answers, PATHS))
+        filling.passes += passes
+        weighed.append(nats)
+    return weighed
 
 
 def _fill(filling: _Filling) -> list[list[tuple[Candidate, float]]]:
@@ -302,7 +308,18 @@ def infill(
         candidates = 1 if drawn else max(LEAST, CANDIDATES * FEW // max(FEW, len(draft.gaps)))
     constraint = Constraint.of(whole_words=whole_words, max_words=max_words, regex=regex, avoid=avoid)
     filling = _Filling(
-        model, draft, seed, lengths, max(n, candidates), drawn, attention, constraint, dict(settings), on_step, progress
+        model,
+        draft,
+        seed,
+        lengths,
+        max(n, candidates),
+        n,
+        drawn,
+        attention,
+        constraint,
+        dict(settings),
+        on_step,
+        progress,
     )
     ranked = _fill(filling)
     gaps = []

@@ -7,7 +7,7 @@ needs no rule: a longer one pays for its tokens, and for how the text goes on be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from mezzotint.sampling.draft import Draft
 
 CONTEXT = 96  # tokens before the gap
 HORIZON = 32  # tokens behind the gap that are weighed: what follows further on hardly differs between candidates
+NEAR_HORIZON = 8  # of these are weighed for all candidates, the others for those that are not far behind then
+MARGIN = 3.0  # nats
 MOST_TOKENS = 12  # to each side that are encoded anew with a candidate
 LOGITS_AT_ONCE = 1 << 24
 ROWS_AT_ONCE = 64  # whose keys and values are held
@@ -41,31 +43,69 @@ def code_lengths(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> 
     return found, passes
 
 
+def least_code_lengths(
+    model: Model, texts: Sequence[tuple[list[int], list[int]]], tail: int, count: int
+) -> tuple[list[float], int]:
+    """`code_lengths` of at least the `count` texts that have the least; of others a guess, no less than any of these.
+
+    All are weighed without their last `tail` ids, which they share, first. What is then MARGIN nats behind the best
+    is not weighed to its end: its tail is taken to cost what the others' cost.
+    """
+    early, passes = code_lengths(model, [(a, b[: max(1, len(b) - tail)]) for a, b in texts])
+    if not tail:
+        return early, passes
+    order = sorted(range(len(texts)), key=lambda n: early[n])
+    ahead = [n for k, n in enumerate(order) if k < count or early[n] < early[order[0]] + MARGIN]
+    exact, more = code_lengths(model, [texts[n] for n in ahead])
+    mean = sum(nats - early[n] for n, nats in zip(ahead, exact, strict=True)) / len(ahead)
+    nats = [max(*exact, x + mean) for x in early]
+    for n, x in zip(ahead, exact, strict=True):
+        nats[n] = x
+    return nats, passes + more
+
+
 @torch.inference_mode()
 def _by_next_tokens(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[float], int]:
     """What all texts begin with is read once; its keys and values are then those of every row."""
     mask_id = model.config.mask_id
     start = next((k for k, same in enumerate(zip(*(a for a, _ in texts), strict=False)) if len(set(same)) > 1), None)
     start = min(len(a) for a, _ in texts) if start is None else start
-    longest = max(len(a) + len(b) for a, b in texts)
-    # Read shifted right behind one MASK, as they are learnt and scored; what stands behind a row's end changes nothing.
-    inputs = torch.tensor([[mask_id, *a, *b, *[mask_id] * (longest - len(a) - len(b))] for a, b in texts])
-    ids, inputs = inputs[:, 1:], inputs[:, :-1]
-    once = Cache(model.network, 1, longest)
-    if start:
-        once.hidden(inputs[:1, :start], 1, keep=start)
-    found: list[float] = []
-    at_once = _rows_at_once(model, longest - start)
-    for first in range(0, len(texts), at_once):
-        rows = range(first, min(first + at_once, len(texts)))
-        cache = Cache(model.network, len(rows), longest)
+    sizes = [len(a) + len(b) - start for a, b in texts]  # tokens of each row's own
+    once = Cache(model.network, 1, start)
+    if start:  # read shifted right behind one MASK, as they are learnt and scored
+        once.hidden(torch.tensor([[mask_id, *texts[0][0][: start - 1]]]), 1, keep=start)
+    found = [0.0] * len(texts)
+    passes = int(start > 0)
+    for rows in _alike(sizes, lambda longest: _rows_at_once(model, longest)):
+        longest = max(sizes[row] for row in rows)
+        ids = torch.tensor([[*a[start:], *b, *[mask_id] * (longest - n)] for a, b, n in
+                            ((*texts[row], sizes[row]) for row in rows)])  # fmt: skip
+        first = torch.tensor([[texts[row][0][start - 1] if start else mask_id] for row in rows])
+        cache = Cache(model.network, len(rows), start + longest)
         cache.copy_row(once)
-        hidden = cache.hidden(inputs[rows.start : rows.stop, start:], 1, keep=0)
-        for n, row in enumerate(rows):
-            scored = slice(len(texts[row][0]), len(texts[row][0]) + len(texts[row][1]))
-            logits = model.network.logits(hidden[n, scored.start - start : scored.stop - start])
-            found.append(float(token_nll(logits.double().cpu(), ids[row, scored]).sum()))
-    return found, bool(start) + -(-len(texts) // at_once)
+        # What stands behind a row's end changes nothing.
+        hidden = cache.hidden(torch.cat((first, ids[:, :-1]), dim=1), 1, keep=0)
+        place = torch.arange(longest)
+        counts = torch.tensor([len(texts[row][1]) for row in rows])
+        ends = torch.tensor([sizes[row] for row in rows])[:, None]
+        scored = (place >= ends - counts[:, None]) & (place < ends)
+        nll = token_nll(model.network.logits(hidden[scored.to(hidden.device)]).cpu(), ids[scored])
+        for row, part in zip(rows, nll.split(counts.tolist()), strict=True):
+            found[row] = float(part.double().sum())
+        passes += 1
+    return found, passes
+
+
+def _alike(sizes: Sequence[int], at_once: Callable[[int], int]) -> Iterator[list[int]]:
+    """Numbers of rows of about the same size, at most `at_once(the largest)` of them together."""
+    rows: list[int] = []
+    for row in sorted(range(len(sizes)), key=lambda row: sizes[row]):
+        if rows and (len(rows) >= at_once(sizes[row]) or sizes[row] > 1.25 * sizes[rows[0]] + 2):
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
 
 
 def _by_chain(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[float], int]:
