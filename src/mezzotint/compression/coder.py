@@ -5,6 +5,7 @@ Knows probabilities as integers that sum to 2^24, and nothing of files or text. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ LOWEST = 1 << 32  # the coder's state lies between this and 2^64
 MOST_STREAMS = 256
 KEPT_BYTES = 1 << 28  # keys and values of all streams together
 STREAM_TOKENS = 2048  # a stream's start has little context: it costs some three bytes
+PROBE_TOKENS = 1792  # after so many, from all over a text, their price tells whether the rest is worth its while
 POSITIONS = 256  # positions that go through the network together where windows are short: they stay in a core's cache
 Tick = Callable[[float], None]
 """Told the share of a job that is done."""
@@ -118,7 +120,7 @@ def most_streams(network: ExactNetwork) -> int:
 
 def choose_streams(network: ExactNetwork, count: int) -> Streams:
     """Enough streams to decode at speed, few enough to cost next to nothing."""
-    wished = max(min(4, count // 1024), count // STREAM_TOKENS)
+    wished = max(min(16, count // 1024), count // STREAM_TOKENS)
     return Streams(count, max(1, min(most_streams(network), wished)))
 
 
@@ -140,22 +142,35 @@ def _inputs(table: np.ndarray, start: int, stop: int, mask_id: int) -> np.ndarra
     return np.concatenate((np.full((len(table), 1), mask_id), table[:, start : stop - 1]), axis=1)
 
 
-def encode_tokens(network: ExactNetwork, tokens: np.ndarray, streams: Streams, encoder: Encoder, tick: Tick) -> float:
-    """Hand all tokens to `encoder`, whole windows at a time; returns what they cost in bits."""
+def encode_tokens(
+    network: ExactNetwork, tokens: np.ndarray, streams: Streams, encoder: Encoder, tick: Tick, most: float = math.inf
+) -> float:
+    """Hand all tokens to `encoder`, whole windows at a time; returns what they cost in bits.
+
+    Infinity, and nothing to `encoder`, where at the price of a first few all would cost more than `most` bits.
+    """
     c = network.config
     table = streams.table(tokens)
     starts = np.zeros(table.shape, dtype=np.int64)
     frequencies = np.zeros_like(starts)
     together = max(1, POSITIONS // network.length)
+    seen, seen_bits = 0, 0.0
+    # Streams from all over the text come first.
+    order = np.argsort(np.arange(streams.number) % -(-streams.number // 8), kind="stable")
     for start, first, stop in windows(network.length, streams.most):
         for row in range(0, streams.number, together):
-            part = table[row : row + together]
+            rows = order[row : row + together]
+            part = table[rows]
             inputs = _inputs(part, start, stop, c.mask_id)
             cache = Cache(network, len(part), stop - start)
             hidden = network.hidden(inputs, cache, first - start).reshape(-1, c.width)
-            where = slice(row, row + len(part)), slice(first, stop)
             found = network.intervals(hidden, part[:, first:stop].ravel())
-            starts[where], frequencies[where] = (x.reshape(len(part), -1) for x in found)
+            starts[rows, first:stop], frequencies[rows, first:stop] = (x.reshape(len(part), -1) for x in found)
+            if seen < PROBE_TOKENS:
+                seen += found[1].size
+                seen_bits += float(np.log2(TOTAL / found[1]).sum())
+                if seen >= PROBE_TOKENS and seen_bits / seen * len(tokens) > most:
+                    return math.inf
             done = first * streams.number + (row + len(part)) * (stop - first)
             tick(done / table.size)
     bits = 0.0

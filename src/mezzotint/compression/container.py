@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import os
 import shutil
 import sys
@@ -18,8 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-
-import numpy as np
 
 from mezzotint.compression import version1
 from mezzotint.compression.blocks import DAMAGED, FRAME_BYTES, Reader, frames, squeeze, unsqueeze, varint
@@ -50,7 +49,8 @@ DIGEST = 16
 MOST_STORED = 1 << 24
 EXPANSION = 64
 """Bytes by which a file is larger than its input at most."""
-PROBE_TOKENS = 512
+LONG = 8192  # tokens of a frame from which on a probe pays
+HOPE = 1.25  # how much dearer than its rival a probe may be: its tokens have less context than most
 STANDARD = Path("-")
 """Called with (bytes done, bytes in all; 0 if unknown)."""
 
@@ -195,14 +195,11 @@ def _modelled(data: bytes, network: _Network, rival: int, tick: Tick) -> tuple[T
     if frame is None or len(frame.packed) >= rival:
         return None
     exact, count = network.exact, len(frame.tokens)
-    if count > 16 * PROBE_TOKENS:
-        starts = np.arange(4) * (count - PROBE_TOKENS) // 3
-        sample = np.concatenate([frame.tokens[at : at + PROBE_TOKENS] for at in starts])
-        cost = encode_tokens(exact, sample, Streams(len(sample), 4), Encoder(), lambda share: None)
-        if len(frame.packed) + cost / 8 * count / len(sample) > 1.1 * rival:
-            return None
     streams, encoder = choose_streams(exact, count), Encoder()
-    bits = encode_tokens(exact, frame.tokens, streams, encoder, tick)
+    most = 8 * (HOPE * rival - len(frame.packed)) if count > LONG else math.inf
+    bits = encode_tokens(exact, frame.tokens, streams, encoder, tick, most)
+    if bits == math.inf:
+        return None
     encode_runs(frame.folded, frame.kinds, frame.number, encoder)
     return frame, varint(len(frame.packed)) + frame.packed + varint(streams.number) + encoder.finish(), bits
 

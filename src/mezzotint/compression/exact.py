@@ -46,6 +46,7 @@ F32 = np.float32
 BIAS_FLOATS = 1 << 23  # the most that is kept of the values' biases, all made before
 LARGEST = 1 << 14  # in size, of a weight
 NARROW = 64  # columns from which on `fold` adds rows of the transpose
+FEW = 1 << 13  # numbers up to which a call of NumPy takes less time than one of torch, whose calls cost more
 CHUNK = 1 << 17  # logits that are worked on together: they stay in a core's cache
 FUTURE = np.triu(np.full((ROWS, ROWS), F32(-np.inf)), 1)
 """What hides later places from a score."""
@@ -58,7 +59,7 @@ def fold(x: np.ndarray) -> np.ndarray:
     """
     y = x.reshape(-1, x.shape[-1])
     n = x.shape[-1]
-    while n > NARROW:
+    while n > NARROW and x.size > FEW:
         half = (n + 1) // 2
         z = y[:, :half].copy()
         z[:, : n - half] += y[:, half:n]
@@ -154,15 +155,15 @@ class _Matrix:
         """Try torch's int8 product on inputs that make the largest sums."""
         if self.short is None or not hasattr(torch, "_int_mm"):
             return False
-        codes = self.codes.T
-        rows = np.sign(codes[: min(24, len(codes))]) * INPUT
-        mixed = np.arange(rows.size).reshape(rows.shape) * 89 % 255 - INPUT
+        rows = np.sign(self.codes.T[:24]) * INPUT
+        mixed = (np.arange(rows.size).reshape(rows.shape) * 89 % 255 - INPUT).astype(rows.dtype)
+        codes = self.codes.astype(np.float64)
         for probe in (rows, mixed, mixed[:1]):
             try:
                 found = torch._int_mm(torch.from_numpy(probe.astype(np.int8)), self.short).numpy()
             except (RuntimeError, NotImplementedError):
                 return False
-            if not np.array_equal(found, (probe.astype(np.float64) @ self.codes.astype(np.float64)).astype(np.int64)):
+            if not np.array_equal(found, probe.astype(np.float64) @ codes):
                 return False
         return True
 
@@ -178,13 +179,17 @@ class _Matrix:
 
 
 def times(x: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """x * by, float32, in the memory of x, which takes torch half as long as NumPy where `by` is spread out."""
+    """x * by, float32, in the memory of x; torch takes half as long as NumPy where `by` is spread out over many."""
+    if x.size <= FEW:
+        return np.multiply(x, by, out=x)
     torch.from_numpy(x).mul_(torch.from_numpy(by))
     return x
 
 
 def total(x: np.ndarray) -> np.ndarray:
     """Sums over the last axis of integers, which no order changes: [..., K] -> [..., 1]."""
+    if x.size <= FEW:
+        return np.add.reduce(x, axis=-1, keepdims=True)
     return torch.from_numpy(x).sum(-1, keepdim=True).numpy()
 
 
@@ -197,6 +202,10 @@ def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def to_integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of x [n, K] as integers of at most 127, int8, and what one of them is worth, float32 [n, 1]."""
+    if x.size <= FEW:
+        largest = np.maximum.reduce(np.abs(x), axis=-1, keepdims=True)
+        y = x * (F32(INPUT) / np.maximum(largest, TINY))
+        return np.rint(y, out=y).astype(np.int8), largest / F32(INPUT)
     largest = torch.from_numpy(np.abs(x)).amax(-1, keepdim=True).numpy()
     steps = torch.from_numpy(F32(INPUT) / np.maximum(largest, TINY))
     return torch.mul(torch.from_numpy(x), steps).round_().to(torch.int8).numpy(), largest / F32(INPUT)
@@ -311,11 +320,11 @@ class ExactNetwork:
         channels = c.rotary_dims or c.head_width
         cos, sin = rotary_tables(self.length, channels, c.rotary_base)
         still = np.zeros((self.length, c.head_width - channels), F32)
-        # For all heads of a query, one after another: [length, W].
-        self.cos = np.tile(np.concatenate((cos, cos, still + 1), axis=1), (1, c.heads))
-        self.sin = np.tile(np.concatenate((sin, -sin, still), axis=1), (1, c.heads))
+        # For all heads of queries and keys, one after another: [length, (heads + kv_heads) * D].
+        self.cos = np.tile(np.concatenate((cos, cos, still + 1), axis=1), (1, c.heads + c.kv_heads))
+        self.sin = np.tile(np.concatenate((sin, -sin, still), axis=1), (1, c.heads + c.kv_heads))
         self.turning = channels
-        self.score_exp = torch.from_numpy(exp_table(SCORE_STEP, 4096).astype(F32))
+        self.score_exp = exp_table(SCORE_STEP, 4096).astype(F32)
         self.value_grid = [self._grid(state, i) for i in range(c.layers)]
 
     def _late(self, layer: int) -> int:
@@ -341,12 +350,18 @@ class ExactNetwork:
         y = x.reshape(turned.shape)
         turned[..., :half] = y[..., half : 2 * half]
         turned[..., half : 2 * half] = y[..., :half]
-        turned[..., 2 * half :] = 0
-        cos, sin = (torch.from_numpy(table[at : at + n, :size]) for table in (self.cos, self.sin))
-        other = torch.from_numpy(turned).view(-1, n, size).mul_(sin)
-        out = torch.mul(torch.from_numpy(x.reshape(-1, n, size)), cos).add_(other).view(turned.shape)
-        times(out.numpy(), inverse_rms(out.numpy(), TINY) * UNIT)
-        return out.round_().numpy()
+        if 2 * half < width:
+            turned[..., 2 * half :] = 0
+        cos, sin = self.cos[at : at + n, :size], self.sin[at : at + n, :size]
+        out, other = y.reshape(-1, n, size), turned.reshape(-1, n, size)
+        if x.size <= FEW:
+            out = out * cos
+            out += np.multiply(other, sin, out=other)
+        else:
+            other = torch.from_numpy(other).mul_(torch.from_numpy(sin))
+            out = torch.mul(torch.from_numpy(out), torch.from_numpy(cos)).add_(other).numpy()
+        out = out.reshape(turned.shape)
+        return np.rint(times(out, inverse_rms(out, TINY) * UNIT), out=out)
 
     def _attend(self, q: np.ndarray, cache: Cache, layer: int, at: int) -> np.ndarray:
         """q [B, n, H, D] at places `at` on -> [B, n, H, D], given the keys and values kept for all of them."""
@@ -361,9 +376,9 @@ class ExactNetwork:
             stop = at + start + rows
             part = q[:, start : start + rows].reshape(b, rows, c.kv_heads, group, width).transpose(0, 2, 3, 1, 4)
             part = np.ascontiguousarray(part).reshape(b, c.kv_heads, group * rows, width)
-            keys, values = cache.keys[layer, :, :, :, :stop], cache.values[layer, :, :, :stop]
-            z = products(part, keys).reshape(b, c.kv_heads, group, rows, stop)
-            z *= factor
+            keys, values = cache.keys[layer, :, :, :stop], cache.values[layer, :, :, :stop]
+            z = products(part, keys.swapaxes(-1, -2)).reshape(b, c.kv_heads, group, rows, stop)
+            times(z, factor)
             if rows > 1:
                 z[..., stop - rows :] += FUTURE[:rows, :rows]
             e = self._shares(z)
@@ -377,10 +392,15 @@ class ExactNetwork:
 
     def _shares(self, z: np.ndarray) -> np.ndarray:
         """Scores z [..., S], spoilt, -> integers in proportion to their exponentials that sum to about 4096."""
+        if z.size <= FEW:
+            t = np.subtract(np.maximum.reduce(z, axis=-1, keepdims=True) + F32(0.5), z, out=z)
+            np.minimum(t, F32(len(self.score_exp) - 1), out=t)
+            e = self.score_exp.take(t.astype(np.int64), mode="clip")
+            return np.rint(times(e, SHARE / total(e)), out=e)
         t = torch.from_numpy(z)
         torch.sub(t.amax(-1, keepdim=True) + 0.5, t, out=t)
         t.clamp_(max=len(self.score_exp) - 1)
-        e = torch.index_select(self.score_exp, 0, t.to(torch.int32).view(-1)).view(t.shape).numpy()
+        e = torch.index_select(torch.from_numpy(self.score_exp), 0, t.to(torch.int32).view(-1)).view(t.shape).numpy()
         return np.rint(times(e, SHARE / total(e)), out=e)
 
     def _attention(self, i: int, x: np.ndarray, bias: np.ndarray | None, cache: Cache, skip: int) -> np.ndarray:
@@ -399,12 +419,18 @@ class ExactNetwork:
         if bias is not None and late >= 0:
             v += bias * self.state["value_embedding.layer_scales"][late]
         v = v.reshape(b, n, c.kv_heads, c.head_width)
-        k = self._rotate(acc[:, c.width : c.width + kv], at, n).reshape(v.shape)
-        grid = torch.from_numpy(v * self.value_grid[i]).round_().clamp_(-VALUE, VALUE).numpy()
-        cache.keys[i, :, :, :, at : at + n] = k.transpose(0, 2, 3, 1)
+        if skip:
+            q = acc[:, : c.width].reshape(b, n, -1)[:, skip:].reshape(-1, c.width)
+            q, k = self._rotate(q, at + skip, n - skip), self._rotate(acc[:, c.width : c.width + kv], at, n)
+        else:
+            both = self._rotate(acc[:, : c.width + kv], at, n)
+            q, k = both[:, : c.heads], both[:, c.heads :]
+        grid = v * self.value_grid[i]
+        np.rint(grid, out=grid)
+        np.minimum(np.maximum(grid, F32(-VALUE), out=grid), F32(VALUE), out=grid)
+        cache.keys[i, :, :, at : at + n] = k.reshape(v.shape).swapaxes(1, 2)
         cache.values[i, :, :, at : at + n] = grid.swapaxes(1, 2)
-        asked = acc[:, : c.width].reshape(b, n, -1)[:, skip:].reshape(-1, c.width)
-        q = self._rotate(asked, at + skip, n - skip).reshape(b, n - skip, c.heads, c.head_width)
+        q = q.reshape(b, n - skip, c.heads, c.head_width)
         y = self._attend(q, cache, i, at + skip)
         if c.exclusive_attention:
             own = v[:, skip:]
@@ -493,8 +519,7 @@ class Cache:
 
     def __init__(self, network: ExactNetwork, rows: int, length: int) -> None:
         c = network.config
-        self.keys = np.zeros((c.layers, rows, c.kv_heads, c.head_width, length), F32)
-        self.values = np.zeros((c.layers, rows, c.kv_heads, length, c.head_width), F32)
+        self.keys, self.values = np.zeros((2, c.layers, rows, c.kv_heads, length, c.head_width), F32)
         self.ids = np.zeros((rows, length), dtype=np.int64)
         self.kept = 0
 
