@@ -9,6 +9,7 @@ import pytest
 import torch
 from toy import eighths
 
+from mezzotint import model as model_module
 from mezzotint.config import PRESETS, ModelConfig, parse_attention
 from mezzotint.errors import ConfigError
 from mezzotint.layers import rotate, short_conv
@@ -199,6 +200,20 @@ def test_positions_select_rows_of_the_output():
     ids = torch.randint(0, 12, (3, 7), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         torch.testing.assert_close(net(ids, positions=ids == 11), net(ids)[ids == 11], **ROUNDED)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_rows_that_go_through_in_parts_have_the_same_logits(size, monkeypatch):
+    model, seen = Model(RICH, None, build(RICH)), []  # pyright: ignore[reportArgumentType]
+    ids = torch.randint(0, 12, (5, 7), generator=torch.Generator().manual_seed(4))
+    some = ids == 11
+    some[0] = some[4] = False  # a part may have nothing that is asked for
+    whole = model.network(ids, block_size=size).detach()
+    model.network.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    monkeypatch.setattr(model_module, "TOKENS_IN_CACHE", 2 * 7)
+    torch.testing.assert_close(model.logits(ids, block_size=size), whole, **ROUNDED)
+    torch.testing.assert_close(model.logits(ids, block_size=size, positions=some), whole[some], **ROUNDED)
+    assert seen == [2, 2, 1] * 2
 
 
 def test_logits_are_capped_and_exclude_mask():

@@ -29,6 +29,8 @@ from mezzotint.layers import Block, Inputs, float32_linear
 
 TOKENS_PER_FORWARD = 16_384
 """Tokens that go through the network together where nobody asks for another number."""
+TOKENS_IN_CACHE = 2_048
+"""Of these, those that a CPU takes through all layers together: with more, states leave its caches between operations."""
 
 
 def shift_right(ids: Tensor, first: int, keep_last: bool = False) -> Tensor:
@@ -407,7 +409,13 @@ class Model:
     @torch.inference_mode()
     def logits(self, ids: Tensor, *, block_size: int = 0, positions: Tensor | None = None) -> Tensor:
         """`Denoiser.forward` without gradients, in float32 arithmetic. Shapes as there."""
-        return self.network(ids.to(self.device), block_size=block_size, positions=positions)
+        ids = ids.to(self.device)
+        rows = max(1, TOKENS_IN_CACHE // max(1, ids.shape[1]))
+        if ids.is_cuda or len(ids) <= rows:
+            return self.network(ids, block_size=block_size, positions=positions)
+        wanted = (slice(None),) * len(ids) if positions is None else positions.split(rows)
+        hidden = [self.network.hidden(i, block_size)[p] for i, p in zip(ids.split(rows), wanted, strict=False)]
+        return self.network.logits(torch.cat(hidden))
 
     @torch.inference_mode()
     def block_logits(self, noisy: Tensor, clean: Tensor, size: int, *, positions: Tensor) -> Tensor:
