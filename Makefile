@@ -14,7 +14,7 @@ demo: $(VENV)/.base
 	$(BIN)/mezzotint demo --out demo
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest --durations=15 --numprocesses $(PROCESSES) --dist loadfile
+	$(BIN)/pytest --durations=15 --numprocesses $(PROCESSES) --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks

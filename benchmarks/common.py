@@ -11,6 +11,7 @@ import dataclasses
 import json
 import lzma
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -156,6 +157,15 @@ def scores(
     if share > 0 and "causal" in metrics:
         found["causal"] = likelihood.causal(model, windows, tokens=tokens).to_dict()
     return found
+
+
+def source_of(commit: str, folder: Path) -> Path:
+    """The package's source at another commit of this repository, taken out into `folder`, which is made."""
+    root = Path(__file__).resolve().parents[1]
+    folder.mkdir()
+    archive = subprocess.run(["git", "-C", str(root), "archive", commit, "src"], capture_output=True, check=True)
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    return folder / "src"
 
 
 def compressors(zstd: int = 19, window: int = 22) -> dict[str, Callable[[bytes], bytes]]:

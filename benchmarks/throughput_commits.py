@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import new_parser, table
+from common import new_parser, source_of, table
 
 STEPPER = """
 import dataclasses, json, sys, time
@@ -87,12 +87,9 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(
-            ["git", "-C", str(root), "archive", options.commit, "src"], capture_output=True, check=True
-        )
-        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        sources = (source_of(options.commit, Path(folder) / "before"), root / "src")
         asked = [options.preset, str(options.vocab_size), str(options.steps)]
-        made = [stepper(source / "src", asked) for source in (Path(folder), root)]
+        made = [stepper(source, asked) for source in sources]
         times: list[list[list[float]]] = [[], []]
         for _ in range(options.rounds):
             for (process, _), found in zip(made, times, strict=True):

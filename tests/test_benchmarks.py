@@ -476,6 +476,18 @@ def test_two_commits_take_turns(monkeypatch, capsys):
     assert rows_of(capsys.readouterr().out)[2] == ["HEAD", "500", "128", "250", "yes"]
 
 
+def test_commands_of_two_commits_take_turns(both_ways, trained, prose, tmp_path, capsys):
+    if subprocess.run(["git", "-C", str(BENCHMARKS), "rev-parse", "HEAD"], capture_output=True).returncode:
+        pytest.skip("no checkout")
+    (short := tmp_path / "short.txt").write_bytes(prose.read_bytes()[:300])
+    names = ["help", "causal", "compress", "decompress"]
+    words = ["HEAD", str(both_ways), str(trained.data), str(short), "--rounds", "1", "--tokens", "64"]
+    script("commands_commits").main([*words, "--only", *names])
+    rows = rows_of(capsys.readouterr().out)[2:]
+    assert [row[0] for row in rows] == names and all(float(cell) > 0 for row in rows for cell in row[1:5])
+    assert rows[1][7] == "tokens" and float(rows[1][5]) == pytest.approx(64 / float(rows[1][1]), rel=0.02)
+
+
 def test_user_paths_are_open(capsys):
     assert script("user_paths").main(["--quick", "--only", "install"]) == 0
     assert rows_of(capsys.readouterr().out)[2][0] == "install"
