@@ -468,10 +468,39 @@ def test_texts_and_reports_go_through_standard_input_and_output(trained, tmp_pat
     assert piped("decompress", "-", "-o", "-", data=squeezed) == b"the old house"
 
 
+def test_a_tokenizer_comes_from_standard_input(trained, tmp_path, piped):
+    (tmp_path / "a.txt").write_text("the old house was dark and the light was low. " * 8)
+    words = ("prepare", tmp_path / "a.txt", "--out")
+    for name in (trained.data / "tokenizer.model", trained.artifact):  # a tokenizer's own file, or a model with one
+        out = tmp_path / name.name
+        piped(*words, out, "--tokenizer", "-", data=name.read_bytes())
+        assert (out / "tokenizer.model").read_bytes() == (trained.data / "tokenizer.model").read_bytes()
+
+
+def test_text_is_what_was_typed_in_an_ascii_locale_too(trained, tmp_path):
+    """There Python keeps the bytes of arguments as lone surrogates. Names of files stay as the system has them."""
+    model = tmp_path / "mod\u00e8le.mzt"
+    shutil.copyfile(trained.artifact, model)
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "import sys; from mezzotint.cli.main import main; sys.exit(main())"
+
+    def filled(*words: bytes) -> subprocess.CompletedProcess[bytes]:
+        words = (b"fill", os.fsencode(model), *words, b"--greedy")
+        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, env=environment)
+
+    text = "The \u00e9 ____ \u5929"
+    done = filled(text.encode())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().startswith("The \u00e9 ") and done.stdout.decode().endswith(" \u5929\n")
+    broken = filled(b"The \xe9 ____")
+    assert broken.returncode == 2 and b"lone surrogate at character 4" in broken.stderr
+
+
 def test_what_standard_input_and_output_cannot_be(trained, tmp_path, monkeypatch, capsys):
     one_line(capsys, ["fill", "-", "-"], "MODEL and TEXT")
     one_line(capsys, ["score", "-", "-"], "MODEL and DATA")
     one_line(capsys, ["compare", "-", "-", "x"], "read once")
+    one_line(capsys, ["prepare", "-", "--tokenizer", "-", "--out", "x"], "SOURCES and TOKENIZER cannot both be -")
     one_line(capsys, ["compress", "-", "-o", "x", "--model", "-"], "read once")
     for words in ("prepare x --out -", "train x --out -", "score m d --journal -"):
         one_line(capsys, [*words.split()], "needs a name")

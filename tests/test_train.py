@@ -30,7 +30,7 @@ from mezzotint.layers import Block
 from mezzotint.model import Denoiser
 from mezzotint.system import try_lock
 from mezzotint.training import run as run_module
-from mezzotint.training.checkpoint import load_run, newest_checkpoint, read_run, run_lock, stable_step
+from mezzotint.training.checkpoint import check_checkpoint, load_run, newest_checkpoint, read_run, run_lock, stable_step
 from mezzotint.training.corrupt import corrupt_batch
 from mezzotint.training.optim import MovingAverage, Optimizers
 from mezzotint.training.run import train
@@ -469,6 +469,17 @@ def test_a_compiled_run_that_is_resumed_is_the_same_run(data, model, tmp_path, c
     other = Path(run["final_checkpoint"])
     for name in ("weights.safetensors", "average.safetensors", "optimizer.safetensors"):
         assert (compiled_run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_finished_run_that_is_resumed_says_so_before_it_would_compile(data, model, tmp_path, monkeypatch):
+    before = train(data, tmp_path / "run", model=model, config=QUICK)
+    said: list[str] = []
+    monkeypatch.setattr(Trainer, "warm_up", lambda trainer: said.append("compiled"))
+    config = dataclasses.replace(QUICK, compile=True)
+    after = train(data, tmp_path / "run", model=model, config=config, resume=True, warn=said.append)
+    assert said == ["nothing to do: the run ended at step 12; give it more time or steps to go on"]
+    assert after["steps"] == before["steps"] and not after["compiled"]
+    assert after["final_checkpoint"] == before["final_checkpoint"] and check_checkpoint(Path(after["final_checkpoint"]))
 
 
 def test_a_signal_stops_a_run_that_is_still_compiling(data, model, tmp_path, monkeypatch):

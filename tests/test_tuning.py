@@ -104,6 +104,20 @@ def test_tune_fine_tunes_packs_and_compares(trained, tmp_path, texts, capsys, mo
     assert "mine.work is there already" in capsys.readouterr().err
 
 
+def test_tune_writes_to_standard_output_and_says_its_words_elsewhere(
+    trained, tmp_path, texts, capfdbinary, monkeypatch
+):
+    monkeypatch.setattr(tuning, "fine_tuning", lambda known: dataclasses.replace(fine_tuning(known), steps=2))
+    words = ["tune", str(texts), "--out", "-", "--model", str(trained.artifact), "--minutes", "0.05"]
+    assert main(words) == 2
+    assert b"name it with --work" in capfdbinary.readouterr().err
+    assert main([*words, "--work", str(tmp_path / "work")]) == 0
+    shown = capfdbinary.readouterr()
+    (tmp_path / "mine.mzt").write_bytes(shown.out)
+    assert mezzotint.load(tmp_path / "mine.mzt").tokenizer.sha256 == mezzotint.load(trained.artifact).tokenizer.sha256
+    assert b"fine-tuned: " in shown.err and b"files read: 20;" in shown.err and (tmp_path / "work" / "run").is_dir()
+
+
 def test_tune_starts_from_scratch_where_the_tokenizer_does_not_suit(trained, tmp_path, texts, capsys, monkeypatch):
     monkeypatch.setattr(tuning, "PRESET", "tiny")
     for path in texts.iterdir():
@@ -112,6 +126,7 @@ def test_tune_starts_from_scratch_where_the_tokenizer_does_not_suit(trained, tmp
     assert main([*words, "--minutes", "0.02"]) == 0
     shown = capsys.readouterr()
     assert "from scratch" in shown.out and "times the tokens of one made for them" in shown.err
+    assert "files read: 20; skipped: none; empty documents: 0" in shown.out
     assert mezzotint.load(tmp_path / "mine.mzt").config.vocab_size != 290
 
 

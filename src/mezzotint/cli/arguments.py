@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -165,6 +166,26 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="run folder: its best checkpoint if validation ran, else its newest (RUN@last, RUN@STEP: that one)",
     )
+
+
+TEXTS = ("text", "prompt", "regex", "avoid", "text_field", "dataset")
+"""Arguments that are text, not the name of a file."""
+
+
+def decode_texts(arguments: argparse.Namespace) -> None:
+    """Make of text arguments what was typed: UTF-8, whatever the locale took it for. Names of files stay as it has them."""
+    for name in TEXTS:
+        value = getattr(arguments, name, None)
+        if isinstance(value, (str, list)):
+            setattr(arguments, name, [*map(_decoded, value)] if isinstance(value, list) else _decoded(value))
+
+
+def _decoded(text: str) -> str:
+    """The text whose bytes Python has kept as surrogates, as in an ASCII locale; as it is where they are not UTF-8."""
+    try:
+        return os.fsencode(text).decode() if re.search("[\udc80-\udcff]", text) else text
+    except UnicodeError:
+        return text
 
 
 def named(text: str) -> Path:

@@ -97,8 +97,10 @@ class Display:
         )
 
 
-def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output. columns: (name, justify)."""
+def table(
+    title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], *, stderr: bool = False
+) -> None:
+    """A table on standard output, or on standard error. columns: (name, justify)."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -109,9 +111,9 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequenc
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=stderr)
     if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+        console = Console(highlight=False, stderr=stderr, width=160)
     console.print(table)
 
 

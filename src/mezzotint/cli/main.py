@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from mezzotint.cli import processes
-from mezzotint.cli.arguments import Parser, canonical, show_ranges
+from mezzotint.cli.arguments import Parser, canonical, decode_texts, show_ranges
 from mezzotint.cli.console import Display
 from mezzotint.cli.streams import check_streams
 from mezzotint.errors import ConfigError, Interrupted, MezzotintError
@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments = build_parser().parse_args(canonical(sys.argv[1:] if argv is None else argv))
+        decode_texts(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
     display = Display()

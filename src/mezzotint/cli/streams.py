@@ -18,8 +18,8 @@ from pathlib import Path
 from mezzotint.errors import ConfigError, DataError
 
 STANDARD = Path("-")
-READ_FROM = ("model", "a", "b", "artifact", "file", "folder", "data", "text", "prompt")
-ARTIFACTS = ("pack", "import", "export", "compress", "report")
+READ_FROM = ("model", "a", "b", "artifact", "file", "folder", "data", "text", "prompt", "sources", "val", "tokenizer")
+ARTIFACTS = ("pack", "import", "export", "compress", "report", "tune")
 """Commands whose output is nothing for a terminal."""
 Copy = Callable[[Path], None]
 

@@ -37,7 +37,9 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, -, stdlib, hf:OWNER/NAME...")
     add_out(parser, "DATA", "new folder for the shards", named)
     parser.add_argument(
-        "--tokenizer", metavar="FILE|MODEL", help="a SentencePiece .model, a tokenizer.json, or a model's own"
+        "--tokenizer",
+        metavar="FILE|MODEL",
+        help="a SentencePiece .model, a tokenizer.json, or a model's own (-: standard input)",
     )
     parser.add_argument("--text-field", default="text", metavar="A.B", help="column or JSON key of the text [text]")
     add_ruled(parser, "--vocab-size", "pieces to train a tokenizer of [4096, or what fits]", metavar="N")
@@ -51,10 +53,14 @@ def run_prepare(arguments: argparse.Namespace, display: Display) -> None:
     from mezzotint.data.prepare import prepare
     from mezzotint.data.sources import files_in_words
 
+    tokenizer = None
+    if arguments.tokenizer is not None:
+        with input_file(Path(arguments.tokenizer)) as file:
+            tokenizer = pretrained.tokenizer_of(file if arguments.tokenizer == "-" else arguments.tokenizer)
     result = prepare(
         arguments.sources,
         arguments.out,
-        tokenizer=arguments.tokenizer and pretrained.tokenizer_of(arguments.tokenizer),
+        tokenizer=tokenizer,
         vocab_size=arguments.vocab_size,
         val_fraction=arguments.val_fraction,
         val=arguments.val,
@@ -135,7 +141,7 @@ def run_train(arguments: argparse.Namespace, display: Display) -> None:
         init = load_model(arguments.init)
     model, config = train_configs(arguments, Dataset.open(arguments.data).tokenizer, init)
     if first() and display.console.is_terminal:
-        display.say(f"setting up {model.layers} layers x {model.width}; compiling can take a minute")
+        display.say(f"setting up {model.layers} layers x {model.width}")
     result = train(
         arguments.data,
         arguments.out,

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.cli.arguments import DEFAULT_MODEL, add_out, add_ruled, describe, named
+from mezzotint.cli.arguments import DEFAULT_MODEL, add_out, add_ruled, describe
 from mezzotint.cli.console import Display, emit, table
 from mezzotint.cli.inputs import load_model
 from mezzotint.cli.scoring import score_by
+from mezzotint.cli.streams import output_file, to_standard
 from mezzotint.config import ModelConfig, TrainConfig, fine_tuning, preset
 from mezzotint.errors import ConfigError, DataError, Interrupted
 
@@ -41,7 +43,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         "on while training, and scored before and after. Data and run stay in a folder beside the file.",
     )
     parser.add_argument("sources", nargs="+", metavar="TEXTS", help="files and folders, as `prepare` takes them")
-    add_out(parser, "MODEL.mzt", "file to write", named)
+    add_out(parser, "MODEL.mzt", "file to write (-: standard output, with --work)")
     add_ruled(parser, "--minutes", "training time [3]", default=3.0)
     parser.add_argument("--model", type=Path, metavar="MODEL", help=f"to start from [the shipped {DEFAULT_MODEL}]")
     parser.add_argument("--work", type=Path, metavar="DIR", help="new folder for data and run [MODEL.work]")
@@ -49,13 +51,21 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tune(arguments: argparse.Namespace, display: Display) -> None:
+    if to_standard(arguments) and arguments.work is None:
+        raise ConfigError("with --out - data and run need a folder of their own: name it with --work")
+    work: Path = arguments.work or arguments.out.with_suffix(".work")
+    _check(arguments, work)
+    with output_file(arguments.out) as out:
+        _tune(arguments, out, work, display)
+
+
+def _tune(arguments: argparse.Namespace, out: Path, work: Path, display: Display) -> None:
+    """All of the command, once it is known where it writes: the file `out`, data and run below `work`."""
+    from mezzotint.data.sources import files_in_words
     from mezzotint.packing.artifact import open_artifact
     from mezzotint.packing.pack import pack
     from mezzotint.training.checkpoint import load_run
 
-    out: Path = arguments.out
-    work: Path = arguments.work or out.with_suffix(".work")
-    _check(arguments, work)
     started = time.monotonic()
     step = display.steps()
     model = load_model(arguments.model)
@@ -93,10 +103,12 @@ def run_tune(arguments: argparse.Namespace, display: Display) -> None:
     if arguments.json:
         return emit(arguments, result)
     rows = [(part, e.method, e.kind, f"{e.bpb:.4f}", f"{e.stderr_bpb:.4f}")
-            for part, scores in ((f"before ({name})", before), (f"after ({out})", after)) for e in scores]  # fmt: skip
+            for part, scores in ((f"before ({name})", before), (f"after ({arguments.out})", after)) for e in scores]  # fmt: skip
     columns = [("held-out tenth", "left"), ("method", "left"), ("kind", "left"), ("bits/byte", "right"),
                ("± s.e.", "right")]  # fmt: skip
-    table(f"{result['method']}: {packed['artifact_bytes']:,} bytes in {out}", columns, rows)
+    title = f"{result['method']}: {packed['artifact_bytes']:,} bytes in {arguments.out}"
+    table(title, columns, rows, stderr=to_standard(arguments))
+    print(files_in_words(prepared["files"]), file=sys.stderr if to_standard(arguments) else sys.stdout)
 
 
 def _check(arguments: argparse.Namespace, work: Path) -> None:

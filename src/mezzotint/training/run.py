@@ -168,7 +168,10 @@ def train(
         )  # fmt: skip
         run = _Run(job)
         try:
-            run.compile(signals)
+            if not run.finished:
+                run.compile(signals)
+            elif rank == 0:
+                warn(f"nothing to do: the run ended at step {run.trainer.step}; give it more time or steps to go on")
             run.loop(signals)
         finally:
             run.close()
@@ -335,6 +338,11 @@ class _Run:
         self.first_step, self.first_seconds = self.trainer.step, self.trainer.seconds
         self.clock = self.setup_seconds = 0.0
 
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to be made."""
+        return self.share_done(self.trainer.seconds) >= 1.0 or self.validation.gave_up
+
     def compile(self, signals: _Signals) -> None:
         """Compile the step, where that works, so that it is not timed as training."""
         job, says = self.job, contextlib.ExitStack()
@@ -422,7 +430,7 @@ class _Run:
             "validation_seconds": self.validation.spent,
             "final_checkpoint": str(checkpoint_folder(self.job.out, trainer.step)),
             "setup_seconds": self.setup_seconds,
-            "compiled": trainer.compiled,
+            "compiled": trainer.compiled and made,
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
