@@ -7,6 +7,7 @@ needs no rule: a longer one pays for its tokens, and for how the text goes on be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,7 +20,7 @@ from mezzotint.sampling.draft import Draft
 CONTEXT = 96  # tokens before the gap
 HORIZON = 32  # tokens behind the gap that are weighed: what follows further on hardly differs between candidates
 NEAR_HORIZON = 8  # of these are weighed for all candidates, the others for those that are not far behind then
-MARGIN = 3.0  # nats
+MARGIN = 4.0  # nats
 MOST_TOKENS = 12  # to each side that are encoded anew with a candidate
 LOGITS_AT_ONCE = 1 << 24
 ROWS_AT_ONCE = 64  # whose keys and values are held
@@ -46,7 +47,7 @@ def code_lengths(model: Model, texts: Sequence[tuple[list[int], list[int]]]) -> 
 def least_code_lengths(
     model: Model, texts: Sequence[tuple[list[int], list[int]]], tail: int, count: int
 ) -> tuple[list[float], int]:
-    """`code_lengths` of at least the `count` texts that have the least; of others a guess, no less than any of these.
+    """`code_lengths` of at least the `count` texts that have the least; of others a guess, more than any of these.
 
     All are weighed without their last `tail` ids, which they share, first. What is then MARGIN nats behind the best
     is not weighed to its end: its tail is taken to cost what the others' cost.
@@ -58,7 +59,9 @@ def least_code_lengths(
     ahead = [n for k, n in enumerate(order) if k < count or early[n] < early[order[0]] + MARGIN]
     exact, more = code_lengths(model, [texts[n] for n in ahead])
     mean = sum(nats - early[n] for n, nats in zip(ahead, exact, strict=True)) / len(ahead)
-    nats = [max(*exact, x + mean) for x in early]
+    # A guess comes behind the texts asked for, which are weighed exactly.
+    least = math.nextafter(sorted(exact)[min(count, len(exact)) - 1], math.inf)
+    nats = [max(least, x + mean) for x in early]
     for n, x in zip(ahead, exact, strict=True):
         nats[n] = x
     return nats, passes + more
