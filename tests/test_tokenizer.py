@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.prepare import prepare
-from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
+from mezzotint.data.tokenizer import Tokenizer, _pieces, _wire, train_tokenizer
 from mezzotint.errors import DataError
 
 
@@ -165,6 +165,19 @@ def test_lost_bytes_by_hand():
     own = small_tokenizer()
     assert own.lost_bytes("漢字  the\n").sum() == 0 and own.lost_bytes("a\u2581").sum() == 3
     assert own.lost_bytes(" a\u2581b", goes_on=True).tolist()[-2:].count(3) == 1
+
+
+@given(
+    st.text(alphabet="ab (\x12\x10\x28\u2581 \u00e9\ufb01\u5929\U0001f600", max_size=300),
+    st.sampled_from([0, 200, 17_000]),
+)
+@settings(max_examples=30, deadline=None)
+def test_pieces_are_read_as_by_a_parser_of_every_message(text, before):
+    """Ids and ends, of one to three bytes each, against the reader that checks everything."""
+    processor = small_lossy_tokenizer()._processor
+    message = processor.encode("the " * (before // 4) + text, out_type="serialized_proto")
+    pieces = [dict(_wire(piece)) for field, piece in _wire(message) if field == 2]
+    assert _pieces(message) == ([p.get(2, 0) for p in pieces], [p.get(5, 0) for p in pieces])
 
 
 def documents_of_every_kind() -> list[str]:

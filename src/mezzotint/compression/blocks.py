@@ -34,7 +34,7 @@ class Reader:
         self.taken = b""
 
     def bytes(self, count: int) -> bytes:
-        """The next `count` bytes."""
+        """The next `count` bytes. Raises DataError where there are fewer."""
         parts: list[bytes] = []
         while count > 0:
             part = self.file.read(count)  # a pipe may give less
@@ -47,7 +47,7 @@ class Reader:
         return data
 
     def varint(self, most: int) -> int:
-        """A number that must not exceed `most`."""
+        """A number. Raises DataError if it exceeds `most`, or does not end."""
         value = shift = 0
         while True:
             byte = self.bytes(1)[0]
@@ -68,7 +68,7 @@ def squeeze(data: bytes) -> bytes:
 
 
 def unsqueeze(data: bytes, size: int) -> bytes:
-    """LZMA back to exactly `size` bytes, without ever holding more."""
+    """LZMA back to exactly `size` bytes, without ever holding more. Raises DataError for other sizes and damaged data."""
     try:
         decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=LZMA_MEMORY)
         out = decoder.decompress(data, max_length=size + 1)

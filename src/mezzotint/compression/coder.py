@@ -63,7 +63,7 @@ class Decoder:
         return self.state & (TOTAL - 1)
 
     def take(self, start: int, frequency: int) -> None:
-        """Go past the symbol, which is the one that `peek` fell on."""
+        """Go past the symbol, which is the one that `peek` fell on. Raises DataError where the data end before."""
         state = frequency * (self.state >> 24) + (self.state & (TOTAL - 1)) - start
         if state < LOWEST:
             word = next(self.words, None)
@@ -73,7 +73,7 @@ class Decoder:
         self.state = state
 
     def finish(self) -> None:
-        """Raise unless everything was read and the state is the encoder's first."""
+        """Raises DataError unless everything was read and the state is the encoder's first."""
         if self.state != LOWEST or next(self.words, None) is not None:
             raise DataError(DAMAGED)
 
@@ -183,7 +183,10 @@ def encode_tokens(
 
 
 def decode_tokens(network: ExactNetwork, streams: Streams, decoder: Decoder, tick: Tick) -> np.ndarray:
-    """The tokens that `encode_tokens` was given, step by step in all streams side by side. int64 [count]."""
+    """The tokens that `encode_tokens` was given, step by step in all streams side by side. int64 [count].
+
+    Raises DataError for damaged data.
+    """
     c = network.config
     table = np.zeros((streams.number, streams.most), dtype=np.int64)
     together = max(1, POSITIONS // network.length)
@@ -286,7 +289,7 @@ def encode_runs(folded: Iterable[bytes], kinds: Iterable[int], number: int, enco
 
 
 def decode_runs(folded: Iterable[bytes], number: int, decoder: Decoder) -> list[int]:
-    """The kinds that `encode_runs` was given."""
+    """The kinds that `encode_runs` was given. Raises DataError for damaged data."""
 
     def decide(node: int, probability: int) -> bool:
         hit = decoder.peek() < probability

@@ -351,6 +351,7 @@ def compress_file(
     """Compress the file `source` to `target`, which appears whole or not at all; `-` is standard input or output.
 
     check: restore the result and compare it with what was read before it appears. See `compress_stream`.
+    Raises DataError where a file cannot be read or written or the check fails, and as `compress_stream` does.
     """
     with _opened(source) as (file, size), _appearing(target) as out:
         hashed = _Hashed(file)
@@ -368,7 +369,10 @@ def compress_file(
 
 
 def decompress_file(source: Path, target: Path, model: Model, *, progress: OnProgress | None = None) -> int:
-    """Decompress `source` to `target`, which appears whole and checked or not at all; returns its bytes. `-`: as there."""
+    """Decompress `source` to `target`, which appears whole and checked or not at all; returns its bytes.
+
+    `-`: see `compress_file`. Raises DataError where a file cannot be read or written, and as `decompress_stream` does.
+    """
     with _opened(source) as (file, _), _appearing(target) as out:
         return decompress_stream(file, out, model, progress=progress)
 

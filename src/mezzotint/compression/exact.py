@@ -460,7 +460,8 @@ class ExactNetwork:
     def hidden(self, ids: np.ndarray, cache: Cache, skip: int = 0) -> np.ndarray:
         """The last layer's outputs at the next inputs ids [B, n], less the first `skip` of each row: [B, n - skip, W].
 
-        The first input of a window is MASK. Keeps keys and values of all n in `cache`.
+        The first input of a window is MASK. Keeps keys and values of all n in `cache`. Raises MezzotintError where numbers
+        leave float32's range.
         """
         c = self.config
         b, n = ids.shape

@@ -119,7 +119,9 @@ def read_side(packed: bytes, size: int) -> Side:
 def put_together(
     side: Side, tokens: np.ndarray, model: Model, kinds_of: Callable[[list[bytes], int], Iterable[int]]
 ) -> bytes:
-    """The frame's bytes. kinds_of: (folded texts, number of kinds) -> the kind of each of their spaces."""
+    """The frame's bytes. kinds_of: (folded texts, number of kinds) -> the kind of each of their spaces. Raises DataError for
+    what no encoder writes.
+    """
     folded = []
     at = 0
     texts = [count for kind, count, _ in side.table if kind == TEXT]
