@@ -103,6 +103,13 @@ class TestNetwork:
         slow = ExactNetwork(model)
         assert (fast == slow.frequencies(slow.hidden(given, Cache(slow, 2, 16))[:, -1])).all()
 
+    @pytest.mark.parametrize("model", [MODEL, EVERY], ids=["plain", "every part"])
+    def test_calls_for_few_and_for_many_numbers_give_the_same_bits(self, model, monkeypatch):
+        network, given = ExactNetwork(model), ids(model, 3, 16)
+        few = network.hidden(given, Cache(network, 3, 16), 5)
+        monkeypatch.setattr(exact, "FEW", 0)
+        assert (few == network.hidden(given, Cache(network, 3, 16), 5)).all()
+
     @pytest.mark.parametrize("options", [{}, *({name: value} for name, value in ALL_PARTS.items()), ALL_PARTS])
     def test_is_the_float_network(self, options):
         if "bigram_width" in options and len(options) == 1:
