@@ -200,7 +200,7 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 1000)[:-20], "x.jsonl.gz.*damaged"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 1000, mtime=0)[:-20], "x.jsonl.gz.*damaged"),
         ("x.jsonl.gz", b"nothing packed", "x.jsonl.gz.*damaged"),
         ("x.jsonl.zst", pa.compress(b'{"text": "abc"}\n' * 1000, codec="zstd", asbytes=True)[:-9], "zst.*damaged"),
         ("x.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
