@@ -20,7 +20,7 @@ from mezzotint.sampling.generate import Span, check_text, readable
 
 GAP = re.compile(r"(\\*)(_{4,}|\[MASK(?:\*([0-9]+))?\])")
 NOMINAL = 4  # masks that stand for a gap of unknown length while another one is filled
-MOST_ASKED = 10**12  # masks of a gap: more are not told apart, for no window has as many
+MOST_ASKED = 10**12 - 1  # masks of a gap: more are not told apart, for no window has as many
 PADDING = 8  # masks behind a canvas that is shorter than the window: text unknown, as in training
 SHORTEST_CANVAS = 32
 
