@@ -10,7 +10,7 @@ import mezzotint
 
 SOURCE = Path(mezzotint.__file__).parent
 FILE, CLASS, FUNCTION, PARAMETERS = 650, 220, 80, 6
-EXCEPTIONS: dict[str, str] = {"compression/exact.py: ExactNetwork": "its kinds of calls for few and many numbers stand side by side"}
+EXCEPTIONS: dict[str, str] = {}
 """What is, or may be, longer -> why."""
 
 

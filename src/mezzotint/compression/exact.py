@@ -211,6 +211,20 @@ def to_integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return torch.mul(torch.from_numpy(x), steps).round_().to(torch.int8).numpy(), largest / F32(INPUT)
 
 
+def shares(z: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Scores z [..., S], spoilt, -> integers in proportion to their exponentials (see `exp_table`) that sum to about 4096."""
+    if z.size <= FEW:
+        t = np.subtract(np.maximum.reduce(z, axis=-1, keepdims=True) + F32(0.5), z, out=z)
+        np.minimum(t, F32(len(table) - 1), out=t)
+        e = table.take(t.astype(np.int64), mode="clip")
+        return np.rint(times(e, SHARE / total(e)), out=e)
+    t = torch.from_numpy(z)
+    torch.sub(t.amax(-1, keepdim=True) + 0.5, t, out=t)
+    t.clamp_(max=len(table) - 1)
+    e = torch.index_select(torch.from_numpy(table), 0, t.to(torch.int32).view(-1)).view(t.shape).numpy()
+    return np.rint(times(e, SHARE / total(e)), out=e)
+
+
 def inverse_rms(x: np.ndarray, epsilon: np.float32 = EPSILON) -> np.ndarray:
     """1 / sqrt(mean of squares + epsilon) of rows, [..., K] -> [..., 1]."""
     mean = fold(x * x) * (F32(1) / F32(x.shape[-1]))
@@ -381,7 +395,7 @@ class ExactNetwork:
             times(z, factor)
             if rows > 1:
                 z[..., stop - rows :] += FUTURE[:rows, :rows]
-            e = self._shares(z)
+            e = shares(z, self.score_exp)
             worth = F32(1) / (total(e) * self.value_grid[layer])
             y = products(e.reshape(b, c.kv_heads, group * rows, stop), values).reshape(
                 b, c.kv_heads, group, rows, width
@@ -389,19 +403,6 @@ class ExactNetwork:
             there = out[:, start : start + rows].reshape(b, rows, c.kv_heads, group, width)
             np.multiply(y, worth, out=there.transpose(0, 2, 3, 1, 4))
         return out
-
-    def _shares(self, z: np.ndarray) -> np.ndarray:
-        """Scores z [..., S], spoilt, -> integers in proportion to their exponentials that sum to about 4096."""
-        if z.size <= FEW:
-            t = np.subtract(np.maximum.reduce(z, axis=-1, keepdims=True) + F32(0.5), z, out=z)
-            np.minimum(t, F32(len(self.score_exp) - 1), out=t)
-            e = self.score_exp.take(t.astype(np.int64), mode="clip")
-            return np.rint(times(e, SHARE / total(e)), out=e)
-        t = torch.from_numpy(z)
-        torch.sub(t.amax(-1, keepdim=True) + 0.5, t, out=t)
-        t.clamp_(max=len(self.score_exp) - 1)
-        e = torch.index_select(torch.from_numpy(self.score_exp), 0, t.to(torch.int32).view(-1)).view(t.shape).numpy()
-        return np.rint(times(e, SHARE / total(e)), out=e)
 
     def _attention(self, i: int, x: np.ndarray, bias: np.ndarray | None, cache: Cache, skip: int) -> np.ndarray:
         """Layer i's attention for x [B * n, W] behind what is kept, less the first `skip` of each row's n places.
