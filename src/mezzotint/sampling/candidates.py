@@ -90,20 +90,26 @@ class _Reader:
     def __init__(self, search: Search, lengths: Sequence[int], block_size: int) -> None:
         self.search, self.lengths, self.block_size = search, lengths, block_size
         self.kept: Surroundings | None = None
+
+    def _read(self) -> None:
+        """Read what is further off, where that is wanted and can be done."""
+        search = self.search
         network = getattr(search.model, "network", None)
         # By what it can do, not by its class: a server lends a network under another one.
-        if search.near is None or block_size or not hasattr(network, "prefix_inputs"):
+        if search.near is None or self.block_size or not hasattr(network, "prefix_inputs"):
             return
-        self.canvas, self.at = search.canvas([[search.draft.mask_id] * n for n in lengths])
+        self.canvas, self.at = search.canvas([[search.draft.mask_id] * n for n in self.lengths])
         if self.canvas.numel() <= TOKENS_PER_FORWARD:
-            stop = self.at + max(lengths) + search.near
+            stop = self.at + max(self.lengths) + search.near
             self.kept = Surroundings(cast(Denoiser, network), self.canvas, max(0, self.at - search.near), stop)
             search.passes += 1
 
     @torch.inference_mode()
     def log_probabilities(self, rows: Sequence[tuple[int, Sequence[int]]], place: int) -> Tensor:
-        """Of what stands at `place`, [R, V]. rows: length of the gap, and its `place` first ids."""
+        """Of what stands at `place`, [R, V]; place 0 comes first. rows: length of the gap, and its `place` first ids."""
         search = self.search
+        if place == 0:
+            self._read()
         if self.kept is None:
             canvas, at = search.canvas([[*ids, *[search.draft.mask_id] * (n - place)] for n, ids in rows])
             positions = torch.zeros(canvas.shape, dtype=torch.bool)
@@ -140,7 +146,6 @@ def beam(search: Search, lengths: Sequence[int], width: int, block_size: int) ->
     for longer ones, but half of it up to twice that length under a regular expression. A token is judged by
     its probability given both sides of the gap, the tokens before it and the masks behind it.
     """
-    mask_id = search.draft.mask_id
     wide = BEAM_LENGTHS if search.constraint.expression is None else 2 * BEAM_LENGTHS
     # Most of what may be tried goes to the shortest, which cost least and which most gaps are.
     share = sum(1 / n for n in lengths if n <= BEAM_LENGTHS) / max(1, sum(n <= BEAM_LENGTHS for n in lengths))
@@ -159,18 +164,26 @@ def beam(search: Search, lengths: Sequence[int], width: int, block_size: int) ->
             if not some:
                 continue
             log_p = reader.log_probabilities([(n, h.ids) for n, these in some.items() for h in these], place)
+            shown = bool(grown)  # by the shorter lengths' reader
             for (n, these), each in zip(some.items(), log_p.split([len(x) for x in some.values()]), strict=True):
                 grown[n] = sorted(_extend(search, these, n, each, widths[n]), key=lambda h: -h.log_p)[: widths[n]]
+            if not shown:
+                _show_longest(search, grown, place)
         for n, these in grown.items():
             if place + 1 == n:
                 found += [Candidate(list(h.ids), list(h.confidence)) for h in these]
             alive[n] = these if place + 1 < n else []
-        if search.show is not None:
-            n, best = max(((n, h[0]) for n, h in grown.items() if h), key=lambda x: x[0], default=(0, None))
-            if best is not None:
-                rest = n - place - 1
-                search.show(search.passes, [*best.ids, *[mask_id] * rest], [*best.confidence, *[0.0] * rest])
     return found
+
+
+def _show_longest(search: Search, grown: Mapping[int, list[_Hypothesis]], place: int) -> None:
+    """Show the best beginning of the longest gap that has one, up to and with `place`."""
+    if search.show is None:
+        return
+    n, best = max(((n, h[0]) for n, h in grown.items() if h), key=lambda x: x[0], default=(0, None))
+    if best is not None:
+        rest = n - place - 1
+        search.show(search.passes, [*best.ids, *[search.draft.mask_id] * rest], [*best.confidence, *[0.0] * rest])
 
 
 def _extend(search: Search, beginnings: list[_Hypothesis], n: int, log_p: Tensor, width: int) -> list[_Hypothesis]:
