@@ -411,11 +411,10 @@ class Model:
         """`Denoiser.forward` without gradients, in float32 arithmetic. Shapes as there."""
         ids = ids.to(self.device)
         rows = max(1, TOKENS_IN_CACHE // max(1, ids.shape[1]))
-        if ids.is_cuda or len(ids) <= rows:
+        if ids.device.type != "cpu" or len(ids) <= rows:
             return self.network(ids, block_size=block_size, positions=positions)
-        wanted = (slice(None),) * len(ids) if positions is None else positions.split(rows)
-        hidden = [self.network.hidden(i, block_size)[p] for i, p in zip(ids.split(rows), wanted, strict=False)]
-        return self.network.logits(torch.cat(hidden))
+        hidden = torch.cat([self.network.hidden(some, block_size) for some in ids.split(rows)])
+        return self.network.logits(hidden if positions is None else hidden[positions])
 
     @torch.inference_mode()
     def block_logits(self, noisy: Tensor, clean: Tensor, size: int, *, positions: Tensor) -> Tensor:
