@@ -16,6 +16,7 @@ from mezzotint.config import ModelConfig
 from mezzotint.data.tokenizer import train_tokenizer
 from mezzotint.errors import ConfigError
 from mezzotint.integrations.harness import Harness
+from mezzotint.integrations.harness_arguments import check_arguments
 from mezzotint.model import Denoiser, Model
 
 DOCUMENTS = [
@@ -241,6 +242,51 @@ class TestForeign:
             done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
             assert done.returncode == 2 and done.stdout == ""
             assert done.stderr.count("\n") == 1 and message in done.stderr
+
+
+class TestArguments:
+    """What is refused before the harness is imported."""
+
+    @pytest.fixture
+    def nowhere(self, monkeypatch, tmp_path) -> Path:
+        """No network, and a cache of its own."""
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
+        return tmp_path
+
+    def test_tasks_that_are_nowhere(self, tasks):
+        with pytest.raises(ConfigError, match="Tasks not found: no_such_task; "):
+            check_arguments(["--tasks", "lambada_openai,no_such_task", "local_choice", "--include_path", str(tasks)])
+        with pytest.raises(ConfigError, match="Tasks not found: local_choice; "):
+            check_arguments(["run", "-t", "local_choice"])
+
+    def test_datasets_that_cannot_be_fetched(self, nowhere):
+        with pytest.raises(ConfigError, match="EleutherAI/lambada_openai of task lambada_openai: the Hub cannot"):
+            check_arguments(["--tasks", "lambada_openai"])
+        (nowhere / "hub" / "datasets--EleutherAI--lambada_openai").mkdir(parents=True)
+        check_arguments(["--tasks", "lambada_openai"])
+
+    def test_what_is_left_to_the_harness(self, tasks, nowhere):
+        check_arguments(
+            ["--tasks", "local_*", "list", str(tasks), f"{tasks}/x.yaml", "mmlu", "--include_path", str(tasks)]
+        )
+        check_arguments(["--model", "other", "--model_args", "anything=1"])
+        check_arguments(["--model_args", '{"path": "missing.mzt"}', "--unknown"])
+        check_arguments(["--tasks"])
+
+    def test_neither_the_harness_nor_pytorch_is_imported(self, tmp_path):
+        """An unknown task is refused by a process that has imported neither."""
+        code = (
+            "import sys, runpy\n"
+            "sys.argv = ['harness', '--tasks', 'no_such_task']\n"
+            "try:\n    runpy.run_module('mezzotint.integrations.harness', run_name='__main__')\n"
+            "except SystemExit as stop:\n    print(stop.code, sorted({'torch', 'lm_eval', 'datasets'} & sys.modules.keys()))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.stdout == "2 []\n"
+        assert done.stderr == "mezzotint: Tasks not found: no_such_task; `--tasks list` shows what there is\n"
 
 
 def test_settings_that_do_not_exist(model):

@@ -10,19 +10,23 @@ has not been read masked, so that continuations of different lengths are prefixe
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from mezzotint.integrations.harness_arguments import check_arguments, check_settings, one_line
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    with one_line():
+        check_arguments(sys.argv[1:])
 
 import torch
 
 from mezzotint.config import parse_attention
-from mezzotint.errors import ConfigError, MezzotintError
+from mezzotint.errors import ConfigError
 from mezzotint.integrations.network import reachable
 from mezzotint.model import TOKENS_PER_FORWARD, Model
-from mezzotint.pretrained import DEFAULT, load, pretrained_models
+from mezzotint.pretrained import load
 from mezzotint.sampling.denoise import denoise
-from mezzotint.training.checkpoint import split_run
 
 try:
     from datasets import config as datasets_config
@@ -35,19 +39,6 @@ except ImportError as error:
 
 
 STEP = 32
-SETTINGS = (
-    "path", "model", "attention", "batch_size", "device", "max_batch_size", "max_gen_toks", "seed", "objective",
-    "trust_remote_code",
-)  # fmt: skip
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a setting that the harness model does not have, or a word that is no attention."""
-    if unknown := settings.keys() - set(SETTINGS):
-        known = ", ".join(name for name in SETTINGS if name not in ("model", "max_batch_size"))
-        raise ConfigError(f"the harness model has no setting {', '.join(sorted(unknown))}; it has {known}")
-    if (attention := settings.get("attention", "full")) not in ("full", "causal"):
-        raise ConfigError(f"attention must be full or causal, not {attention!r}")
 
 
 @register_model("mezzotint")
@@ -244,44 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if "--model" not in words:
-            words += ["--model", "mezzotint"]
-            _check_early(words)
+    with one_line():
         if not reachable():  # its clients would try again and again; what is in their caches still serves
             constants.HF_HUB_OFFLINE = datasets_config.HF_HUB_OFFLINE = True
-        sys.argv = ["lm_eval", *words]
+        sys.argv = ["lm_eval", *words, *([] if "--model" in words else ["--model", "mezzotint"])]
         cli_evaluate()
-    except MezzotintError as error:
-        reason = str(error)
-    except (ConnectionError, FileNotFoundError) as error:
-        reason = f"{' '.join(str(error).split())[:200]}: the Hub cannot be reached, or has no such thing"
-    except ValueError as error:
-        if not str(error).startswith("Tasks not found"):
-            raise
-        reason = f"{error}; `--tasks list` shows what there is"
-    else:
-        return
-    print(f"mezzotint: {reason}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _check_early(words: Sequence[str]) -> None:
-    """What can be said of `--model_args` before the harness spends seconds on reading all its tasks."""
-    given = [w for at in range(len(words)) if words[at] in ("--model_args", "-a") for w in words[at + 1 : at + 2]]
-    given += [w.partition("=")[2] for w in words if w.startswith("--model_args=")]
-    pairs = [pair for text in given for pair in text.split(",")]
-    if not all("=" in pair for pair in pairs):
-        return  # JSON, or what the harness will complain of
-    settings = dict(pair.split("=", 1) for pair in pairs)
-    check_settings(settings)
-    path = settings.get("path", DEFAULT)  # without one the harness may only be asked for its help
-    if path.startswith("hf:"):
-        missing = not reachable()
-    else:
-        missing = path not in pretrained_models() and not split_run(Path(path))[0].exists()
-    if missing:
-        load(path)  # which says why
 
 
 if __name__ == "__main__":
