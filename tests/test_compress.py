@@ -96,7 +96,7 @@ def forced(data: bytes, model: Model) -> bytes | None:
     if found is None:
         return None
     reader = Reader(io.BytesIO(container._body(len(data), found[1])))
-    return container._block(container.MODELLED, reader, network, lambda share: None)
+    return container._block(container.MODELLED, reader, network, 2, lambda share: None)
 
 
 class TestRoundTrip:
@@ -133,12 +133,27 @@ class TestRoundTrip:
         decoder.finish()
 
     @pytest.mark.parametrize(("length", "most"), [(16, 100), (15, 100), (1, 5), (2, 9), (3, 10), (16, 7)])
-    def test_half_a_window_of_context(self, length, most):
-        covered = []
-        for start, first, stop in coder.windows(length, most):
-            assert stop - start <= length and (first == 0 or first - start >= length // 2)
-            covered += range(first, stop)
-        assert covered == list(range(most))
+    def test_half_a_window_of_context(self, length, most, monkeypatch):
+        """What is in view where each token is predicted, by the encoder and by the decoder."""
+        model = tiny(ToyText(), length)
+        exact, half = container._Network(model).exact, max(1, length // 2)
+        tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, most)
+        places: list[int] = []
+        real = ExactNetwork.hidden
+
+        def hidden(network, ids, cache, skip=0):
+            places.extend(range(cache.kept, cache.kept + ids.shape[1]))
+            return real(network, ids, cache, skip)
+
+        monkeypatch.setattr(ExactNetwork, "hidden", hidden)
+        encoder = coder.Encoder()
+        coder.encode_tokens(exact, tokens, coder.Streams(most, 1), encoder, lambda share: None)
+        assert len(places) == most and max(places) < max(2, length)  # each input is read once
+        assert all(place >= min(at, half) for at, place in enumerate(places))
+        encoded, places[:] = list(places), []
+        decoder = coder.Decoder(encoder.finish())
+        found = coder.decode_tokens(exact, coder.Streams(most, 1), decoder, lambda share: None)
+        assert (found == tokens).all() and places == encoded
 
     def test_many_frames(self, monkeypatch):
         """Cuts fall inside words and characters; nothing is lost or doubled."""
@@ -304,18 +319,27 @@ class TestGolden:
 
     @pytest.mark.parametrize("name", sorted(CASES))
     def test_the_reference_decoder_restores_it(self, name):
-        model = GOLDEN_MODELS[self.CASES[name]["model"]]
-        weights = {k: v.float().numpy() for k, v in model.network.state_dict().items()}
-        config = {field: getattr(model.config, field) for field in model.config.__dataclass_fields__}
         blob = (GOLDEN / f"{name}.mzz").read_bytes()
-        restored = reference_decode(blob, config, weights, model.tokenizer.decode_bytes, model.sha256)
-        assert restored == golden_inputs()[name]
+        assert decoded(blob, GOLDEN_MODELS[self.CASES[name]["model"]]) == golden_inputs()[name]
+
+    @pytest.mark.parametrize("name", sorted(name for name, case in CASES.items() if "text" in case))
+    def test_files_of_arithmetic_1_are_restored(self, name):
+        """By the package and by the reference decoder."""
+        model, blob = GOLDEN_MODELS[self.CASES[name]["model"]], (GOLDEN / "arithmetic1" / f"{name}.mzz").read_bytes()
+        assert blob[37] == 1 and decompress(blob, model) == golden_inputs()[name] == decoded(blob, model)
 
     def test_there_is_one_of_each_kind(self):
         assert set(self.CASES) == {"empty", "stored", "lzma", "plain", "streams", "folding", "every"}
 
 
 GOLDEN_MODELS = {"plain": MODEL, "folding": FOLDING, "every": EVERY}
+
+
+def decoded(blob: bytes, model: Model) -> bytes:
+    """What the reference decoder restores."""
+    weights = {k: v.float().numpy() for k, v in model.network.state_dict().items()}
+    config = {field: getattr(model.config, field) for field in model.config.__dataclass_fields__}
+    return reference_decode(blob, config, weights, model.tokenizer.decode_bytes, model.sha256)
 
 
 def golden_inputs() -> dict[str, bytes]:
@@ -343,7 +367,9 @@ class TestErrors:
         self.check(b"MZZ9" + blob[4:], "newer version")
         other = Model(MODEL.config, MODEL.tokenizer, MODEL.network, MODEL.info, "00" * 32)
         self.check(blob, "another model: .* begins with 5a5a5a5a5a5a", other)
-        self.check(blob[:37] + b"\x02" + blob[38:], "arithmetic 2: upgrade")
+        self.check(blob[:37] + b"\x03" + blob[38:], "arithmetic 3: upgrade")
+        self.check(blob[:37] + b"\x00" + blob[38:], "arithmetic 0: upgrade")
+        self.check(blob[:37] + b"\x01" + blob[38:], "damaged")
 
     def test_every_truncation_and_something_after_the_end(self):
         for length in range(4, len(self.BLOB), 7):
@@ -368,7 +394,7 @@ class TestErrors:
             broken[random.integers(len(broken))] = random.integers(256)
             reader = Reader(io.BytesIO(container._body(len(data), bytes(broken))))
             with contextlib.suppress(DataError):
-                container._block(container.MODELLED, reader, network, lambda share: None)
+                container._block(container.MODELLED, reader, network, 2, lambda share: None)
 
     def test_failure_leaves_no_file(self, tmp_path):
         source = tmp_path / "bad.mzz"

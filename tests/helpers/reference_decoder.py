@@ -1,6 +1,6 @@
 """A second decoder of `.mzz` files of version 2, written from FORMAT.md alone, in NumPy and nothing of the package.
-Plain and slow: the whole window is read anew for each token, and integers are int64. Vectors are the last axis of
-arrays. Numbers in comments name sections of FORMAT.md."""
+Plain and slow: one stream and one input at a time, all keys turned anew for each, and integers are int64. Vectors are
+the last axis of arrays. Numbers in comments name sections of FORMAT.md."""
 
 from __future__ import annotations
 
@@ -41,6 +41,18 @@ def turn(angle: Decimal) -> list[float]:
     return [round((sum(terms[i::4]) - sum(terms[i + 2 :: 4])) * 32768) / 32768 for i in (0, 1)]
 
 
+class Window:
+    def __init__(self, layers: int) -> None:
+        self.ids: list[int] = []
+        self.keys: list[list] = [[] for _ in range(layers)]
+        self.values: list[list] = [[] for _ in range(layers)]
+
+    def slide(self, half: int) -> None:  # 7.3
+        self.ids = self.ids[half:]
+        for kept in (*self.keys, *self.values):
+            del kept[1 : half + 1]
+
+
 class Network:  # a model's weights, and the tables of 8
     def __init__(self, config: dict, weights: dict[str, np.ndarray]) -> None:
         c = self.c = SimpleNamespace(**config)
@@ -53,7 +65,7 @@ class Network:  # a model's weights, and the tables of 8
         self.cap = np.array([round(cap * (1 - p) / (1 + p)) for p in powers])
         half = (c.rotary_dims or self.head) // 2
         angles = [(Decimal(c.rotary_base).ln() * -j / half).exp() for j in range(half)]
-        self.turns = np.array([[turn(t * angle) for angle in angles] for t in range(self.length)], F)
+        self.turns = np.array([[turn(t * angle) for angle in angles] for t in range(max(2, self.length))], F)
         self.grid = []
         for i in range(c.layers):
             v, bias = weights[f"blocks.{i}.attention.value.weight"], self.bias(i, np.arange(c.vocab_size + 1))
@@ -94,45 +106,47 @@ class Network:  # a model's weights, and the tables of 8
         xi, worth = integers(x)
         return xi, worth * (inverse_rms(x) * (F(1 / math.sqrt(i + 1)) if self.c.depth_scaled_norm else F(1)))
 
-    def turned(self, x: np.ndarray) -> np.ndarray:
-        """Queries or keys [heads, places, D] as integers."""
-        half, cos, sin = self.turns.shape[1], *np.moveaxis(self.turns[: x.shape[1]], 2, 0)
+    def turned(self, x: np.ndarray, place: int = 0) -> np.ndarray:
+        """Queries or keys [heads, places, D], from `place` on, as integers."""
+        half, cos, sin = self.turns.shape[1], *np.moveaxis(self.turns[place : place + x.shape[1]], 2, 0)
         a, b = x[..., :half], x[..., half : 2 * half]
         x = np.concatenate((a * cos + b * sin, b * cos - a * sin, x[..., 2 * half :]), axis=-1)
         return np.rint(x * (inverse_rms(x, 2.0**-80) * F(128))).astype(np.int64)
 
-    def attention(self, i: int, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """8.3. Heads are the first axis, places the second."""
+    def attention(self, i: int, x: np.ndarray, window: Window) -> np.ndarray:
+        """8.3, for the newest input. Heads are the first axis, places the second."""
         c, d, name = self.c, self.head, f"blocks.{i}.attention"
         group = np.arange(c.heads) // (c.heads // c.kv_heads)  # the key head of each query head
         xi, worth = self.normed(i, x)
         q, k, v = (self.product(f"{name}.{part}.weight", xi) for part in ("query", "key", "value"))
-        q, k, v = (y.reshape(len(x), -1, d).swapaxes(0, 1) for y in (q, k, v * worth + self.bias(i, ids)))
-        q, k, v = self.turned(q), self.turned(k)[group], v[group]
-        kept = np.clip(np.rint(v * self.grid[i]), -2047, 2047).astype(np.int64)
+        q, k, v = (y.reshape(1, -1, d).swapaxes(0, 1) for y in (q, k, v * worth + self.bias(i, window.ids[-1:])))
+        window.keys[i].append(k)
+        window.values[i].append(np.clip(np.rint(v * self.grid[i]), -2047, 2047).astype(np.int64))
+        k, kept, v = self.turned(np.hstack(window.keys[i]))[group], np.hstack(window.values[i])[group], v[group]
         gain = self.w[f"{name}.query_gain"][:, None, None]
-        z = (q @ k.swapaxes(1, 2)).astype(F) * (gain * F(32 / (16384 * math.sqrt(d))))
-        z = np.where(np.tri(len(x), dtype=bool), z, F(-np.inf))  # later places: e is 0
+        z = self.turned(q, len(window.ids) - 1) @ k.swapaxes(1, 2)
+        z = z.astype(F) * (gain * F(32 / (16384 * math.sqrt(d))))
         e = self.exp[np.minimum((z.max(axis=-1, keepdims=True) + F(0.5)) - z, F(len(self.exp) - 1)).astype(int)]
         p = np.rint(e.astype(F) * (F(4096) / e.sum(axis=-1, keepdims=True).astype(F))).astype(np.int64)
         y = (p @ kept).astype(F) * (F(1) / (p.sum(axis=-1, keepdims=True).astype(F) * self.grid[i]))
         if c.exclusive_attention:
             own = v / np.maximum(np.sqrt(fold(v * v)), F(1e-12))
             y = y - fold(y * own) * own
-        yi, worth = integers(y.swapaxes(0, 1).reshape(len(x), -1))
+        yi, worth = integers(y.reshape(1, -1))
         return self.product(f"{name}.output.weight", yi) * worth
 
-    def frequencies(self, ids: np.ndarray) -> list[int]:
-        """A window's inputs so far -> how probable each token is next, of 2^24 (8.2 and 8.5)."""
+    def frequencies(self, window: Window, new: int) -> list[int]:
+        """After a new input at the window's next place: how probable each token is next, of 2^24 (8.2 and 8.5)."""
         c, w, kept = self.c, self.w, []
-        x = first = self.entry(ids)
+        window.ids.append(new)
+        x = first = self.entry(np.array(window.ids))[-1:]
         for i in range(c.layers):
             if c.unet_skips and i >= c.layers // 2 and kept:
                 x = x + w["skip_scales"][i - c.layers // 2] * kept.pop()
             if c.embedding_mix:
                 mix = w[f"blocks.{i}.embedding_mix"]
                 x = mix[0] * x + mix[1] * first
-            x = x + self.attention(i, x, ids) * w.get(f"blocks.{i}.attention_scale", F(1))
+            x = x + self.attention(i, x, window) * w.get(f"blocks.{i}.attention_scale", F(1))
             xi, worth = self.normed(i, x)
             h = self.product(f"blocks.{i}.mlp.up.weight", xi)
             hi, square = integers(np.square(np.maximum(h, h * F(0.5) if c.activation == "leaky_relu2" else F(0))))
@@ -163,14 +177,20 @@ class Coder:  # 7.2
         return symbol
 
 
-def tokens_of(network: Network, coder: Coder, count: int, streams: int) -> list[int]:  # 7.3
+def tokens_of(network: Network, coder: Coder, count: int, streams: int, arithmetic: int) -> list[int]:  # 7.3
     out: list[list[int]] = [[] for _ in range(streams)]
-    hop = max(1, network.length // 2)
+    windows = [Window(network.c.layers) for _ in out]
+    half, mask = max(1, network.length // 2), network.c.vocab_size
     for done in range(count):
-        place, stream = divmod(done, streams)
-        start = hop * max(0, math.ceil((place + 1 - network.length) / hop))
-        inputs = [network.c.vocab_size, *out[stream][start:place]]
-        out[stream].append(coder.symbol(network.frequencies(np.array(inputs))))
+        tokens, stream = out[done % streams], done % streams
+        inputs = tokens[-1:] or [mask]
+        if arithmetic == 2 and len(windows[stream].ids) == 2 * half:
+            windows[stream].slide(half)
+        if arithmetic == 1 and len(windows[stream].ids) == network.length:
+            windows[stream] = Window(network.c.layers)
+            inputs = [mask, *tokens[len(tokens) - network.length + half :]]
+        found = [network.frequencies(windows[stream], token) for token in inputs]
+        tokens.append(coder.symbol(found[-1]))
     return [token for stream in out for token in stream]
 
 
@@ -201,7 +221,7 @@ def number(file: io.BytesIO) -> int:
     return byte & 0x7F | (number(file) << 7 if byte & 0x80 else 0)
 
 
-def modelled(body: bytes, network: Network, decode_ids: Callable[[list[int]], bytes]) -> bytes:  # 7
+def modelled(body: bytes, network: Network, decode_ids: Callable[[list[int]], bytes], arithmetic: int) -> bytes:  # 7
     file = io.BytesIO(body)
     side = io.BytesIO(file.read(number(file)))
     streams, coder = number(file), Coder(file.read())
@@ -213,7 +233,7 @@ def modelled(body: bytes, network: Network, decode_ids: Callable[[list[int]], by
     common = [side.read(number(side)) for _ in range(number(side))] if folded else []
     texts = [(count, [(number(side), number(side), side.read(number(side))) for _ in range(edits)])
              for kind, count, edits in segments if kind == 0]  # fmt: skip
-    ids = tokens_of(network, coder, sum(count + 1 for count, _ in texts), streams)
+    ids = tokens_of(network, coder, sum(count + 1 for count, _ in texts), streams, arithmetic)
     pieces, counts = [], {}
     for count, edits in texts:
         known, ids, text, at = decode_ids(ids[1 : count + 1]), ids[count + 1 :], b"", 0
@@ -238,11 +258,13 @@ def decode(data: bytes, config: dict, weights: dict, decode_ids: Callable[[list[
         if kind == 1:
             out += file.read(number(file))
         elif kind == 3:
-            assert file.read(33) == bytes.fromhex(sha256) + b"\1"
+            assert file.read(32) == bytes.fromhex(sha256)
+            arithmetic = file.read(1)[0]
         else:
             size, body = number(file), file.read(number(file))
             assert file.read(4) == zlib.crc32(body).to_bytes(4, "little")
-            part = lzma.decompress(body) if kind == 2 else modelled(body, Network(config, weights), decode_ids)
+            part = (lzma.decompress(body) if kind == 2
+                    else modelled(body, Network(config, weights), decode_ids, arithmetic))  # fmt: skip
             assert len(part) == size
             out += part
     out += file.read(len(data) - 16 - file.tell())  # nothing in an end block

@@ -124,28 +124,17 @@ def choose_streams(network: ExactNetwork, count: int) -> Streams:
     return Streams(count, max(1, min(most_streams(network), wished)))
 
 
-def windows(length: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """(start, first place predicted, stop) of the windows of `length` over a stream of `most` tokens.
-
-    Each starts half a window after the one before, so that every token but those of the first half window has at least
-    half a window before it.
-    """
-    start = done = 0
-    while done < most:
-        stop = min(start + length, most)
-        yield start, done, stop
-        done, start = stop, start + max(1, length // 2)
-
-
 def _inputs(table: np.ndarray, start: int, stop: int, mask_id: int) -> np.ndarray:
-    """What the network reads to predict the tokens up to `stop`: MASK, then those from `start` on."""
-    return np.concatenate((np.full((len(table), 1), mask_id), table[:, start : stop - 1]), axis=1)
+    """What the network reads to predict the tokens `start` .. `stop` - 1: those one place before, and MASK before all."""
+    if start:
+        return table[:, start - 1 : stop - 1]
+    return np.concatenate((np.full((len(table), 1), mask_id), table[:, : stop - 1]), axis=1)
 
 
 def encode_tokens(
     network: ExactNetwork, tokens: np.ndarray, streams: Streams, encoder: Encoder, tick: Tick, most: float = math.inf
 ) -> float:
-    """Hand all tokens to `encoder`, whole windows at a time; returns what they cost in bits.
+    """Hand all tokens to `encoder`, half windows at a time; returns what they cost in bits.
 
     Infinity, and nothing to `encoder`, where at the price of a first few all would cost more than `most` bits.
     """
@@ -153,25 +142,29 @@ def encode_tokens(
     table = streams.table(tokens)
     starts = np.zeros(table.shape, dtype=np.int64)
     frequencies = np.zeros_like(starts)
-    together = max(1, POSITIONS // network.length)
+    half = network.half
+    together = max(1, POSITIONS // half)
     seen, seen_bits = 0, 0.0
     # Streams from all over the text come first.
     order = np.argsort(np.arange(streams.number) % -(-streams.number // 8), kind="stable")
-    for start, first, stop in windows(network.length, streams.most):
-        for row in range(0, streams.number, together):
-            rows = order[row : row + together]
+    groups = [order[row : row + together] for row in range(0, streams.number, together)]
+    caches = [Cache(network, len(rows), min(2 * half, streams.most)) for rows in groups]
+    for start in range(0, streams.most, half):
+        stop = min(start + half, streams.most)
+        done = start * streams.number
+        for rows, cache in zip(groups, caches, strict=True):
             part = table[rows]
-            inputs = _inputs(part, start, stop, c.mask_id)
-            cache = Cache(network, len(part), stop - start)
-            hidden = network.hidden(inputs, cache, first - start).reshape(-1, c.width)
-            found = network.intervals(hidden, part[:, first:stop].ravel())
-            starts[rows, first:stop], frequencies[rows, first:stop] = (x.reshape(len(part), -1) for x in found)
+            if cache.full:
+                cache.slide(network)
+            hidden = network.hidden(_inputs(part, start, stop, c.mask_id), cache).reshape(-1, c.width)
+            found = network.intervals(hidden, part[:, start:stop].ravel())
+            starts[rows, start:stop], frequencies[rows, start:stop] = (x.reshape(len(part), -1) for x in found)
             if seen < PROBE_TOKENS:
                 seen += found[1].size
                 seen_bits += float(np.log2(TOTAL / found[1]).sum())
                 if seen >= PROBE_TOKENS and seen_bits / seen * len(tokens) > most:
                     return math.inf
-            done = first * streams.number + (row + len(part)) * (stop - first)
+            done += len(part) * (stop - start)
             tick(done / table.size)
     bits = 0.0
     for place in range(streams.most):
@@ -182,29 +175,40 @@ def encode_tokens(
     return bits
 
 
-def decode_tokens(network: ExactNetwork, streams: Streams, decoder: Decoder, tick: Tick) -> np.ndarray:
+def decode_tokens(
+    network: ExactNetwork, streams: Streams, decoder: Decoder, tick: Tick, *, slides: bool = True
+) -> np.ndarray:
     """The tokens that `encode_tokens` was given, step by step in all streams side by side. int64 [count].
 
+    slides: whether the window slides, or, as in files of arithmetic 1, each half window is read anew behind MASK.
     Raises DataError for damaged data.
     """
     c = network.config
     table = np.zeros((streams.number, streams.most), dtype=np.int64)
-    together = max(1, POSITIONS // network.length)
-    cache = Cache(network, streams.number, min(network.length, streams.most))
-    hidden = np.zeros((streams.number, c.width), dtype=np.float32)
-    for start, first, stop in windows(network.length, streams.most):
-        inputs = _inputs(table, start, first + 1, c.mask_id)
-        for row in range(0, streams.number, together):
-            rows = slice(row, row + together)
-            hidden[rows] = network.hidden(inputs[rows], cache.part(rows), first - start)[:, 0]
-        cache.kept = inputs.shape[1]
-        for place in range(first, stop):
-            alive = streams.alive(place)
-            table[:alive, place] = _decode_step(network, hidden[:alive], decoder)
-            if place + 1 < stop:
-                hidden = network.hidden(table[:, place : place + 1], cache)[:, 0]
-            tick((place + 1) / streams.most)
+    length = 2 * network.half if slides else network.length
+    cache = Cache(network, streams.number, min(length, streams.most))
+    for place in range(streams.most):
+        if cache.kept == length and not slides:
+            hidden = _read_anew(network, table[:, place - length + network.half : place], cache)
+        else:
+            if cache.kept == length:
+                cache.slide(network)
+            hidden = network.hidden(_inputs(table, place, place + 1, c.mask_id), cache)[:, 0]
+        alive = streams.alive(place)
+        table[:alive, place] = _decode_step(network, hidden[:alive], decoder)
+        tick((place + 1) / streams.most)
     return streams.flat(table)
+
+
+def _read_anew(network: ExactNetwork, table: np.ndarray, cache: Cache) -> np.ndarray:
+    """Fill `cache` with MASK and the tokens of `table`; what the network says of those that come next, [B, W]."""
+    size = table.shape[1] + 1
+    inputs = _inputs(table, 0, size, network.config.mask_id)
+    together = max(1, POSITIONS // network.length)
+    parts = [slice(row, row + together) for row in range(0, len(table), together)]
+    hidden = [network.hidden(inputs[rows], cache.part(rows), size - 1)[:, 0] for rows in parts]
+    cache.kept = size
+    return np.concatenate(hidden)
 
 
 def _decode_step(network: ExactNetwork, hidden: np.ndarray, decoder: Decoder) -> list[int]:

@@ -43,7 +43,8 @@ from mezzotint.progress import OnProgress, Progress
 from mezzotint.scoring.journal import model_digest
 
 MAGIC, MAGIC_1 = b"MZZ2", b"MZZ1"
-ARITHMETIC = 1
+ARITHMETICS = (1, 2)
+"""Of files that are read; the last one is written. In 1 half windows are read anew, in 2 they slide."""
 END, STORED, LZMA, MODEL, MODELLED, REST = range(6)
 DIGEST = 16
 MOST_STORED = 1 << 24
@@ -91,7 +92,7 @@ class _Network:
     @property
     def block(self) -> bytes:
         """The block that names the model and the arithmetic."""
-        return bytes([MODEL]) + bytes.fromhex(model_digest(self.model)) + bytes([ARITHMETIC])
+        return bytes([MODEL]) + bytes.fromhex(model_digest(self.model)) + bytes([ARITHMETICS[-1]])
 
 
 class _Writer:
@@ -222,7 +223,7 @@ def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progr
         raise DataError("not a compressed file: it does not begin with MZZ2")
     if magic != MAGIC:
         raise DataError("the compressed file is of a newer version: upgrade mezzotint")
-    network, named = _Network(model), False
+    network, arithmetic = _Network(model), 0
     digest, total = hashlib.sha256(), 0
     while True:
         reader.taken = b""
@@ -236,15 +237,14 @@ def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progr
         if kind == REST:
             return total + _copy_rest(source, target, digest)
         if kind == MODEL:
-            _check_model(reader.bytes(33), network)
-            named = True
+            arithmetic = _check_model(reader.bytes(33), network)
             continue
 
         def tick(share: float, before: int = total) -> None:
             if progress:
                 progress(Progress.of_bytes(before + int(share * FRAME_BYTES)))
 
-        data = _block(kind, reader, network if named else None, tick)
+        data = _block(kind, reader, network, arithmetic, tick)
         digest.update(data)
         target.write(data)
         total += len(data)
@@ -252,13 +252,15 @@ def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progr
             progress(Progress.of_bytes(total))
 
 
-def _check_model(block: bytes, network: _Network) -> None:
-    if block[32] != ARITHMETIC:
+def _check_model(block: bytes, network: _Network) -> int:
+    """The arithmetic of a file that was made with this model. Raises DataError."""
+    if block[32] not in ARITHMETICS:
         raise DataError(f"the compressed file needs arithmetic {block[32]}: upgrade mezzotint")
     if block[:32] != network.block[1:33]:
         raise DataError(
             f"the file was compressed with another model: name that one (its SHA-256 begins with {block[:6].hex()})"
         )
+    return block[32]
 
 
 def _copy_rest(source: BinaryIO, target: BinaryIO, digest: hashlib._Hash) -> int:
@@ -277,8 +279,8 @@ def _copy_rest(source: BinaryIO, target: BinaryIO, digest: hashlib._Hash) -> int
     return total
 
 
-def _block(kind: int, reader: Reader, network: _Network | None, tick: Tick) -> bytes:
-    """The input that a block stands for. network: None as long as no block named the model."""
+def _block(kind: int, reader: Reader, network: _Network, arithmetic: int, tick: Tick) -> bytes:
+    """The input that a block stands for. arithmetic: 0 as long as no block named the model."""
     if kind == STORED:
         return reader.bytes(reader.varint(MOST_STORED))
     if kind not in (LZMA, MODELLED):
@@ -289,7 +291,7 @@ def _block(kind: int, reader: Reader, network: _Network | None, tick: Tick) -> b
         raise DataError(DAMAGED)
     if kind == LZMA:
         return unsqueeze(body, size)
-    if network is None:
+    if not arithmetic:
         raise DataError(DAMAGED)
     inside = Reader(io.BytesIO(body))
     side = read_side(inside.bytes(inside.varint(FRAME_BYTES)), size)
@@ -297,7 +299,7 @@ def _block(kind: int, reader: Reader, network: _Network | None, tick: Tick) -> b
     if not 1 <= streams.number <= max(1, streams.count):
         raise DataError(DAMAGED)
     decoder = Decoder(inside.file.read())
-    tokens = decode_tokens(network.exact, streams, decoder, tick)
+    tokens = decode_tokens(network.exact, streams, decoder, tick, slides=arithmetic > 1)
     data = put_together(side, tokens, network.model, lambda texts, number: decode_runs(texts, number, decoder))
     decoder.finish()
     if len(data) != size:

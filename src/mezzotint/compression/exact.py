@@ -1,6 +1,6 @@
 """The network's next-token probabilities in arithmetic that gives the same bits on every machine.
 
-FORMAT.md, "Exact arithmetic, version 1", is the specification; this is one way to compute it. Why it is exact:
+FORMAT.md, "Exact arithmetic, versions 1 and 2", is the specification; this is one way to compute it. Why it is exact:
 
 - A matrix product has integers on both sides (weights of at most 63, inputs of at most 127 in size), and all its partial
   sums stay below 2^24 in float32, 2^53 in float64 or 2^31 in int32. So no order of summation, no fused multiply-add and
@@ -319,6 +319,7 @@ class ExactNetwork:
         if any(not np.abs(value).max(initial=0) <= LARGEST for value in state.values()):
             raise MezzotintError(f"compress takes models whose weights are at most {LARGEST:,} in size")
         self.length = min(c.sequence_length, WINDOW)
+        self.half = max(1, self.length // 2)
         self.state = {name: value for name, value in state.items() if value.ndim < 2 or "mix" in name}
         self.state["skip_scales"] = state.get("skip_scales", np.zeros((0, 1), F32))
         self.entry = _Entry(c, state)
@@ -332,9 +333,10 @@ class ExactNetwork:
                 "up": _Matrix(state[f"{at}mlp.up.weight"]), "down": _Matrix(state[f"{at}mlp.down.weight"]),
             })  # fmt: skip
         channels = c.rotary_dims or c.head_width
-        cos, sin = rotary_tables(self.length, channels, c.rotary_base)
-        still = np.zeros((self.length, c.head_width - channels), F32)
-        # For all heads of queries and keys, one after another: [length, (heads + kv_heads) * D].
+        places = max(self.length, 2 * self.half)
+        cos, sin = rotary_tables(places, channels, c.rotary_base)
+        still = np.zeros((places, c.head_width - channels), F32)
+        # For all heads of queries and keys, one after another: [places, (heads + kv_heads) * D].
         self.cos = np.tile(np.concatenate((cos, cos, still + 1), axis=1), (1, c.heads + c.kv_heads))
         self.sin = np.tile(np.concatenate((sin, -sin, still), axis=1), (1, c.heads + c.kv_heads))
         self.turning = channels
@@ -356,7 +358,7 @@ class ExactNetwork:
             mean = mean + fold(np.square(bias.reshape(1, -1)))[0, 0] / F32(bias.size)
         return F32(2.0 ** (7 - int(np.frexp(np.sqrt(np.maximum(mean, TINY)))[1])))
 
-    def _rotate(self, x: np.ndarray, at: int, n: int) -> np.ndarray:
+    def rotate(self, x: np.ndarray, at: int, n: int) -> np.ndarray:
         """x [B * n, heads * D] at places at .. at + n - 1, turned and normalised, in integers of 1 / 128."""
         width, half = self.config.head_width, self.turning // 2
         size = x.shape[-1]
@@ -422,14 +424,15 @@ class ExactNetwork:
         v = v.reshape(b, n, c.kv_heads, c.head_width)
         if skip:
             q = acc[:, : c.width].reshape(b, n, -1)[:, skip:].reshape(-1, c.width)
-            q, k = self._rotate(q, at + skip, n - skip), self._rotate(acc[:, c.width : c.width + kv], at, n)
+            q, k = self.rotate(q, at + skip, n - skip), self.rotate(acc[:, c.width : c.width + kv], at, n)
         else:
-            both = self._rotate(acc[:, : c.width + kv], at, n)
+            both = self.rotate(acc[:, : c.width + kv], at, n)
             q, k = both[:, : c.heads], both[:, c.heads :]
         grid = v * self.value_grid[i]
         np.rint(grid, out=grid)
         np.minimum(np.maximum(grid, F32(-VALUE), out=grid), F32(VALUE), out=grid)
         cache.keys[i, :, :, at : at + n] = k.reshape(v.shape).swapaxes(1, 2)
+        cache.keep_unturned(i, acc[:, c.width : c.width + kv].reshape(b, n, kv))
         cache.values[i, :, :, at : at + n] = grid.swapaxes(1, 2)
         q = q.reshape(b, n - skip, c.heads, c.head_width)
         y = self._attend(q, cache, i, at + skip)
@@ -521,12 +524,43 @@ class Cache:
 
     def __init__(self, network: ExactNetwork, rows: int, length: int) -> None:
         c = network.config
+        self.half = network.half
         self.keys, self.values = np.zeros((2, c.layers, rows, c.kv_heads, length, c.head_width), F32)
+        # Keys of the later half before they are turned: what `slide` turns for other places.
+        self.unturned = np.zeros((c.layers, rows, max(0, length - self.half), c.kv_heads * c.head_width), F32)
         self.ids = np.zeros((rows, length), dtype=np.int64)
         self.kept = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether two halves of a window are kept, so that `slide` must come before the next input."""
+        return self.kept == 2 * self.half
+
+    def keep_unturned(self, layer: int, keys: np.ndarray) -> None:
+        """Keys [B, n, kv_heads * D] at the next n places; those of the earlier half are not kept."""
+        stop = self.kept + keys.shape[1] - self.half
+        if stop > 0:
+            start = max(0, self.kept - self.half)
+            self.unturned[layer, :, start:stop] = keys[:, start - stop :]
+
+    def slide(self, network: ExactNetwork) -> None:
+        """Go on with the later half in the place of the earlier one, except that the first input stays at place 0.
+
+        Attention leans on a first input; a window without it is worse by some 4% (an attention sink: Xiao et al. 2023,
+        "Efficient Streaming Language Models with Attention Sinks").
+        """
+        half = self.half
+        layers, rows, heads, _, width = self.keys.shape
+        turned = network.rotate(self.unturned.reshape(-1, heads * width), 0, half)
+        turned = turned.reshape(layers, rows, half, heads, width).swapaxes(2, 3)
+        self.keys[:, :, :, 1:half] = turned[:, :, :, 1:]
+        self.values[:, :, :, 1:half] = self.values[:, :, :, half + 1 : 2 * half]
+        self.ids[:, :half] = self.ids[:, half : 2 * half]
+        self.kept = half
 
     def part(self, rows: slice) -> Cache:
         """Some of the windows, in the same memory, from their start on."""
         view = object.__new__(Cache)
-        view.keys, view.values, view.ids, view.kept = self.keys[:, rows], self.values[:, rows], self.ids[rows], 0
+        view.keys, view.values, view.unturned = self.keys[:, rows], self.values[:, rows], self.unturned[:, rows]
+        view.ids, view.kept, view.half = self.ids[rows], 0, self.half
         return view
