@@ -266,12 +266,17 @@ class TestArguments:
         with pytest.raises(ConfigError, match="EleutherAI/lambada_openai of task lambada_openai: the Hub cannot"):
             check_arguments(["--tasks", "lambada_openai"])
         (nowhere / "hub" / "datasets--EleutherAI--lambada_openai").mkdir(parents=True)
-        check_arguments(["--tasks", "lambada_openai"])
+        check_arguments(["--tasks", "lambada_openai", "--model_args", "path=prose"])
+
+    def test_no_model(self):
+        with pytest.raises(ConfigError, match="name one model"):
+            check_arguments(["--tasks", "mmlu", "--model_args", "batch_size=4"])
 
     def test_what_is_left_to_the_harness(self, tasks, nowhere):
-        check_arguments(
-            ["--tasks", "local_*", "list", str(tasks), f"{tasks}/x.yaml", "mmlu", "--include_path", str(tasks)]
-        )
+        names = ["local_*", "list", str(tasks), f"{tasks}/x.yaml", "mmlu"]
+        check_arguments(["--model_args", "path=prose", "--include_path", str(tasks), "--tasks", *names])
+        check_arguments(["validate", "--tasks", "mmlu"])
+        check_arguments(["--tasks", "mmlu", "--config", "settings.yaml"])
         check_arguments(["--model", "other", "--model_args", "anything=1"])
         check_arguments(["--model_args", '{"path": "missing.mzt"}', "--unknown"])
         check_arguments(["--tasks"])

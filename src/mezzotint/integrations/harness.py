@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mezzotint.integrations.harness_arguments import check_arguments, check_settings, one_line
+from mezzotint.integrations.harness_arguments import NO_MODEL, check_arguments, check_settings, one_line
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     with one_line():
@@ -70,7 +70,7 @@ class Harness(TemplateLM):
         super().__init__()
         check_settings(unknown)
         if (path is None) == (model is None):
-            raise ConfigError("name one model: path=MODEL.mzt or path=RUN")
+            raise ConfigError(NO_MODEL)
         check_settings({} if attention is None else {"attention": attention})
         if model is None:
             remote = str(trust_remote_code).lower() == "true"

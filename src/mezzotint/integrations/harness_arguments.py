@@ -25,6 +25,7 @@ SETTINGS = (
     "trust_remote_code",
 )  # fmt: skip
 LISTS = ("list", "groups", "subtasks", "tags", "list_groups", "list_subtasks", "list_tags")
+NO_MODEL = "name one model: path=MODEL.mzt or path=RUN"
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -65,18 +66,24 @@ def check_arguments(words: Sequence[str]) -> None:
     parser.add_argument("--tasks", "-t", nargs="+", default=[])
     parser.add_argument("--model_args", "-a", nargs="+", default=[])
     parser.add_argument("--include_path", default=None)
+    parser.add_argument("--config", "-C", default=None)
     try:
         found, _ = parser.parse_known_args(list(words))
     except argparse.ArgumentError:
         return
+    settings = None
     if found.model == "mezzotint":
         pairs = [pair for text in found.model_args for pair in text.split(",")]
-        settings = dict(pair.split("=", 1) for pair in pairs) if all("=" in pair for pair in pairs) else {}  # else JSON
-        check_settings(settings)
-        if "path" in settings:  # without one the harness may only be asked for its help
-            check_path(settings["path"])
+        if all("=" in pair for pair in pairs):  # else it is JSON
+            settings = dict(pair.split("=", 1) for pair in pairs)
+            check_settings(settings)
+            if "path" in settings:
+                check_path(settings["path"])
     names = [name.strip() for text in found.tasks for name in text.split(",")]
     check_tasks([name for name in names if re.fullmatch(r"[\w-]+", name) and name not in LISTS], found.include_path)
+    scores = found.tasks and words[0] != "validate" and not found.config
+    if scores and settings is not None and "path" not in settings:
+        raise ConfigError(NO_MODEL)
 
 
 def check_path(path: str) -> None:

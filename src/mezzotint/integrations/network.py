@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import threading
-from urllib.parse import urlsplit
 
 SECONDS = 3.0
 
@@ -17,14 +14,24 @@ def reachable() -> bool:
         return True
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return False
-    parts = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     answered = threading.Event()
 
     def call() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            port = parts.port or (80 if parts.scheme == "http" else 443)
-            with socket.create_connection((parts.hostname or "", port), timeout=SECONDS):
-                answered.set()
+        from ssl import SSLError
+        from urllib.error import HTTPError, URLError
+        from urllib.request import Request, urlopen
+
+        try:
+            asked = Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")
+            urlopen(asked, timeout=SECONDS).close()
+        except HTTPError:
+            pass  # an answer, if not the one that was asked for
+        except URLError as error:
+            if not isinstance(error.reason, SSLError):  # the Hub's clients may trust other certificates
+                return
+        except (OSError, ValueError):
+            return
+        answered.set()
 
     # In a thread, for a name that no server resolves is sought for longer than any connection's timeout.
     thread = threading.Thread(target=call, daemon=True)
