@@ -66,6 +66,11 @@ class More(SamplingOptions, total=False):
     seen: list[int] | None
 
 
+def test_a_value_that_python_cannot_write_is_named_by_its_type():
+    with pytest.raises(ConfigError, match="must be text, not a value of type int"):
+        signatures.checked(plain)(Model(), 10**5000)
+
+
 def test_a_call_that_is_right_goes_through():
     thing = Model()
     call = signatures.checked(plain)

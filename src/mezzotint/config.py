@@ -12,22 +12,12 @@ import numbers
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from mezzotint.errors import ConfigError, MezzotintError
+from mezzotint.errors import ConfigError, MezzotintError, shown
 
 MOST_WINDOW = 1 << 16  # tokens: the logits of one window of the largest vocabulary are 17 GB
 MOST_WIDTH = 1 << 16
 MOST_SEED = 2**63 - 1
 MOST = 10**9  # of what is counted and has no other bound
-
-
-def shown(value: Any) -> str:
-    """A value as an error quotes it: one line of printable characters, cut where it is long."""
-    try:
-        text = repr(value)
-    except Exception:  # Python writes no whole number of more than 4,300 digits; others have a repr of their own
-        text = f"a value of type {type(value).__name__}"
-    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from typing import Any, ForwardRef
 
-from mezzotint.errors import ConfigError
+from mezzotint.errors import ConfigError, shown
 
 PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (lambda value: hasattr(value, "__index__"), "a whole number"),
@@ -101,7 +101,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
             raise ConfigError(f"{call}: {error}; {known}") from None
         for name, value in bound.arguments.items():
             if name in named and (asked := _wrong(named[name].annotation, value)):
-                given = repr(value) if len(repr(value)) <= 40 else type(value).__name__
+                given = shown(value) if len(shown(value)) <= 40 else type(value).__name__
                 more = ": load it by mezzotint.load" if asked == "a Model" and value is not None else ""
                 raise ConfigError(f"{call}: {name} must be {asked}, not {given}{more}; {known}")
         return function(*values, **options)

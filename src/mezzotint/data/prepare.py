@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mezzotint import seeding
-from mezzotint.config import OPTIONS, shown
+from mezzotint.config import OPTIONS
 from mezzotint.data.dataset import (
     FORMAT,
     HEADER_BYTES,
@@ -34,7 +34,7 @@ from mezzotint.data.dataset import (
 )
 from mezzotint.data.sources import Account, LongText, long_documents
 from mezzotint.data.tokenizer import LONG_TEXT, Tokenizer, train_tokenizer
-from mezzotint.errors import DataError, Interrupted
+from mezzotint.errors import DataError, Interrupted, shown
 from mezzotint.extras import extra
 from mezzotint.files import atomic_folder, writing
 from mezzotint.progress import OnProgress, Progress

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from mezzotint import seeding
-from mezzotint.config import OPTIONS, shown
+from mezzotint.config import OPTIONS
 from mezzotint.data.dataset import Windows
 from mezzotint.data.texts import TextWindows
-from mezzotint.errors import DataError
+from mezzotint.errors import DataError, shown
 from mezzotint.model import Model
 from mezzotint.objective import block_lengths, lean_mask, mask_by_count, nelbo_per_window, stratified_counts
 from mezzotint.scoring.chain import causal_matrix, revealed_nats

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mezzotint import seeding
-from mezzotint.config import shown
-from mezzotint.errors import DataError
+from mezzotint.errors import DataError, shown
 
 
 def reveal_order(order: str, length: int) -> list[np.ndarray]:
