@@ -148,24 +148,31 @@ def encode_tokens(
     # Streams from all over the text come first.
     order = np.argsort(np.arange(streams.number) % -(-streams.number // 8), kind="stable")
     groups = [order[row : row + together] for row in range(0, streams.number, together)]
-    caches = [Cache(network, len(rows), min(2 * half, streams.most)) for rows in groups]
-    for start in range(0, streams.most, half):
-        stop = min(start + half, streams.most)
-        done = start * streams.number
-        for rows, cache in zip(groups, caches, strict=True):
-            part = table[rows]
-            if cache.full:
-                cache.slide(network)
-            hidden = network.hidden(_inputs(part, start, stop, c.mask_id), cache).reshape(-1, c.width)
-            found = network.intervals(hidden, part[:, start:stop].ravel())
-            starts[rows, start:stop], frequencies[rows, start:stop] = (x.reshape(len(part), -1) for x in found)
-            if seen < PROBE_TOKENS:
-                seen += found[1].size
-                seen_bits += float(np.log2(TOTAL / found[1]).sum())
-                if seen >= PROBE_TOKENS and seen_bits / seen * len(tokens) > most:
-                    return math.inf
-            done += len(part) * (stop - start)
-            tick(done / table.size)
+    # A probe takes the start of the first groups; apart from that one group after the other, so that few are kept.
+    probed = math.ceil(PROBE_TOKENS / (together * half)) if most < math.inf else 0
+    plan = [(group, 0) for group in range(min(probed, len(groups)))]
+    for group in range(len(groups)):
+        plan += [(group, start) for start in range(half if group < probed else 0, streams.most, half)]
+    caches: dict[int, Cache] = {}
+    done = 0
+    for group, start in plan:
+        stop, rows = min(start + half, streams.most), groups[group]
+        part = table[rows]
+        if not start:
+            caches[group] = Cache(network, len(rows), min(2 * half, streams.most))
+        cache = caches[group] if stop < streams.most else caches.pop(group)
+        if cache.full:
+            cache.slide(network)
+        hidden = network.hidden(_inputs(part, start, stop, c.mask_id), cache).reshape(-1, c.width)
+        found = network.intervals(hidden, part[:, start:stop].ravel())
+        starts[rows, start:stop], frequencies[rows, start:stop] = (x.reshape(len(part), -1) for x in found)
+        if seen < PROBE_TOKENS:
+            seen += found[1].size
+            seen_bits += float(np.log2(TOTAL / found[1]).sum())
+            if seen >= PROBE_TOKENS and seen_bits / seen * len(tokens) > most:
+                return math.inf
+        done += len(part) * (stop - start)
+        tick(done / table.size)
     bits = 0.0
     for place in range(streams.most):
         alive = streams.alive(place) if place == streams.most - 1 else streams.number
