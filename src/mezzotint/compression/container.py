@@ -299,7 +299,8 @@ def _block(kind: int, reader: Reader, network: _Network, arithmetic: int, tick: 
     if not 1 <= streams.number <= max(1, streams.count):
         raise DataError(DAMAGED)
     decoder = Decoder(inside.file.read())
-    tokens = decode_tokens(network.exact, streams, decoder, tick, slides=arithmetic > 1)
+    of_frame = size / FRAME_BYTES
+    tokens = decode_tokens(network.exact, streams, decoder, lambda share: tick(share * of_frame), slides=arithmetic > 1)
     data = put_together(side, tokens, network.model, lambda texts, number: decode_runs(texts, number, decoder))
     decoder.finish()
     if len(data) != size:

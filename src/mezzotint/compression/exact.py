@@ -551,9 +551,10 @@ class Cache:
         """
         half = self.half
         layers, rows, heads, _, width = self.keys.shape
-        turned = network.rotate(self.unturned.reshape(-1, heads * width), 0, half)
-        turned = turned.reshape(layers, rows, half, heads, width).swapaxes(2, 3)
-        self.keys[:, :, :, 1:half] = turned[:, :, :, 1:]
+        for layer in range(layers):
+            turned = network.rotate(self.unturned[layer].reshape(-1, heads * width), 0, half)
+            turned = turned.reshape(rows, half, heads, width).swapaxes(1, 2)
+            self.keys[layer, :, :, 1:half] = turned[:, :, 1:]
         self.values[:, :, :, 1:half] = self.values[:, :, :, half + 1 : 2 * half]
         self.ids[:, :half] = self.ids[:, half : 2 * half]
         self.kept = half
