@@ -52,6 +52,19 @@ def test_a_connection_is_no_answer(endpoint):
         assert not network.reachable()
 
 
+@pytest.mark.filterwarnings("error")  # an exception in the thread that asks is a warning
+def test_what_is_no_http_is_no_answer(endpoint):
+    def answer(server: socket.socket) -> None:
+        with server.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(b"220 another protocol\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, args=(server,), daemon=True).start()
+        endpoint(server.getsockname()[1])
+        assert not network.reachable()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "found"), [("HF_HUB_OFFLINE", "1", False), ("HTTPS_PROXY", "http://p", True)]
 )

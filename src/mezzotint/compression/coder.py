@@ -195,11 +195,11 @@ def decode_tokens(
     length = 2 * network.half if slides else network.length
     cache = Cache(network, streams.number, min(length, streams.most))
     for place in range(streams.most):
-        if cache.kept == length and not slides:
+        if slides and cache.full:
+            cache.slide(network)
+        if cache.kept == length:  # of arithmetic 1
             hidden = _read_anew(network, table[:, place - length + network.half : place], cache)
         else:
-            if cache.kept == length:
-                cache.slide(network)
             hidden = network.hidden(_inputs(table, place, place + 1, c.mask_id), cache)[:, 0]
         alive = streams.alive(place)
         table[:alive, place] = _decode_step(network, hidden[:alive], decoder)

@@ -240,9 +240,9 @@ def decompress_stream(source: BinaryIO, target: BinaryIO, model: Model, *, progr
             arithmetic = _check_model(reader.bytes(33), network)
             continue
 
-        def tick(share: float, before: int = total) -> None:
+        def tick(done: float, before: int = total) -> None:
             if progress:
-                progress(Progress.of_bytes(before + int(share * FRAME_BYTES)))
+                progress(Progress.of_bytes(before + int(done)))
 
         data = _block(kind, reader, network, arithmetic, tick)
         digest.update(data)
@@ -280,7 +280,7 @@ def _copy_rest(source: BinaryIO, target: BinaryIO, digest: hashlib._Hash) -> int
 
 
 def _block(kind: int, reader: Reader, network: _Network, arithmetic: int, tick: Tick) -> bytes:
-    """The input that a block stands for. arithmetic: 0 as long as no block named the model."""
+    """The input that a block stands for. arithmetic: 0 as long as no block named the model. tick: told bytes of it."""
     if kind == STORED:
         return reader.bytes(reader.varint(MOST_STORED))
     if kind not in (LZMA, MODELLED):
@@ -299,8 +299,7 @@ def _block(kind: int, reader: Reader, network: _Network, arithmetic: int, tick: 
     if not 1 <= streams.number <= max(1, streams.count):
         raise DataError(DAMAGED)
     decoder = Decoder(inside.file.read())
-    of_frame = size / FRAME_BYTES
-    tokens = decode_tokens(network.exact, streams, decoder, lambda share: tick(share * of_frame), slides=arithmetic > 1)
+    tokens = decode_tokens(network.exact, streams, decoder, lambda share: tick(share * size), slides=arithmetic > 1)
     data = put_together(side, tokens, network.model, lambda texts, number: decode_runs(texts, number, decoder))
     decoder.finish()
     if len(data) != size:

@@ -17,6 +17,7 @@ def reachable() -> bool:
     answered = threading.Event()
 
     def call() -> None:
+        from http.client import HTTPException
         from ssl import SSLError
         from urllib.error import HTTPError, URLError
         from urllib.request import Request, urlopen
@@ -29,7 +30,7 @@ def reachable() -> bool:
         except URLError as error:
             if not isinstance(error.reason, SSLError):  # the Hub's clients may trust other certificates
                 return
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):
             return
         answered.set()
 
