@@ -7,25 +7,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from commands import mezzotint, run_command, run_together
 from corpus import metrics, prepared_words
 
+from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.data.dataset import Dataset
 from mezzotint.distributed import bfloat16_pays
-
-SCRIPT = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-from mezzotint.config import ModelConfig, TrainConfig
+from mezzotint.training.optim import BatchedMuon
 from mezzotint.training.run import train
-data, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-model = ModelConfig(vocab_size=settings.pop("vocab"), sequence_length=16, layers=2, width=16, heads=2, kv_heads=1)
-train(data, out, model=model, config=TrainConfig(compile=False, dtype="float32", log_every=0.0, **settings))
-"""
+
+
+def train_small(data: str, out: str, settings: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    model = ModelConfig(vocab_size=settings.pop("vocab"), sequence_length=16, layers=2, width=16, heads=2, kv_heads=1)
+    config = TrainConfig(compile=False, dtype="float32", log_every=0.0, **settings)
+    train(data, out, model=model, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +35,18 @@ def data(tmp_path_factory) -> Path:
     return prepared_words(tmp_path_factory.mktemp("distributed"))
 
 
-def launched(processes: int, *words: str | Path) -> str:
-    """Standard output of `python words` on so many processes."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def scored_under_torchrun(*words: str | Path) -> str:
+    """Standard output of a command on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mezzotint"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [*launch, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 def losses(data: Path, out: Path, processes: int, **settings) -> list[float]:
     settings["vocab"] = Dataset.open(data).tokenizer.vocab_size
-    script = out.parent / "run.py"
-    script.write_text(SCRIPT)
-    launched(processes, script, data, out, json.dumps(settings))
+    run_together(processes, train_small, str(data), str(out), settings)
     return [row["loss"] for row in metrics(out)]
 
 
@@ -86,46 +83,40 @@ def test_blocks_are_drawn_for_all_processes_together(data, tmp_path):
 def test_processes_share_packing_and_scoring(data, tmp_path):
     """The commands under torchrun: one output, the same figures, and an artifact of the same size up to rounding."""
     losses(data, tmp_path / "run", 1, steps=30, batch=4, causal_share=0.5)
-    score = ("-m", "mezzotint", "score", tmp_path / "run", data, "--tokens", "256", "--json")
-    alone, together = (json.loads(launched(n, *score)) for n in (1, 2))
+    score = ("score", tmp_path / "run", data, "--tokens", "256", "--json")
+    alone, together = json.loads(run_command(score).stdout), json.loads(scored_under_torchrun(*score))
     assert together["results"][0]["bpb"] == pytest.approx(alone["results"][0]["bpb"], rel=1e-6)
     packed = []
     for n in (1, 2):
-        pack = ("-m", "mezzotint", "pack", tmp_path / "run", "--out", tmp_path / f"{n}.mzt", "--json")
-        packed.append(json.loads(launched(n, *pack)))
+        pack = ["pack", str(tmp_path / "run"), "--out", str(tmp_path / f"{n}.mzt"), "--json"]
+        packed.append(json.loads(run_together(n, mezzotint, pack).stdout))
         assert packed[-1]["verified"] and packed[-1]["artifact_bytes"] == (tmp_path / f"{n}.mzt").stat().st_size
     assert packed[1]["artifact_bytes"] == pytest.approx(packed[0]["artifact_bytes"], rel=0.02)
 
 
-SHARED_MUON = """
-import sys
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-from mezzotint.training.optim import BatchedMuon
-world = int(sys.argv[2])
-if world > 1:
-    dist.init_process_group("gloo")
-random = torch.Generator().manual_seed(0)
-shapes = [(24, 16)] * 3 + [(16, 24)] * 2 + [(16, 16)] + [(40, 8)]
-weights = [torch.nn.Parameter(torch.randn(*shape, generator=random)) for shape in shapes]
-muon = BatchedMuon(weights, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="original", neuron_decay=0.9)
-for _ in range(3):
-    for p in weights:
-        p.grad = torch.randn(*p.shape, generator=random)
-    muon.step()
-rank = dist.get_rank() if world > 1 else 0
-torch.save(torch.cat([p.detach().flatten() for p in weights]), f"{sys.argv[1]}/{world}-{rank}.pt")
-if world > 1:
-    dist.destroy_process_group()
-"""
+def update_with_muon(folder: str, world: int) -> None:
+    """Three updates of seven matrices; every process leaves all of them in a file."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo")
+    random = torch.Generator().manual_seed(0)
+    shapes = [(24, 16)] * 3 + [(16, 24)] * 2 + [(16, 16)] + [(40, 8)]
+    weights = [torch.nn.Parameter(torch.randn(*shape, generator=random)) for shape in shapes]
+    muon = BatchedMuon(weights, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="original", neuron_decay=0.9)
+    for _ in range(3):
+        for p in weights:
+            p.grad = torch.randn(*p.shape, generator=random)
+        muon.step()
+    rank = dist.get_rank() if world > 1 else 0
+    torch.save(torch.cat([p.detach().flatten() for p in weights]), f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def test_processes_share_the_matrices_of_muon(tmp_path):
     """The same update as one process's up to bfloat16 rounding, and to the last bit the same in both."""
-    script = tmp_path / "muon.py"
-    script.write_text(SHARED_MUON)
     for processes in (1, 2):
-        launched(processes, script, tmp_path, str(processes))
+        run_together(processes, update_with_muon, str(tmp_path), processes)
     alone, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert torch.equal(first, second)
     # Three updates of 0.02 an element, known to bfloat16's 0.4% each after a few products.

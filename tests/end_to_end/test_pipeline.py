@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_command
 
 MODEL = ["--sequence-length", "32", "--layers", "2", "--width", "32", "--heads", "2", "--kv-heads", "2"]
 QUICK = ["--preset", "tiny", *MODEL, "--batch", "4", "--no-compile", "--log-every", "0"]
 
 
 def mezzotint(*words: str | Path, check: int | None = 0, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mezzotint", *(str(w) for w in words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **options)
+    if options:
+        command = [sys.executable, "-m", "mezzotint", *(str(word) for word in words)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **options)
+    else:
+        done = run_command(words)
     assert check is None or done.returncode == check, f"exit {done.returncode}: {done.stderr[-3000:]}"
     return done
 
