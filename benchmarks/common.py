@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
+import torch
+from torch import Tensor
+
 from mezzotint.config import Preset
 from mezzotint.data.dataset import Windows
-from mezzotint.model import Model
+from mezzotint.model import Model, shift_right
 from mezzotint.scoring import likelihood
 from mezzotint.training.checkpoint import load_run
 from mezzotint.training.run import train
@@ -157,6 +160,17 @@ def scores(
     if share > 0 and "causal" in metrics:
         found["causal"] = likelihood.causal(model, windows, tokens=tokens).to_dict()
     return found
+
+
+@torch.inference_mode()
+def judged_nats(judge: Model, ids: Tensor) -> Tensor:
+    """-log p of each id given those before it, float64 [B, T]; shifted input as `evaluate.causal` has it."""
+    nats = []
+    for part in ids.split(16):
+        shifted = shift_right(part, judge.config.mask_id)
+        logits = judge.logits(shifted, block_size=1).double()
+        nats.append(-logits.log_softmax(-1).gather(-1, part[..., None])[..., 0])
+    return torch.cat(nats)
 
 
 def source_of(commit: str, folder: Path) -> Path:

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Book, new_parser, plus_minus, table
+from common import Book, judged_nats, new_parser, plus_minus, table
 from torch import Tensor
 
 from mezzotint import seeding
@@ -55,17 +55,6 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 BUDGETS = (0.1, 0.3, 1.0, 3.0, 8.0)  # of `entropy`, whose passes follow from the budget
 SPANS = (1, 2, 4, 8, 16, 32)
 AFTER = 32
-
-
-@torch.inference_mode()
-def judged_nats(judge: Model, ids: Tensor) -> Tensor:
-    """-log p of each id given those before it, float64 [B, T]; shifted input as `evaluate.causal` has it."""
-    nats = []
-    for part in ids.split(16):
-        shifted = shift_right(part, judge.config.mask_id)
-        logits = judge.logits(shifted, block_size=1).double()
-        nats.append(-logits.log_softmax(-1).gather(-1, part[..., None])[..., 0])
-    return torch.cat(nats)
 
 
 @torch.inference_mode()

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Book, new_parser, plus_minus, source_of, table
+from common import Book, judged_nats, new_parser, plus_minus, source_of, table
 
 from mezzotint.data.sources import documents
-from mezzotint.model import Model, shift_right
+from mezzotint.errors import ConfigError
+from mezzotint.model import Model
 from mezzotint.pretrained import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,29 +52,16 @@ def taken_out(judge: Model, source: Path, count: int, span: int) -> list[Part]:
     found = []
     for text in documents(source):
         start = text.find(" ", 1000) + 1
-        part = text[start : start + BEFORE]
-        before = part[: part.rfind(" ")]
-        words = text[start + len(before) : start + len(before) + 16 * span + BEHIND].split(" ")
+        before = text[start : start + BEFORE].rpartition(" ")[0]
+        rest = text[start + len(before) :]
+        words = rest[: 16 * span + BEHIND].split(" ")
         taken = next((n for n in range(2, len(words)) if len(encode(" ".join(words[:n]))) >= span), None)
         inside = " ".join(words[:taken])
-        behind = text[start + len(before) + len(inside) :][:BEHIND]
-        if (
-            start
-            and taken
-            and len(encode(inside)) == span
-            and len(behind) == BEHIND
-            and "[" not in part + inside + behind
-        ):
+        behind = rest[len(inside) :][:BEHIND]
+        fits = start and taken and len(encode(inside)) == span and len(behind) == BEHIND
+        if fits and "[" not in before + inside + behind:
             found.append((before, inside, behind))
     return [found[i * len(found) // count] for i in range(min(count, len(found)))]
-
-
-@torch.inference_mode()
-def nats(judge: Model, text: str) -> float:
-    """-log p of a text by next tokens. Beyond the judge's window its first tokens are not read."""
-    ids = torch.tensor([judge.tokenizer.encode(text)[-judge.config.sequence_length :]])
-    logits = judge.logits(shift_right(ids, judge.config.mask_id), block_size=1).double()
-    return float(-logits.log_softmax(-1).gather(-1, ids[..., None]).sum())
 
 
 def filled(source: Path, model: str, parts: Sequence[Part]) -> list[tuple[str, float]]:
@@ -87,10 +75,18 @@ def filled(source: Path, model: str, parts: Sequence[Part]) -> list[tuple[str, f
 
 
 def judged(judge: Model, parts: Sequence[Part], fills: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Bits, and bytes, of each fill and what is judged behind it."""
+    """Bits, and bytes, of each fill and what is judged behind it. Raises ConfigError where the judge's window is too short."""
+    encode, window = judge.tokenizer.encode, judge.config.sequence_length
     bits, size = [], []
     for (before, _, behind), fill in zip(parts, fills, strict=True):
-        bits.append((nats(judge, before + fill + behind[:JUDGED]) - nats(judge, before)) / math.log(2))
+        ids = encode(before + fill + behind[:JUDGED])
+        count = len(ids) - len(encode(before))
+        if count > window:
+            raise ConfigError(
+                f"the judge's window of {window} tokens does not hold a span and what is judged behind it"
+            )
+        nats = judged_nats(judge, torch.tensor([ids[-window:]]))[0, -count:]
+        bits.append(float(nats.sum()) / math.log(2))
         size.append(len((fill + behind[:JUDGED]).encode()))
     return np.array(bits), np.array(size)
 

@@ -488,7 +488,7 @@ def test_commands_of_two_commits_take_turns(both_ways, trained, prose, tmp_path,
     assert rows[1][7] == "tokens" and float(rows[1][5]) == pytest.approx(64 / float(rows[1][1]), rel=0.02)
 
 
-def test_spans_of_two_commits_are_judged(both_ways, trained, tmp_path, capsys):
+def test_spans_of_two_commits_are_judged(both_ways, trained, tmp_path, monkeypatch, capsys):
     if subprocess.run(["git", "-C", str(BENCHMARKS), "rev-parse", "HEAD"], capture_output=True).returncode:
         pytest.skip("no checkout")
     words = ["old", "plate", "was", "dark", "until", "a", "burnisher", "drew", "the", "light", "out", "of", "it"]
@@ -496,7 +496,9 @@ def test_spans_of_two_commits_are_judged(both_ways, trained, tmp_path, capsys):
     texts = [json.dumps({"text": " ".join(rng.choice(words, 400))}) for _ in range(60)]
     (tmp_path / "texts.jsonl").write_text("\n".join(texts))
     command = ["HEAD", str(both_ways), str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "out"), "--n", "2"]
-    script("spans_commits").main([*command, "--spans", "1", "--model", str(trained.artifact)])
+    spans = script("spans_commits")
+    monkeypatch.setattr(spans, "JUDGED", 10)  # the judge's window has 32 tokens
+    spans.main([*command, "--spans", "1", "--model", str(trained.artifact)])
     titles, _, row = rows_of(capsys.readouterr().out)
     assert titles[5] == "difference" and row[1] == "2"
     # The same package and model: the same fills.

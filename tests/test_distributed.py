@@ -24,7 +24,6 @@ from mezzotint.training.run import train
 
 
 def train_small(data: str, out: str, settings: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
     model = ModelConfig(vocab_size=settings.pop("vocab"), sequence_length=16, layers=2, width=16, heads=2, kv_heads=1)
     config = TrainConfig(compile=False, dtype="float32", log_every=0.0, **settings)
     train(data, out, model=model, config=config)
@@ -35,7 +34,7 @@ def data(tmp_path_factory) -> Path:
     return prepared_words(tmp_path_factory.mktemp("distributed"))
 
 
-def scored_under_torchrun(*words: str | Path) -> str:
+def under_torchrun(*words: str | Path) -> str:
     """Standard output of a command on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mezzotint"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -84,7 +83,7 @@ def test_processes_share_packing_and_scoring(data, tmp_path):
     """The commands under torchrun: one output, the same figures, and an artifact of the same size up to rounding."""
     losses(data, tmp_path / "run", 1, steps=30, batch=4, causal_share=0.5)
     score = ("score", tmp_path / "run", data, "--tokens", "256", "--json")
-    alone, together = json.loads(run_command(score).stdout), json.loads(scored_under_torchrun(*score))
+    alone, together = json.loads(run_command(score).stdout), json.loads(under_torchrun(*score))
     assert together["results"][0]["bpb"] == pytest.approx(alone["results"][0]["bpb"], rel=1e-6)
     packed = []
     for n in (1, 2):
@@ -96,7 +95,6 @@ def test_processes_share_packing_and_scoring(data, tmp_path):
 
 def update_with_muon(folder: str, world: int) -> None:
     """Three updates of seven matrices; every process leaves all of them in a file."""
-    torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo")
     random = torch.Generator().manual_seed(0)

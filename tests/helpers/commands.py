@@ -27,7 +27,10 @@ Done = subprocess.CompletedProcess[str]
 
 
 def _enter(function: Callable[..., Any], arguments: Sequence[Any], environment: dict[str, str], folder: str) -> None:
-    """In the new process: the function, with what it prints in two files."""
+    """In the new process: the function on one thread, with what it prints in two files."""
+    import torch
+
+    torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(environment)
     for number, name in ((1, "out"), (2, "err")):
@@ -40,7 +43,7 @@ def _enter(function: Callable[..., Any], arguments: Sequence[Any], environment: 
 
 
 def start(function: Callable[..., Any], *arguments: Any, **environment: str) -> Callable[[], Done]:
-    """Begin function(*arguments) in a process of its own, without standard input; what waits for its end.
+    """Begin function(*arguments) in a process of its own, on one thread and without standard input; what waits for its end.
 
     function: of a module that can be imported; what it returns is the exit status, None for 0.
     """
@@ -48,7 +51,6 @@ def start(function: Callable[..., Any], *arguments: Any, **environment: str) -> 
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     context.set_forkserver_preload(PRELOADED)
     folder = tempfile.mkdtemp()
-    # Not a daemon: it may have processes of its own.
     process = context.Process(target=_enter, args=(function, arguments, {**os.environ, **environment}, folder))
     process.start()
 
@@ -85,12 +87,9 @@ def run_together(processes: int, function: Callable[..., Any], *arguments: Any) 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    group: dict[str, str] = {"OMP_NUM_THREADS": "1"}
-    if processes > 1:
-        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-        group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} if processes > 1 else {} for i in range(processes)]
-    ends = [start(function, *arguments, **group, **rank) for rank in ranks]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ends = [start(function, *arguments, **group, RANK=str(i), LOCAL_RANK=str(i)) for i in range(processes)]
     done = [end() for end in ends]
     failed = [one.stderr[-2000:] for one in done if one.returncode]
     assert not failed, "\n".join(failed)
