@@ -47,7 +47,7 @@ BIAS_FLOATS = 1 << 23  # the most that is kept of the values' biases, all made b
 LARGEST = 1 << 14  # in size, of a weight
 NARROW = 64  # columns from which on `fold` adds rows of the transpose
 FEW = 1 << 13  # numbers up to which a call of NumPy takes less time than one of torch, whose calls cost more
-CHUNK = 1 << 17  # logits that are worked on together: they stay in a core's cache
+CHUNK = 1 << 17  # logits, or channels of keys, that are worked on together: they stay in a core's cache
 FUTURE = np.triu(np.full((ROWS, ROWS), F32(-np.inf)), 1)
 """What hides later places from a score."""
 
@@ -286,7 +286,9 @@ class _Output:
         half = cap_table(softcap)
         self.edge = len(half) - 1
         self.cap = torch.from_numpy(np.concatenate((-half[:0:-1], half)).astype(np.int32))
-        self.exp = torch.from_numpy(exp_table(LOGIT_STEP, TOTAL).astype(np.float64))
+        table = exp_table(LOGIT_STEP, TOTAL).astype(np.float64)
+        # Its last entry, 0, as often as a logit may lie below the largest: so no distance has to be cut to its length.
+        self.exp = torch.from_numpy(np.pad(table, (0, max(0, 2 * int(half[-1]) + 1 - len(table)))))
         self.rows = max(1, CHUNK // len(weight))
 
     def excess(self, hidden: np.ndarray) -> np.ndarray:
@@ -295,14 +297,13 @@ class _Output:
         z = times(self.matrix.product(xi), worth * inverse_rms(hidden) * F32(LOGIT_STEP))
         place = torch.from_numpy(z).round_().clamp_(-self.edge, self.edge).add_(self.edge).to(torch.int32)
         level = torch.index_select(self.cap, 0, place.view(-1)).view(place.shape)
-        torch.sub(level.amax(-1, keepdim=True), level, out=level)
-        level.clamp_(max=len(self.exp) - 1)
-        best = level.numpy().argmin(axis=1)
+        row, best = np.arange(len(z)), level.numpy().argmax(axis=1)
+        torch.sub(torch.from_numpy(level.numpy()[row, best][:, None]), level, out=level)
         f = torch.index_select(self.exp, 0, level.view(-1)).view(level.shape)
         size = f.shape[1]
         f.mul_(torch.from_numpy((TOTAL - size) / f.sum(-1, keepdim=True).numpy())).floor_()
         excess = f.numpy()
-        excess[np.arange(len(excess)), best] += TOTAL - size - f.sum(-1).numpy()
+        excess[row, best] += TOTAL - size - f.sum(-1).numpy()
         return excess
 
 
@@ -498,8 +499,8 @@ class ExactNetwork:
     def frequencies(self, hidden: np.ndarray) -> np.ndarray:
         """Last hidden states [n, W] -> how probable each token is next: float64 integers >= 1 [n, V], sum 2^24."""
         rows = self.output.rows
-        parts = [self.output.excess(hidden[at : at + rows]) for at in range(0, len(hidden), rows)]
-        return np.concatenate(parts) + 1
+        parts = [torch.from_numpy(self.output.excess(hidden[at : at + rows])) for at in range(0, len(hidden), rows)]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).add_(1).numpy()
 
     def intervals(self, hidden: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Last hidden states [n, W] and the tokens [n] that come next -> the tokens' starts and frequencies, int64 [n].
@@ -554,10 +555,13 @@ class Cache:
         """
         half = self.half
         layers, rows, heads, _, width = self.keys.shape
+        together = max(1, CHUNK // (half * heads * width))
         for layer in range(layers):
-            turned = network.rotate(self.unturned[layer].reshape(-1, heads * width), 0, half)
-            turned = turned.reshape(rows, half, heads, width).swapaxes(1, 2)
-            self.keys[layer, :, :, 1:half] = turned[:, :, 1:]
+            for row in range(0, rows, together):
+                part = slice(row, row + together)
+                turned = network.rotate(self.unturned[layer, part].reshape(-1, heads * width), 0, half)
+                turned = turned.reshape(-1, half, heads, width).swapaxes(1, 2)
+                self.keys[layer, part, :, 1:half] = turned[:, :, 1:]
         self.values[:, :, :, 1:half] = self.values[:, :, :, half + 1 : 2 * half]
         self.ids[:, :half] = self.ids[:, half : 2 * half]
         self.kept = half
