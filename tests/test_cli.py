@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from commands import torchrun
 
 import mezzotint
 from mezzotint.cli import arguments, console, main, packing, training
@@ -409,9 +410,7 @@ def test_an_error_of_another_process_than_the_first_is_said(trained, tmp_path):
 def under_torchrun(folder: Path, call: str) -> str:
     """Standard error of two processes that fail."""
     (folder / "run.py").write_text(f"import os, sys\nfrom mezzotint.cli.main import main\nsys.exit({call})\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", folder / "run.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=240)
+    done = torchrun(folder / "run.py")
     assert done.returncode == 1 and done.stdout == ""
     return done.stderr
 

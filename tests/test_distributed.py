@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from commands import mezzotint, run_command, run_together
+from commands import mezzotint, run_command, run_together, torchrun
 from corpus import metrics, prepared_words
 
 from mezzotint.config import ModelConfig, TrainConfig
@@ -36,9 +33,7 @@ def data(tmp_path_factory) -> Path:
 
 def under_torchrun(*words: str | Path) -> str:
     """Standard output of a command on two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mezzotint"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True, env=environment, timeout=240)
+    done = torchrun("-m", "mezzotint", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -3,14 +3,12 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import torchrun
 from toy import (
     TableModel,
     ToyTokenizer,
@@ -571,11 +569,7 @@ class TestJournal:
             "    out = [s(model, windows, journal=here / n).bpb for s, n in ((nelbo, 'n'), (chain_rule, 'c'))]\n"
             "    (here / f'out{rank}').write_text(json.dumps([*out, model.rows]))\n"
         )
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        done = subprocess.run(
-            [*launch, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=120
-        )
+        done = torchrun(script, tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         model = TableModel(4, 3)
         windows = toy_windows(model, 101)

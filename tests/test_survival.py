@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import Done, torchrun
 from corpus import metrics, prepared_words
 
 from mezzotint.data.dataset import Dataset
@@ -98,19 +99,17 @@ except MezzotintError as error:
 """
 
 
-def torchrun(data: Path, out: Path, mode: str, *options: str) -> subprocess.CompletedProcess[str]:
+def two_trainings(data: Path, out: Path, mode: str, *options: str) -> Done:
     script = out.parent / "run.py"
     script.write_text(SCRIPT)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-    words += [str(script), str(data), str(out), mode, str(Dataset.open(data).tokenizer.vocab_size)]
-    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
+    return torchrun(*options, script, data, out, mode, str(Dataset.open(data).tokenizer.vocab_size))
 
 
 def test_one_of_two_workers_killed(data, tmp_path):
     """torchrun starts both anew and the run goes on from its last checkpoint."""
-    undisturbed = torchrun(data, tmp_path / "whole", "calm")
+    undisturbed = two_trainings(data, tmp_path / "whole", "calm")
     assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
-    disturbed = torchrun(data, tmp_path / "run", "kill", "--max-restarts=1")
+    disturbed = two_trainings(data, tmp_path / "run", "kill", "--max-restarts=1")
     assert disturbed.returncode == 0, disturbed.stderr
     rows = [metrics(tmp_path / name) for name in ("whole", "run")]
     assert [row["step"] for row in rows[1]] == list(range(1, 13))
@@ -121,7 +120,7 @@ def test_one_of_two_workers_killed(data, tmp_path):
 
 @pytest.mark.parametrize("mode, words", [("config", "matrix_lr 0.5, not 0.02"), ("model", "layers 2, not 1")])
 def test_processes_that_disagree_say_on_what(data, tmp_path, mode, words):
-    done = torchrun(data, tmp_path / "run", mode)
+    done = two_trainings(data, tmp_path / "run", mode)
     assert done.returncode != 0
     assert "process 1 has another" in done.stderr and words in done.stderr
     assert not (tmp_path / "run").exists()
