@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py DATA [DATA ...] --out DIR --text val=val.parquet --text unseen=unseen.parquet
                                  [--minutes 5] [--threads 2] [--seeds 0 1] [--recipes NAME ...] [--preset small]
-                                 [--search-minutes 1] [--bytes 40000]
+                                 [--search-minutes 1] [--bytes 40000] [--chain NAME ...]
 
 reference  the challenge entry's loss, optimizer settings and architecture details
 mdlm       plain masked diffusion: the NELBO on masked windows, a plain transformer
@@ -104,7 +104,9 @@ def run_and_score(
     """Train for `minutes` on the threads asked for, and score every text: what `train` returns, metrics of each text."""
     timed = recipe(chosen, {}, {"minutes": minutes, "steps": 0, "compile": not options.eager})
     result, model = trained(data, run, timed)
-    return result, {name: scores(model, windows, metrics=metrics, repeats=4) for name, windows in texts.items()}
+    unchained = [metric for metric in metrics if metric != "chain"]
+    asked = {name: metrics if options.chain is None or name in options.chain else unchained for name in texts}
+    return result, {name: scores(model, texts[name], metrics=asked[name], repeats=4) for name in texts}
 
 
 def search(
@@ -162,6 +164,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--text", type=_named, action="append", required=True, metavar="NAME=FILE", help="what is scored"
     )
+    parser.add_argument("--chain", nargs="*", metavar="NAME", help="texts scored by the chain, too [all]")
     parser.add_argument("--minutes", type=float, default=5.0, help="wall-clock of each training [5]")
     parser.add_argument("--search-minutes", type=float, default=1.0, help="of each trial of a rival's settings [1]")
     parser.add_argument("--threads", type=int, default=2, help="threads that trainings run on [2]")

@@ -295,9 +295,10 @@ def test_rivals_are_searched_and_all_columns_stand_on_the_same_text(trained, tmp
         "".join(json.dumps({"text": f"the old plate {i} was dark"}) + "\n" for i in range(40))
     )
     quality = script("quality")
-    words = [str(trained.data), "--out", str(tmp_path / "out"), "--text", f"val={tmp_path / 'held.jsonl'}", "--minutes",
-             "0.002", "--search-minutes", "0.0005", "--threads", "1", "--seeds", "0", "--recipes", "ar", "mezzotint",
-             "--preset", "tiny", "--bytes", "300", "--eager"]  # fmt: skip
+    words = [str(trained.data), "--out", str(tmp_path / "out"), "--text", f"val={tmp_path / 'held.jsonl'}", "--text",
+             f"other={tmp_path / 'held.jsonl'}", "--chain", "val", "--minutes", "0.002", "--search-minutes", "0.0005",
+             "--threads", "1", "--seeds", "0", "--recipes", "ar", "mezzotint", "--preset", "tiny", "--bytes", "300",
+             "--eager"]  # fmt: skip
     quality.main(words)
     trials = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]
     assert [t["recipe"] for t in trials] == ["ar"] * 5 and {t["batch"] for t in trials[:3]} == {8, 16, 32}
@@ -306,6 +307,7 @@ def test_rivals_are_searched_and_all_columns_stand_on_the_same_text(trained, tmp
     assert [r["recipe"] for r in rows] == ["ar", "mezzotint"]
     assert rows[0]["batch"] == best["batch"] and rows[0]["matrix_lr"] == pytest.approx(0.02 * best["scale"])
     assert set(rows[0]["scores"]["val"]) == {"causal"} and set(rows[1]["scores"]["val"]) == {"nelbo", "chain", "causal"}
+    assert set(rows[1]["scores"]["other"]) == {"nelbo", "causal"}
     sizes = {figure["bytes"] for row in rows for figure in row["scores"]["val"].values()}
     assert len(sizes) == 1 and 300 <= sizes.pop() < 330  # whole documents, the same in all rows and columns
     capsys.readouterr()
