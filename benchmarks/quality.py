@@ -174,6 +174,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--bytes", type=int, default=40_000, help="bytes of each text, at least [40000]")
     parser.add_argument("--eager", action="store_true", help="train without torch.compile")
     options = parser.parse_args(words)
+    if unknown := set(options.chain or ()) - {name for name, _ in options.text}:
+        parser.error(f"--chain names no --text: {', '.join(sorted(unknown))}")
     torch.set_num_threads(options.threads)
     trials, book = Book(options.out / "search.jsonl"), Book(options.out / "rows.jsonl")
     shown = []

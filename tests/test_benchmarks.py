@@ -314,6 +314,9 @@ def test_rivals_are_searched_and_all_columns_stand_on_the_same_text(trained, tmp
     quality.main(words)  # nothing is made again
     assert (tmp_path / "out" / "rows.jsonl").read_text().count("\n") == 2
     assert capsys.readouterr().out.count("\n| ") == 4  # title, rule, two rows
+    with pytest.raises(SystemExit):
+        quality.main([*words, "--chain", "nothing"])
+    assert "--chain names no --text: nothing" in capsys.readouterr().err
 
 
 # --- the others, run small -----------------------------------------------------------------------------------------------

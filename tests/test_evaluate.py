@@ -569,7 +569,7 @@ class TestJournal:
             "    out = [s(model, windows, journal=here / n).bpb for s, n in ((nelbo, 'n'), (chain_rule, 'c'))]\n"
             "    (here / f'out{rank}').write_text(json.dumps([*out, model.rows]))\n"
         )
-        done = torchrun(script, tmp_path)
+        done = torchrun(script, tmp_path, seconds=120)
         assert done.returncode == 0, done.stderr[-2000:]
         model = TableModel(4, 3)
         windows = toy_windows(model, 101)

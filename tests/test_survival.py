@@ -14,7 +14,7 @@ from corpus import metrics, prepared_words
 
 from mezzotint.data.dataset import Dataset
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -96,8 +96,8 @@ def run_together(processes: int, function: Callable[..., Any], *arguments: Any) 
     return done[0]
 
 
-def torchrun(*words: str | Path) -> Done:
-    """`torchrun WORDS` with two processes, on one thread each."""
+def torchrun(*words: str | Path, seconds: int = 240) -> Done:
+    """`torchrun WORDS` with two processes, on one thread each; at most so many seconds."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=SECONDS)
+    return subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=seconds)
