@@ -335,16 +335,16 @@ def test_shifted_output_reads_one_mask_more():
     assert not torch.allclose(network(ids), plain(ids))
 
 
-@pytest.mark.parametrize("size", [None, 1, 3])
-def test_attention_by_products_is_attention(size, monkeypatch):
+@pytest.mark.parametrize(("size", "length"), [(None, 10), (3, 10), (1, 10), (1, 11), (1, 1)])
+def test_attention_by_products_is_attention(size, length, monkeypatch):
     """What compiled training on a CPU uses, written-out gradients too, against PyTorch's kernel in float64."""
-    place = torch.arange(10)
+    place = torch.arange(length)
     mask = None if size is None else additive_mask(block_mask(place, place, size)).double()
     found = []
     for compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
         torch.manual_seed(0)
-        q, k, v = (torch.randn(2, h, 10, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+        q, k, v = (torch.randn(2, h, length, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
         out = attend(q, k, v, mask, causal=size == 1)
         out.backward(torch.randn(out.shape, dtype=torch.float64))
         found.append((out.detach(), q.grad, k.grad, v.grad))
