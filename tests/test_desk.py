@@ -25,6 +25,7 @@ from test_serve import Slow, ask, events, post, running
 from mezzotint.apps import desk as desks
 from mezzotint.apps import serve
 from mezzotint.apps.desk import SERVING, WAITING, Cancelled, Desk, Refused, Turn, Turns, shared
+from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.generate import sample
 from mezzotint.sampling.infill import infill
 
@@ -130,7 +131,7 @@ def test_too_much_of_the_models_time_is_refused():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_shared_model_is_the_same_model_and_every_pass_is_told_of(causal):
+def test_a_shared_model_is_the_same_model_and_every_pass_is_told_of(causal, monkeypatch):
     model = dataclasses.replace(random_model(), info={})
     model.info["train"] = {"causal_share": 0.5 if causal else 0.0}
     told: list[int] = []
@@ -147,6 +148,16 @@ def test_a_shared_model_is_the_same_model_and_every_pass_is_told_of(causal):
         assert torch.equal(
             lent.block_logits(ids, ids, 4, positions=where), model.block_logits(ids, ids, 4, positions=where)
         )
+
+    read: list[int] = []
+    layers = model.network._layers
+    monkeypatch.setattr(
+        model.network, "_layers", lambda x, *more, **named: read.append(x.shape[1]) or layers(x, *more, **named)
+    )
+    for one in (model, lent):  # keys and values are kept for either
+        del read[:]
+        denoise(one, torch.full((1, 12), model.config.mask_id), sampler="blocks", attention="causal")
+        assert read == [1] * 12
 
     def stop() -> None:
         raise Cancelled

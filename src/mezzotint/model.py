@@ -331,6 +331,11 @@ class Cache:
         return net.block_outputs(hidden, size, n)
 
 
+def cacheable(network: Any) -> bool:
+    """Whether a `Cache` can be made for a network: a `Denoiser`, or what stands in for one; none of another library."""
+    return hasattr(network, "_layers")
+
+
 class Surroundings:
     """A denoiser under full attention on rows that differ from given ones in one stretch only: the rest is read once.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mezzotint import seeding
 from mezzotint.config import SamplingConfig, SamplingOptions, parse_attention
 from mezzotint.errors import MezzotintError
-from mezzotint.model import TOKENS_PER_FORWARD, Cache, Denoiser, Model, shift_right
+from mezzotint.model import TOKENS_PER_FORWARD, Cache, Model, cacheable, shift_right
 from mezzotint.sampling.samplers import SAMPLERS, Canvas
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class _Network:
         self.model, self.block_size, self.length = model, block_size, length
         self.size = block_size or length
         self.causal = block_size == 1
-        kept = keep and self.size < length and isinstance(model.network, Denoiser)  # foreign networks keep nothing
+        kept = keep and self.size < length and cacheable(model.network)
         self.cache = Cache(model.network, rows, length) if kept else None
 
     def logits(self, ids: Tensor, positions: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from mezzotint.config import OPTIONS, REVEAL_OPTIONS, Rule, SamplingConfig, Samp
 from mezzotint.data.texts import check_text
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ConfigError
-from mezzotint.model import Denoiser, Model
+from mezzotint.model import Model, cacheable
 from mezzotint.sampling import speculate as speculation
 from mezzotint.sampling.denoise import Denoised, OnStep, denoise
 
@@ -172,7 +172,7 @@ def sample_by_speculation(
     """
     started = time.perf_counter()
     config = SamplingConfig(**{"temperature": NEXT_TOKEN_TEMPERATURE, **settings})
-    if not model.trained_causally or not isinstance(model.network, Denoiser):
+    if not model.trained_causally or not cacheable(model.network):
         raise ConfigError("speculate needs a model of this package that learnt next tokens too (causal_share above 0)")
     if wrong := (REVEAL_OPTIONS | {"no_repeat"}) & settings.keys():
         raise ConfigError(f"speculate draws next tokens: {', '.join(sorted(wrong))} cannot be given with it")
