@@ -43,6 +43,10 @@ class MaskedLoss(nn.Module):
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
             # Settings are constants; else they become inputs, tensors on the CPU among them.
             torch._dynamo.config.specialize_float = True
+            # What dropout draws comes from PyTorch's own kernel, which on a CPU is the faster one.
+            from torch._inductor import config as inductor
+
+            inductor.fallback_random = network.embedding.weight.device.type == "cpu"
         # On a GPU layers are compiled one by one, once for all: the whole network at once takes minutes.
         by_layers = network.embedding.weight.device.type == "cuda"
         network.compile_blocks(compiled and by_layers)
