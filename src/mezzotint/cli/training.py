@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mezzotint.data.tokenizer import Tokenizer
     from mezzotint.model import Model
 
-DEFAULT_PRESET = "small"
+DEFAULT_PRESET, AUTO = "small", "auto"
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,8 +98,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "RUN", "run folder to write", named)
     parser.add_argument(
         "--preset",
-        choices=sorted(PRESETS),
-        help=f"settings to start from [{DEFAULT_PRESET}; with --resume the run's own]",
+        choices=[AUTO, *sorted(PRESETS)],
+        help=f"settings to start from; {AUTO}: of {DEFAULT_PRESET}, in the size and with the dropout that suit the run's length "
+        f"and the text's [{DEFAULT_PRESET}; with --resume the run's own]",
     )
     parser.add_argument(
         "--init",
@@ -139,7 +140,11 @@ def run_train(arguments: argparse.Namespace, display: Display) -> None:
                 "--init says where a new run starts and what shape it has: leave out --resume and --preset"
             )
         init = load_model(arguments.init)
-    model, config = train_configs(arguments, Dataset.open(arguments.data).tokenizer, init)
+    dataset = Dataset.open(arguments.data)
+    model, config = train_configs(arguments, dataset.tokenizer, init, len(dataset.split("train")))
+    if first() and arguments.preset == AUTO:
+        size = f"{model.layers} layers x {model.width}, {config.batch} windows a step, dropout {config.dropout:g}"
+        display.say(f"preset {AUTO}: {size}")
     if first() and display.console.is_terminal:
         display.say(f"setting up {model.layers} layers x {model.width}")
     result = train(
@@ -230,9 +235,12 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_configs(
-    arguments: argparse.Namespace, tokenizer: Tokenizer, init: Model | None = None
+    arguments: argparse.Namespace, tokenizer: Tokenizer, init: Model | None = None, text_tokens: int = 0
 ) -> tuple[ModelConfig, TrainConfig]:
-    """The preset's settings, or with `--resume` the run's own, or those for fine-tuning, changed by the options given."""
+    """The preset's settings, or with `--resume` the run's own, or those for fine-tuning, changed by the options given.
+
+    text_tokens: of the training text, by which the preset `auto` chooses; 0: unknown.
+    """
     train_changes = settings(arguments, TrainConfig) | _changes(arguments)
     if "minutes" in train_changes:
         train_changes.setdefault("steps", 0)  # steps would have the last word
@@ -245,14 +253,27 @@ def train_configs(
         check_same_tokenizer(*same, arguments.out, arguments.data)
         model, train = run_config["model"], run_config["train"]
         if arguments.preset is not None:
-            model, train = preset(arguments.preset).model, preset(arguments.preset).train
-            model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+            model, train = _preset(arguments.preset, tokenizer, train_changes, text_tokens)
     elif init is not None:
         model, train = init.config, fine_tuning(init.info.get("train"))
     else:
-        chosen = preset(arguments.preset or DEFAULT_PRESET)
-        model, train = dataclasses.replace(chosen.model, vocab_size=tokenizer.vocab_size), chosen.train
+        model, train = _preset(arguments.preset or DEFAULT_PRESET, tokenizer, train_changes, text_tokens)
     return (dataclasses.replace(model, **settings(arguments, ModelConfig)), dataclasses.replace(train, **train_changes))
+
+
+def _preset(
+    name: str, tokenizer: Tokenizer, changes: dict[str, Any], text_tokens: int
+) -> tuple[ModelConfig, TrainConfig]:
+    """A preset's settings for a tokenizer; `auto`'s for the run's length, which is among the changes, and the text's."""
+    if name == AUTO:
+        from mezzotint.distributed import choose_device
+        from mezzotint.training.automatic import automatic
+
+        asked = dataclasses.replace(TrainConfig(), **changes)
+        chosen = automatic(text_tokens, tokenizer.vocab_size, asked, choose_device(asked.device).type)
+    else:
+        chosen = preset(name)
+    return dataclasses.replace(chosen.model, vocab_size=tokenizer.vocab_size), chosen.train
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

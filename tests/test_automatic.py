@@ -1,0 +1,71 @@
+"""What `--preset auto` chooses: larger for longer runs, dropout for text that is read often."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+
+from mezzotint.cli.main import main
+from mezzotint.config import TrainConfig, preset
+from mezzotint.model import Denoiser, count_parameters
+from mezzotint.training.automatic import DROPOUT, READ_OFTEN, SHAPES, automatic
+from mezzotint.training.checkpoint import read_run
+
+
+def run(minutes: float = 5.0, steps: int = 0) -> TrainConfig:
+    return TrainConfig(minutes=minutes, steps=steps)
+
+
+def test_five_minutes_of_a_processor_are_small():
+    found = automatic(10**8, 4096, run())
+    assert found.model == dataclasses.replace(preset("small").model, vocab_size=4096)
+    assert found.train == preset("small").train
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_longer_runs_are_never_narrower_and_come_to_every_shape(device):
+    lengths = [2.0**n for n in range(-10, 16)]
+    widths = [automatic(10**9, 4096, run(minutes), device).model.width for minutes in lengths]
+    assert widths == sorted(widths) and set(widths) == {shape.width for shape in SHAPES}
+
+
+def test_a_quicker_device_and_a_smaller_vocabulary_go_further_in_the_same_time():
+    assert automatic(0, 4096, run(), "cuda").model.width > automatic(0, 4096, run(), "cpu").model.width
+    wide = [automatic(0, pieces, run(30.0)).model.width for pieces in (16_384, 1024)]
+    assert wide == sorted(wide)
+
+
+@pytest.mark.parametrize(("shorter", "longer"), itertools.pairwise(SHAPES))
+def test_by_steps_a_shape_is_taken_from_its_tokens_on(shorter, longer):
+    steps = -(-longer.least_tokens // (longer.batch * preset("small").model.sequence_length))
+    assert automatic(0, 4096, run(steps=int(steps))).model.width == longer.width
+    assert automatic(0, 4096, run(steps=int(steps) - 1)).model.width == shorter.width
+
+
+def test_dropout_is_for_text_that_is_read_often():
+    tokens = 1000 * SHAPES[0].batch * preset("small").model.sequence_length
+    assert automatic(int(tokens / READ_OFTEN), 4096, run(steps=1000)).train.dropout == DROPOUT
+    assert automatic(int(tokens / READ_OFTEN) + 1, 4096, run(steps=1000)).train.dropout == 0
+    assert automatic(0, 4096, run(steps=1000)).train.dropout == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_are_those_of_the_network(shape):
+    model = shape.suited(preset("small"), 4096).model
+    assert shape.parameters(4096) == pytest.approx(count_parameters(Denoiser(model)), rel=0.01)
+
+
+def test_the_command_says_what_it_chose_and_options_have_the_last_word(trained, tmp_path, capsys):
+    words = ["train", str(trained.data), "--preset", "auto", "--no-compile", "--steps", "2", "--width", "32"]
+    words += ["--sequence-length", "16", "--out"]
+    assert main([*words, str(tmp_path / "a"), "--batch", "2", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["steps"] == 2
+    assert "preset auto: 4 layers x 32, 2 windows a step, dropout 0" in shown.err
+    made = read_run(tmp_path / "a")
+    assert made["model"].width == 32 and made["train"].batch == 2
+    assert main([*words, str(tmp_path / "b"), "--init", str(trained.artifact)]) == 2
+    assert "--init" in capsys.readouterr().err
