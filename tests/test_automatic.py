@@ -64,7 +64,7 @@ def test_the_command_says_what_it_chose_and_options_have_the_last_word(trained, 
     assert main([*words, str(tmp_path / "a"), "--batch", "2", "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["steps"] == 2
-    assert "preset auto: 4 layers x 32, 2 windows a step, dropout 0" in shown.err
+    assert "preset auto: 3 layers x 32, 2 windows a step, dropout 0" in shown.err
     made = read_run(tmp_path / "a")
     assert made["model"].width == 32 and made["train"].batch == 2
     assert main([*words, str(tmp_path / "b"), "--init", str(trained.artifact)]) == 2

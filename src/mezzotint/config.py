@@ -307,8 +307,8 @@ class Preset:
 
 
 SMALL = Preset(
-    ModelConfig(layers=4, width=128, heads=2, kv_heads=2, neighbour_reach=1, shifted_output=True, value_embedding_width=64,
-                value_embedding_layers=4, exclusive_attention=True),
+    ModelConfig(layers=3, width=128, heads=2, kv_heads=2, neighbour_reach=1, shifted_output=True, value_embedding_width=64,
+                value_embedding_layers=3, exclusive_attention=True),
     TrainConfig(weighting="reference", causal_share=0.5, short_share=0.5, narrow_share=0.8, neuron_decay=0.95, warmdown=0.7,
                 lr_floor=0.1),
 )  # fmt: skip

@@ -39,7 +39,7 @@ class Shape:
 
 
 SHAPES = (
-    Shape(4, 128, 0, 16),
+    Shape(3, 128, 0, 16),
     Shape(5, 192, 12e6, 16),
     Shape(6, 256, 60e6, 64),
     Shape(6, 384, 150e6, 64),
