@@ -1,7 +1,7 @@
 """Little text, read many times: masked diffusion, its mix with next tokens, and autoregression, each regularised as suits it.
 
     python benchmarks/repeated.py BOOKS --out DIR --author Thackeray --apart Thackeray_Esmond_1852
-                                  [--sizes 250000 1000000 4000000] [--minutes 2 8 30 | --steps 500 2000 7500]
+                                  [--sizes 250000 1000000 4000000] [--minutes 2 8 30 | --tokens 1000000 4000000]
                                   [--grid 0:0.04 0.1:0.04 0.1:0.4] [--objectives mixed masked ar] [--seeds 0 1]
                                   [--preset small] [--batch 16] [--device auto]
 
@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,12 @@ from mezzotint.config import Preset, preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.prepare import prepare
 from mezzotint.files import atomic_write
+from mezzotint.model import Model
 
 SHARES = {"mixed": None, "masked": 0.0, "ar": 1.0}
 """`causal_share` of each objective; None: the preset's."""
+AR_BATCH = 0.5
+"""Windows a step of `ar` as a share of the preset's: what its search chose."""
 REPORTED = 40_000
 """Bytes of each text that chooses or is reported."""
 
@@ -86,56 +91,78 @@ def corpus(out: Path, own: list[str], other: list[str], size: int, reported: int
 
 
 def chosen_recipe(options: argparse.Namespace, objective: str, vocab_size: int, length: float) -> Preset:
-    """The preset with an objective and a length, in minutes or steps."""
+    """The preset with an objective and a length, in minutes or tokens."""
     base, share = preset(options.preset), SHARES[objective]
-    train: dict[str, Any] = {"minutes": length} if options.steps is None else {"steps": int(length)}
-    train |= {"device": options.device, "compile": not options.eager}
+    batch = options.batch or max(1, int(base.train.batch * (AR_BATCH if objective == "ar" else 1)))
+    train: dict[str, Any] = {"batch": batch, "device": options.device, "compile": not options.eager}
+    if options.tokens is None:
+        train["minutes"] = length
+    else:
+        train["steps"] = max(1, round(length / batch / base.model.sequence_length))
     if share is not None:
         train["causal_share"] = share
-    if options.batch:
-        train["batch"] = options.batch
     if options.device == "cuda":
         train["short_share"] = 0.0  # another length of windows is another graph to compile
     return recipe(base, {"vocab_size": vocab_size}, train)
 
 
-def variant(
-    options: argparse.Namespace,
-    data: Path,
-    prepared: dict[str, Path],
-    book: Book,
-    point: tuple[float, float],
-    seed: int,
-    **key: Any,
-) -> dict[str, Any]:
-    """The row of one training, made where `book` lacks it. point: dropout and weight decay. key: size, length, objective."""
-    base = chosen_recipe(options, key["objective"], Dataset.open(data).tokenizer.vocab_size, key["length"])
-    train = dataclasses.replace(base.train, dropout=point[0], weight_decay=point[1], seed=seed)
-    name = "_".join(f"{value}" for value in (*key.values(), *point, seed))
-    key |= {"dropout": point[0], "decay": point[1], "seed": seed, "batch": train.batch}
-    return book.get(lambda: run(options, data, prepared, Preset(base.model, train), name), **key)
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training: of what, for how long (minutes or tokens), how regularised."""
+
+    size: int
+    length: float
+    objective: str
+    dropout: float
+    decay: float
+    seed: int
 
 
-def run(
-    options: argparse.Namespace, data: Path, prepared: dict[str, Path], chosen: Preset, name: str
-) -> dict[str, Any]:
-    """Train one variant and score its best weights: how long it was, epochs, figures of each text."""
-    result, model = trained(data, options.out / "runs" / name, chosen)
-    if options.device != "auto":
-        model.network.to(options.device)
-    account, found = json.loads((data / "data.json").read_text()), {}
-    for text, folder in {"val": data, **prepared}.items():
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The trainings of one text. data: prepared. reported: the prepared texts to report. grid: what was tried."""
+
+    options: argparse.Namespace
+    data: Path
+    reported: dict[str, Path]
+    grid: Book
+
+    def train(self, trial: Trial) -> tuple[dict[str, Any], Model]:
+        """What training said, and the model with the weights of its best validation."""
+        base = chosen_recipe(self.options, trial.objective, Dataset.open(self.data).tokenizer.vocab_size, trial.length)
+        settings = dataclasses.replace(base.train, dropout=trial.dropout, weight_decay=trial.decay, seed=trial.seed)
+        name = "_".join(f"{value}" for value in dataclasses.astuple(trial))
+        result, model = trained(self.data, self.options.out / "runs" / name, Preset(base.model, settings))
+        if self.options.device != "auto":
+            model.network.to(self.options.device)
+        return result, model
+
+    def choose(self, trials: list[Trial]) -> Trial:
+        """The trial with the best mean of its figures on the validation text, all of it; without the chain."""
+        found = []
+        for trial in trials:
+            row = self.grid.find(**dataclasses.asdict(trial)) or self.grid.add(
+                {**dataclasses.asdict(trial), "val": self.scores(self.train(trial)[1], self.data, ("nelbo", "causal"))}
+            )
+            found.append(statistics.mean(estimate["bpb"] for estimate in row["val"].values()))
+        return trials[found.index(min(found))]
+
+    def row(self, rows: Book, trial: Trial) -> dict[str, Any]:
+        """What is reported of a trial: how long it was, epochs, figures of each text. Made once."""
+        key = dataclasses.asdict(trial)
+        kept = rows.find(**key)
+        if kept is not None:
+            return kept
+        result, model = self.train(trial)
+        found = {name: self.scores(model, folder) for name, folder in self.reported.items()}
+        figures = {key: result[key] for key in ("steps", "tokens", "parameters", "seconds")}
+        figures["epochs"] = result["tokens"] / len(Dataset.open(self.data).split("train"))
+        best_step = (result.get("best") or {}).get("step")
+        return rows.add({**key, **figures, "best_step": best_step, "scores": found})
+
+    def scores(self, model: Model, folder: Path, metrics: Sequence[str] = METRICS) -> dict[str, Any]:
         windows = Dataset.open(folder).split("val").windows(model.config.sequence_length)
-        found[text] = scores(model, windows, metrics=METRICS, chain_tokens=options.chain_tokens, repeats=4)
-    figures = {key: result[key] for key in ("steps", "tokens", "parameters", "seconds")}
-    figures["epochs"] = result["tokens"] / account["train"]["tokens"]
-    return {**figures, "best_step": (result.get("best") or {}).get("step"), "scores": found}
-
-
-def judged(row: dict[str, Any]) -> float:
-    """What a variant is chosen by: NELBO on the validation text, or causal where there is none."""
-    val = row["scores"]["val"]
-    return (val.get("nelbo") or val["causal"])["bpb"]
+        return scores(model, windows, metrics=metrics, chain_tokens=self.options.chain_tokens, repeats=4)
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
@@ -167,35 +194,31 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[250_000, 1_000_000, 4_000_000], metavar="BYTES")
     lengths = parser.add_mutually_exclusive_group()
     lengths.add_argument("--minutes", type=float, nargs="+", default=[2.0, 8.0, 30.0], help="[2 8 30]")
-    lengths.add_argument("--steps", type=int, nargs="+", help="lengths in steps instead")
+    lengths.add_argument("--tokens", type=int, nargs="+", help="lengths in tokens instead")
     parser.add_argument(
         "--grid", type=_pair, nargs="+", default=[(0.0, 0.04), (0.1, 0.04), (0.1, 0.4)], metavar="DROPOUT:DECAY"
     )
     parser.add_argument("--objectives", nargs="+", choices=tuple(SHARES), default=list(SHARES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="[0 1]")
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--batch", type=int, default=0, help="windows a step [the preset's]")
+    parser.add_argument("--batch", type=int, default=0, help="windows a step of all objectives [the preset's, ar half]")
     parser.add_argument("--device", default="auto", help="to train and score on [train: auto, score: the CPU]")
     parser.add_argument("--chain-tokens", type=int, default=4_096, help="tokens scored by the chain rule [4096]")
     parser.add_argument("--bytes", type=int, default=REPORTED, help=f"of each text that is scored [{REPORTED}]")
     parser.add_argument("--eager", action="store_true", help="train without torch.compile")
     options = parser.parse_args(words)
     own, other = passages(options.books, options.author, options.apart)
-    book, shown = Book(options.out / "rows.jsonl"), []
+    rows, grid, shown = Book(options.out / "rows.jsonl"), Book(options.out / "grid.jsonl"), []
     for size in options.sizes:
         data, prepared = corpus(options.out, own, other, size, options.bytes)
-        for length in options.steps or options.minutes:
-            for objective in options.objectives:
-                key = {"size": size, "length": length, "objective": objective}
-                first = [
-                    variant(options, data, prepared, book, point, options.seeds[0], **key) for point in options.grid
-                ]
-                best = min(first, key=judged)
-                point = best["dropout"], best["decay"]
-                others = [variant(options, data, prepared, book, point, s, **key) for s in options.seeds[1:]]
-                shown += [best, *others]
-                print(report(shown).splitlines()[-1], flush=True)
-    print(f"\nLengths in {'steps' if options.steps else 'minutes'}. NELBO: upper bound. Chain and causal: exact.\n")
+        study = Study(options, data, prepared, grid)
+        for length, objective in itertools.product(options.tokens or options.minutes, options.objectives):
+            first = options.seeds[0]
+            best = study.choose([Trial(size, length, objective, drop, decay, first) for drop, decay in options.grid])
+            for seed in options.seeds:
+                shown.append(study.row(rows, dataclasses.replace(best, seed=seed)))
+                print(report(shown[-1:]).splitlines()[-1], flush=True)
+    print(f"\nLengths in {'tokens' if options.tokens else 'minutes'}. NELBO: upper bound. Chain and causal: exact.\n")
     print(report(shown))
 
 
