@@ -3,7 +3,7 @@
     python benchmarks/repeated.py BOOKS --out DIR --author Thackeray --apart Thackeray_Esmond_1852
                                   [--sizes 250000 1000000 4000000] [--minutes 2 8 30 | --tokens 1000000 4000000]
                                   [--grid 0:0.04 0.1:0.04 0.1:0.4] [--objectives mixed masked ar] [--seeds 0 1]
-                                  [--preset small] [--batch 16] [--device auto]
+                                  [--preset small] [--change width=128,heads=2] [--batch 16] [--device auto]
 
 BOOKS is a Parquet file with columns `text` and `source`. Of the passages whose source begins with `--author`, so many bytes
 are trained on, others choose (`val`) and others are reported (`passages`), all drawn without looking; `--apart`, another book of
@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from changes import changed
 from common import METRICS, Book, figure, new_parser, recipe, scores, table, trained
 
 from mezzotint.config import Preset, preset
@@ -92,7 +93,7 @@ def corpus(out: Path, own: list[str], other: list[str], size: int, reported: int
 
 def chosen_recipe(options: argparse.Namespace, objective: str, vocab_size: int, length: float) -> Preset:
     """The preset with an objective and a length, in minutes or tokens."""
-    base, share = preset(options.preset), SHARES[objective]
+    base, share = changed(preset(options.preset), options.change), SHARES[objective]
     batch = options.batch or max(1, int(base.train.batch * (AR_BATCH if objective == "ar" else 1)))
     train: dict[str, Any] = {"batch": batch, "device": options.device, "compile": not options.eager}
     if options.tokens is None:
@@ -201,6 +202,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--objectives", nargs="+", choices=tuple(SHARES), default=list(SHARES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="[0 1]")
     parser.add_argument("--preset", default="small")
+    parser.add_argument("--change", default="", metavar="SETTING=VALUE,...", help="of the preset, for a DIR of its own")
     parser.add_argument("--batch", type=int, default=0, help="windows a step of all objectives [the preset's, ar half]")
     parser.add_argument("--device", default="auto", help="to train and score on [train: auto, score: the CPU]")
     parser.add_argument("--chain-tokens", type=int, default=4_096, help="tokens scored by the chain rule [4096]")
