@@ -5,17 +5,19 @@
                                   [--grid 0:0.04 0.1:0.04 0.1:0.4] [--objectives mixed masked ar] [--seeds 0 1]
                                   [--preset small] [--change width=128,heads=2] [--batch 16] [--device auto]
 
-BOOKS is a Parquet file with columns `text` and `source`. Of the passages whose source begins with `--author`, so many bytes
-are trained on, others choose (`val`) and others are reported (`passages`), all drawn without looking; `--apart`, another book of
-the same author, is reported as well (`book`). Every objective is trained with each DROPOUT:DECAY of the grid on the first seed; the one with
-the best validation is trained with the other seeds. Weights are those of the best validation of a run, for all alike.
+BOOKS is a Parquet file with columns `text` and `source`. Of the passages whose source begins with `--author`, so many
+bytes are trained on, others choose (`val`) and others are reported (`passages`), all drawn without looking; `--apart`,
+another book of the same author, is reported as well (`book`). Every objective is trained with each DROPOUT:DECAY of the
+grid on the first seed; the one with the best figure on `val` is trained with the other seeds, and only these are
+reported. Weights are those of the best validation of a run, for all alike.
 
 mixed   half of the loss on masked tokens, half on next tokens, as the preset
 masked  masked tokens only
-ar      next tokens only
+ar      next tokens only, in steps of half as many windows, its best of a search (docs/results.md)
 
-NELBO is an upper bound, chain and causal are exact, in bits per byte. Minutes are wall-clock, so nothing else may run beside;
-steps are the same anywhere. Finished rows are kept in DIR/rows.jsonl.
+NELBO is an upper bound, chain and causal are exact, in bits per byte. Minutes are wall-clock, so nothing else may run
+beside; tokens are the same anywhere, so that several processes may share a machine, each with a DIR of its own. Finished
+rows are kept in DIR/rows.jsonl, those of the grid with the figures of `val` in DIR/grid.jsonl.
 """
 
 from __future__ import annotations
