@@ -16,6 +16,7 @@ from mezzotint.cli.training import train_configs
 from mezzotint.config import TrainConfig, fine_tuning
 from mezzotint.data.dataset import Dataset
 from mezzotint.errors import ConfigError, DataError
+from mezzotint.training.automatic import DROPOUT
 from mezzotint.training.checkpoint import load_run
 from mezzotint.training.run import train
 
@@ -118,8 +119,7 @@ def test_tune_writes_to_standard_output_and_says_its_words_elsewhere(
     assert b"fine-tuned: " in shown.err and b"files read: 20;" in shown.err and (tmp_path / "work" / "run").is_dir()
 
 
-def test_tune_starts_from_scratch_where_the_tokenizer_does_not_suit(trained, tmp_path, texts, capsys, monkeypatch):
-    monkeypatch.setattr(tuning, "PRESET", "tiny")
+def test_tune_starts_from_scratch_where_the_tokenizer_does_not_suit(trained, tmp_path, texts, capsys):
     for path in texts.iterdir():
         path.write_text("старая медная пластина была тёмной пока гладилка не вывела свет " * 12)
     words = ["tune", str(texts), "--out", str(tmp_path / "mine.mzt"), "--model", str(trained.artifact)]
@@ -127,7 +127,9 @@ def test_tune_starts_from_scratch_where_the_tokenizer_does_not_suit(trained, tmp
     shown = capsys.readouterr()
     assert "from scratch" in shown.out and "times the tokens of one made for them" in shown.err
     assert "files read: 20; skipped: none; empty documents: 0" in shown.out
-    assert mezzotint.load(tmp_path / "mine.mzt").config.vocab_size != 290
+    made = mezzotint.load(tmp_path / "mine.mzt")
+    assert made.config.vocab_size != 290
+    assert made.config.width == mezzotint.preset("small").model.width and made.info["train"]["dropout"] == DROPOUT
 
 
 @pytest.mark.parametrize(

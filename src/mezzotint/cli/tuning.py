@@ -18,14 +18,13 @@ from mezzotint.cli.console import Display, emit, table
 from mezzotint.cli.inputs import load_model
 from mezzotint.cli.scoring import score_by
 from mezzotint.cli.streams import output_file, to_standard
-from mezzotint.config import ModelConfig, TrainConfig, fine_tuning, preset
+from mezzotint.config import ModelConfig, TrainConfig, fine_tuning
 from mezzotint.errors import ConfigError, DataError, Interrupted
 
 if TYPE_CHECKING:
     from mezzotint.model import Model
     from mezzotint.scoring.statistics import Estimate
 
-PRESET = "small"
 HELD_OUT = 0.1
 MOST_LOST = 0.005
 """Share of the text's bytes that a tokenizer may lose and still suit it."""
@@ -62,8 +61,10 @@ def run_tune(arguments: argparse.Namespace, display: Display) -> None:
 def _tune(arguments: argparse.Namespace, out: Path, work: Path, display: Display) -> None:
     """All of the command, once it is known where it writes: the file `out`, data and run below `work`."""
     from mezzotint.data.sources import files_in_words
+    from mezzotint.distributed import choose_device
     from mezzotint.packing.artifact import open_artifact
     from mezzotint.packing.pack import pack
+    from mezzotint.training.automatic import automatic
     from mezzotint.training.checkpoint import load_run
 
     started = time.monotonic()
@@ -77,8 +78,9 @@ def _tune(arguments: argparse.Namespace, out: Path, work: Path, display: Display
     if why:
         step(f"training from scratch: {name} does not suit these texts, for {why}")
         data = work / "own"
-        chosen = preset(PRESET)
-        shape, config = dataclasses.replace(chosen.model, vocab_size=prepared["vocab_size"]), chosen.train
+        tokens, length = prepared["train"]["tokens"], TrainConfig(minutes=arguments.minutes)
+        chosen = automatic(tokens, prepared["vocab_size"], length, choose_device("auto").type)
+        shape, config = chosen.model, chosen.train
     else:
         step(f"fine-tuning {name}, whose tokenizer suits these texts")
         data, shape, config = work / "data", model.config, fine_tuning(model.info.get("train"))
