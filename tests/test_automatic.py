@@ -14,6 +14,8 @@ from mezzotint.model import Denoiser, count_parameters
 from mezzotint.training.automatic import DROPOUT, READ_OFTEN, SHAPES, automatic
 from mezzotint.training.checkpoint import read_run
 
+TOKENS_A_STEP = preset("small").train.batch * preset("small").model.sequence_length
+
 
 def run(minutes: float = 5.0, steps: int = 0) -> TrainConfig:
     return TrainConfig(minutes=minutes, steps=steps)
@@ -40,13 +42,13 @@ def test_a_quicker_device_and_a_smaller_vocabulary_go_further_in_the_same_time()
 
 @pytest.mark.parametrize(("shorter", "longer"), itertools.pairwise(SHAPES))
 def test_by_steps_a_shape_is_taken_from_its_tokens_on(shorter, longer):
-    steps = -(-longer.least_tokens // (longer.batch * preset("small").model.sequence_length))
+    steps = -(-longer.least_tokens // TOKENS_A_STEP)
     assert automatic(0, 4096, run(steps=int(steps))).model.width == longer.width
     assert automatic(0, 4096, run(steps=int(steps) - 1)).model.width == shorter.width
 
 
 def test_dropout_is_for_text_that_is_read_often():
-    tokens = 1000 * SHAPES[0].batch * preset("small").model.sequence_length
+    tokens = 1000 * TOKENS_A_STEP
     assert automatic(int(tokens / READ_OFTEN), 4096, run(steps=1000)).train.dropout == DROPOUT
     assert automatic(int(tokens / READ_OFTEN) + 1, 4096, run(steps=1000)).train.dropout == 0
     assert automatic(0, 4096, run(steps=1000)).train.dropout == 0
@@ -54,7 +56,7 @@ def test_dropout_is_for_text_that_is_read_often():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_are_those_of_the_network(shape):
-    model = shape.suited(preset("small"), 4096).model
+    model = shape.suited(preset("small").model, 4096)
     assert shape.parameters(4096) == pytest.approx(count_parameters(Denoiser(model)), rel=0.01)
 
 
