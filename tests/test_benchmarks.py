@@ -562,7 +562,9 @@ def test_little_text_is_read_many_times_by_every_objective(tmp_path, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    words = ["the", "old", "plate", "was", "dark", "and", "slowly", "a", "picture", "of", "house"]
+    words = [
+        "the", "old", "plate", "was", "dark", "and", "slowly", "it", "became", "a", "clear", "picture", "of", "an", "house",
+    ]  # fmt: skip
     draw = np.random.default_rng(0)
     rows = [{"source": source, "text": " ".join(draw.choice(words, 60))} for source in ["A_one"] * 60 + ["A_two"] * 20]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "books.parquet")
