@@ -43,7 +43,7 @@ SHAPES = (
     Shape(6, 384, 75e6),
 )
 """From small to large. The first two are as good as each other after 20 minutes by the clock (LOG.md, "narrower"); the others
-come in where the law of `records/2026-11-27_scaling` has them equal to the one before, products being what a run has."""
+come in where, for the same parameters times tokens, the law of `records/2026-11-27_scaling` has them equal to the one before."""
 PRODUCTS_A_SECOND = {"cpu": 2.5e10, "cuda": 1.5e13}
 """Parameters times tokens, where a run is counted by minutes: two cores, and one H100."""
 GPU_BATCH = 64
