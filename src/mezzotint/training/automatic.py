@@ -49,7 +49,8 @@ PRODUCTS_A_SECOND = {"cpu": 2.5e10, "cuda": 1.5e13}
 GPU_BATCH = 64
 """Windows a step on CUDA, which fewer do not keep busy; elsewhere the preset's."""
 READ_OFTEN = 15.0
-"""How often a text is read before dropout pays: at 11 readings it gains what its time would (LOG.md, "read many times")."""
+"""How often a text is read before dropout pays: at 11 readings its gain is that of the time it takes, at 43 it is far more
+(LOG.md, "read many times")."""
 DROPOUT = 0.1
 
 
