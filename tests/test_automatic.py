@@ -52,6 +52,8 @@ def test_dropout_is_for_text_that_is_read_often():
     assert automatic(int(tokens / READ_OFTEN), 4096, run(steps=1000)).train.dropout == DROPOUT
     assert automatic(int(tokens / READ_OFTEN) + 1, 4096, run(steps=1000)).train.dropout == 0
     assert automatic(0, 4096, run(steps=1000)).train.dropout == 0
+    twice = automatic(int(2 * tokens / READ_OFTEN), 4096, run(steps=1000), batch=32).train
+    assert twice.dropout == DROPOUT and twice.batch == 32
 
 
 @pytest.mark.parametrize("shape", SHAPES)

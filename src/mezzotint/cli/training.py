@@ -270,7 +270,8 @@ def _preset(
         from mezzotint.training.automatic import automatic
 
         asked = dataclasses.replace(TrainConfig(), **changes)
-        chosen = automatic(text_tokens, tokenizer.vocab_size, asked, choose_device(asked.device).type)
+        device, batch = choose_device(asked.device).type, changes.get("batch")
+        chosen = automatic(text_tokens, tokenizer.vocab_size, asked, device, batch)
     else:
         chosen = preset(name)
     return dataclasses.replace(chosen.model, vocab_size=tokenizer.vocab_size), chosen.train

@@ -54,14 +54,16 @@ READ_OFTEN = 15.0
 DROPOUT = 0.1
 
 
-def automatic(text_tokens: int, vocab_size: int, train: TrainConfig, device: str = "cpu") -> Preset:
+def automatic(
+    text_tokens: int, vocab_size: int, train: TrainConfig, device: str = "cpu", batch: int | None = None
+) -> Preset:
     """The recipe of `small` in the size that suits a run's length, with dropout where the text is read often.
 
     text_tokens: of the training text; 0: unknown. train: how long the run is, in steps or minutes. device: its type, as of
-    torch.
+    torch. batch: windows a step; None: what suits the device.
     """
     base = preset("small")
-    batch = GPU_BATCH if device == "cuda" else base.train.batch
+    batch = batch or (GPU_BATCH if device == "cuda" else base.train.batch)
     rate = PRODUCTS_A_SECOND.get(device, PRODUCTS_A_SECOND["cpu"])
 
     def read(shape: Shape) -> float:
