@@ -29,6 +29,7 @@ import json
 import random
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,32 +94,35 @@ def corpus(out: Path, own: list[str], other: list[str], size: int, reported: int
     return data, prepared
 
 
-def chosen_recipe(options: argparse.Namespace, objective: str, vocab_size: int, length: float) -> Preset:
-    """The preset with an objective and a length, in minutes or tokens."""
-    base, share = changed(preset(options.preset), options.change), SHARES[objective]
-    batch = options.batch or max(1, int(base.train.batch * (AR_BATCH if objective == "ar" else 1)))
-    train: dict[str, Any] = {"batch": batch, "device": options.device, "compile": not options.eager}
-    if options.tokens is None:
-        train["minutes"] = length
-    else:
-        train["steps"] = max(1, round(length / batch / base.model.sequence_length))
-    if share is not None:
-        train["causal_share"] = share
-    if options.device == "cuda":
-        train["short_share"] = 0.0  # another length of windows is another graph to compile
-    return recipe(base, {"vocab_size": vocab_size}, train)
-
-
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One training: of what, for how long (minutes or tokens), how regularised."""
+    """One training, by all that makes it what it is. unit: of the length, minutes or tokens. batch: windows a step."""
 
     size: int
     length: float
+    unit: str
+    preset: str
+    change: str
     objective: str
+    batch: int
     dropout: float
     decay: float
     seed: int
+
+    def recipe(self, vocab_size: int, device: str, compiled: bool) -> Preset:
+        """The preset with this objective, length and regularisation."""
+        base, share = changed(preset(self.preset), self.change), SHARES[self.objective]
+        train: dict[str, Any] = {"batch": self.batch, "dropout": self.dropout, "weight_decay": self.decay}
+        train |= {"seed": self.seed, "device": device, "compile": compiled}
+        if self.unit == "tokens":
+            train["steps"] = max(1, round(self.length / self.batch / base.model.sequence_length))
+        else:
+            train["minutes"] = self.length
+        if share is not None:
+            train["causal_share"] = share
+        if device == "cuda":
+            train["short_share"] = 0.0  # another length of windows is another graph to compile
+        return recipe(base, {"vocab_size": vocab_size}, train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,36 +136,34 @@ class Study:
 
     def train(self, trial: Trial) -> tuple[dict[str, Any], Model]:
         """What training said, and the model with the weights of its best validation."""
-        base = chosen_recipe(self.options, trial.objective, Dataset.open(self.data).tokenizer.vocab_size, trial.length)
-        settings = dataclasses.replace(base.train, dropout=trial.dropout, weight_decay=trial.decay, seed=trial.seed)
+        vocab_size = Dataset.open(self.data).tokenizer.vocab_size
+        chosen = trial.recipe(vocab_size, self.options.device, not self.options.eager)
         name = "_".join(f"{value}" for value in dataclasses.astuple(trial))
-        result, model = trained(self.data, self.options.out / "runs" / name, Preset(base.model, settings))
+        result, model = trained(self.data, self.options.out / "runs" / name, chosen)
         if self.options.device != "auto":
             model.network.to(self.options.device)
         return result, model
 
     def choose(self, trials: list[Trial]) -> Trial:
-        """The trial with the best mean of its figures on the validation text, all of it; without the chain."""
-        found = []
-        for trial in trials:
-            row = self.grid.find(**dataclasses.asdict(trial)) or self.grid.add(
-                {**dataclasses.asdict(trial), "val": self.scores(self.train(trial)[1], self.data, ("nelbo", "causal"))}
-            )
-            found.append(statistics.mean(estimate["bpb"] for estimate in row["val"].values()))
-        return trials[found.index(min(found))]
+        """The trial with the best mean of its figures on the validation text."""
 
-    def row(self, rows: Book, trial: Trial) -> dict[str, Any]:
-        """What is reported of a trial: how long it was, epochs, figures of each text. Made once."""
-        key = dataclasses.asdict(trial)
-        kept = rows.find(**key)
-        if kept is not None:
-            return kept
+        def judged(trial: Trial) -> float:
+            row = self.grid.get(lambda: self.judge(trial), **dataclasses.asdict(trial))
+            return statistics.mean(estimate["bpb"] for estimate in row["val"].values())
+
+        return min(trials, key=judged)
+
+    def judge(self, trial: Trial) -> dict[str, Any]:
+        """Figures of the validation text, all of it; without the chain."""
+        return {"val": self.scores(self.train(trial)[1], self.data, ("nelbo", "causal"))}
+
+    def report(self, trial: Trial) -> dict[str, Any]:
+        """What is reported of a trial: how long it was, epochs, figures of each text."""
         result, model = self.train(trial)
         found = {name: self.scores(model, folder) for name, folder in self.reported.items()}
         figures = {key: result[key] for key in ("steps", "tokens", "parameters", "seconds")}
         figures["epochs"] = result["tokens"] / len(Dataset.open(self.data).split("train"))
-        best_step = (result.get("best") or {}).get("step")
-        return rows.add({**key, **figures, "best_step": best_step, "scores": found})
+        return {**figures, "best_step": (result.get("best") or {}).get("step"), "scores": found}
 
     def scores(self, model: Model, folder: Path, metrics: Sequence[str] = METRICS) -> dict[str, Any]:
         windows = Dataset.open(folder).split("val").windows(model.config.sequence_length)
@@ -204,25 +206,29 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--objectives", nargs="+", choices=tuple(SHARES), default=list(SHARES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="[0 1]")
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--change", default="", metavar="SETTING=VALUE,...", help="of the preset, for a DIR of its own")
+    parser.add_argument("--change", default="", metavar="SETTING=VALUE,...", help="of the preset")
     parser.add_argument("--batch", type=int, default=0, help="windows a step of all objectives [the preset's, ar half]")
     parser.add_argument("--device", default="auto", help="to train and score on [train: auto, score: the CPU]")
     parser.add_argument("--chain-tokens", type=int, default=4_096, help="tokens scored by the chain rule [4096]")
     parser.add_argument("--bytes", type=int, default=REPORTED, help=f"of each text that is scored [{REPORTED}]")
     parser.add_argument("--eager", action="store_true", help="train without torch.compile")
     options = parser.parse_args(words)
+    unit = "tokens" if options.tokens else "minutes"
     own, other = passages(options.books, options.author, options.apart)
     rows, grid, shown = Book(options.out / "rows.jsonl"), Book(options.out / "grid.jsonl"), []
     for size in options.sizes:
         data, prepared = corpus(options.out, own, other, size, options.bytes)
         study = Study(options, data, prepared, grid)
         for length, objective in itertools.product(options.tokens or options.minutes, options.objectives):
-            first = options.seeds[0]
-            best = study.choose([Trial(size, length, objective, drop, decay, first) for drop, decay in options.grid])
+            base = changed(preset(options.preset), options.change)
+            batch = options.batch or max(1, int(base.train.batch * (AR_BATCH if objective == "ar" else 1)))
+            what = (size, length, unit, options.preset, options.change, objective, batch)
+            best = study.choose([Trial(*what, drop, decay, options.seeds[0]) for drop, decay in options.grid])
             for seed in options.seeds:
-                shown.append(study.row(rows, dataclasses.replace(best, seed=seed)))
+                trial = dataclasses.replace(best, seed=seed)
+                shown.append(rows.get(partial(study.report, trial), **dataclasses.asdict(trial)))
                 print(report(shown[-1:]).splitlines()[-1], flush=True)
-    print(f"\nLengths in {'tokens' if options.tokens else 'minutes'}. NELBO: upper bound. Chain and causal: exact.\n")
+    print(f"\nLengths in {unit}. NELBO: upper bound. Chain and causal: exact.\n")
     print(report(shown))
 
 

@@ -35,9 +35,9 @@ from scipy.optimize import least_squares
 from mezzotint.config import Preset, preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.files import atomic_write
+from mezzotint.training import automatic
 
 METRICS = {"nelbo": "NELBO (upper bound)", "chain": "chain (exact)", "causal": "causal (exact)"}
-HEAD_WIDTH = 64  # of the heads of every size, or half the width where that is less
 MIN_POINTS = 6  # one more than the law has constants
 
 
@@ -120,12 +120,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def sized(base: Preset, size: str, tokens: int, vocab_size: int, seed: int, batch: int = 0) -> Preset:
     """The recipe of `base` for LAYERSxWIDTH and a number of tokens. batch: windows of a step (0: those of `base`)."""
     layers, width = (int(part) for part in size.split("x"))
-    heads = max(1, width // HEAD_WIDTH) if width % HEAD_WIDTH == 0 else 2
-    late = min(base.model.value_embedding_layers, base.model.layers)
-    model = dataclasses.replace(
-        base.model, vocab_size=vocab_size, layers=layers, width=width, heads=heads, kv_heads=heads,
-        value_embedding_layers=layers if late == base.model.layers else min(late, layers),
-    )  # fmt: skip
+    model = automatic.sized(base.model, layers, width, vocab_size)
     batch = batch or base.train.batch
     steps = max(1, round(tokens / (batch * model.sequence_length)))
     return Preset(model, dataclasses.replace(base.train, steps=steps, seed=seed, batch=batch))

@@ -11,7 +11,7 @@ import pytest
 from mezzotint.cli.main import main
 from mezzotint.config import TrainConfig, preset
 from mezzotint.model import Denoiser, count_parameters
-from mezzotint.training.automatic import DROPOUT, READ_OFTEN, SHAPES, automatic
+from mezzotint.training.automatic import DROPOUT, READ_OFTEN, SHAPES, automatic, sized
 from mezzotint.training.checkpoint import read_run
 
 TOKENS_A_STEP = preset("small").train.batch * preset("small").model.sequence_length
@@ -37,7 +37,7 @@ def test_longer_runs_are_never_narrower_and_come_to_every_shape(device):
 def test_a_quicker_device_and_a_smaller_vocabulary_go_further_in_the_same_time():
     assert automatic(0, 4096, run(), "cuda").model.width > automatic(0, 4096, run(), "cpu").model.width
     wide = [automatic(0, pieces, run(30.0)).model.width for pieces in (16_384, 1024)]
-    assert wide == sorted(wide)
+    assert wide[0] < wide[1]
 
 
 @pytest.mark.parametrize(("shorter", "longer"), itertools.pairwise(SHAPES))
@@ -58,7 +58,7 @@ def test_dropout_is_for_text_that_is_read_often():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_are_those_of_the_network(shape):
-    model = shape.suited(preset("small").model, 4096)
+    model = sized(preset("small").model, shape.layers, shape.width, 4096)
     assert shape.parameters(4096) == pytest.approx(count_parameters(Denoiser(model)), rel=0.01)
 
 

@@ -11,6 +11,22 @@ from dataclasses import dataclass
 from mezzotint.config import ModelConfig, Preset, TrainConfig, preset
 
 HEAD_WIDTH = 64
+"""Of the heads of every size whose width it divides; others have two."""
+
+
+def sized(base: ModelConfig, layers: int, width: int, vocab_size: int) -> ModelConfig:
+    """`base` with another size. Where all of its layers add the value embedding, all do; else as many as did, if there are."""
+    heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 2
+    late = layers if base.value_embedding_layers >= base.layers else min(base.value_embedding_layers, layers)
+    return dataclasses.replace(
+        base,
+        vocab_size=vocab_size,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        value_embedding_layers=late,
+    )
 
 
 @dataclass(frozen=True)
@@ -26,14 +42,6 @@ class Shape:
         value_width = preset("small").model.value_embedding_width
         embeddings = (vocab_size + 1) * (self.width + value_width) + value_width * self.width
         return 12 * self.layers * self.width**2 + embeddings
-
-    def suited(self, base: ModelConfig, vocab_size: int) -> ModelConfig:
-        """`base` with this size."""
-        heads = self.width // HEAD_WIDTH
-        return dataclasses.replace(
-            base, vocab_size=vocab_size, layers=self.layers, width=self.width, heads=heads, kv_heads=heads,
-            value_embedding_layers=self.layers,
-        )  # fmt: skip
 
 
 SHAPES = (
@@ -75,4 +83,4 @@ def automatic(
     shape = [shape for shape in SHAPES if read(shape) >= shape.least_tokens][-1]
     often = text_tokens > 0 and read(shape) >= READ_OFTEN * text_tokens
     settings = dataclasses.replace(base.train, batch=batch, dropout=DROPOUT if often else 0.0)
-    return Preset(shape.suited(base.model, vocab_size), settings)
+    return Preset(sized(base.model, shape.layers, shape.width, vocab_size), settings)
