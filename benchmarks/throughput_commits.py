@@ -1,8 +1,10 @@
 """A training step of this tree beside that of another commit: two processes, in turns, on one machine.
 
-    python benchmarks/throughput_commits.py COMMIT [--preset small] [--vocab-size 4096] [--rounds 5] [--steps 3]
+    python benchmarks/throughput_commits.py COMMIT [--preset small] [--change layers=5,width=192,heads=3] [--vocab-size 4096]
+                                                   [--rounds 5] [--steps 3]
 
-Both make the same number of steps on random ids, compiled, whole windows at all mask rates. Beside the time of a step
+Both make the same number of steps on random ids, compiled, whole windows at all mask rates, with the preset's shape as each
+commit has it, or both with the shape that `--change` says. Beside the time of a step
 stands its processor time, which other work on the machine disturbs less (with one thread, OMP_NUM_THREADS=1). Medians of turns.
 """
 
@@ -21,6 +23,7 @@ from common import new_parser, source_of, table
 
 STEPPER = """
 import dataclasses, json, sys, time
+from ast import literal_eval
 import numpy as np, torch
 from mezzotint.config import preset
 from mezzotint.model import Denoiser
@@ -30,8 +33,10 @@ except ModuleNotFoundError:  # as it was called until 2026-11-25
     from mezzotint.train import Trainer
 
 name, vocab_size, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+shape = dict(pair.split("=") for pair in sys.argv[4].split(",") if pair)
 chosen = preset(name)
-model = dataclasses.replace(chosen.model, vocab_size=vocab_size or chosen.model.vocab_size)
+model = dataclasses.replace(chosen.model, **{setting: literal_eval(value) for setting, value in shape.items()})
+model = dataclasses.replace(model, vocab_size=vocab_size or model.vocab_size)
 config = dataclasses.replace(chosen.train, steps=1000, short_share=0.0, narrow_share=0.0)
 
 
@@ -82,13 +87,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("commit")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--vocab-size", type=int, default=0, help="pieces [the preset's]")
+    parser.add_argument("--change", default="", metavar="SETTING=VALUE,...", help="settings of the model, for both")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each [5]")
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn [3]")
     options = parser.parse_args(words)
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
         sources = (source_of(options.commit, Path(folder) / "before"), root / "src")
-        asked = [options.preset, str(options.vocab_size), str(options.steps)]
+        asked = [options.preset, str(options.vocab_size), str(options.steps), options.change]
         made = [stepper(source, asked) for source in sources]
         times: list[list[list[float]]] = [[], []]
         for _ in range(options.rounds):

@@ -192,6 +192,15 @@ def test_a_hundred_at_once_are_served_or_told_to_come_back():
         assert sum(found[0][0] == "waiting" for found in done) == WAITING
 
 
+def test_a_thread_ends_with_its_answer():
+    """Threads that stay keep teams of OpenMP workers, which slow down all others (`desk._in_a_thread`)."""
+    model = Slow()
+    with running(model) as port:
+        for _ in range(3):
+            assert ask(port, "/api/fill", {"text": "London is [MASK]"})[0] == 200
+            wait_for(lambda: not any(thread.name == "desk" for thread in threading.enumerate()))
+
+
 def test_the_queue_is_told_where_it_stands_and_moves_up():
     model = Gate()
     with running(model, serving=1, waiting=2) as port:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
+import torch
 from corpus import small_tokenizer, write_shard
 
 from mezzotint.data.dataset import TokenStream
@@ -80,3 +83,20 @@ def test_prefetch_gives_the_same_batches_and_errors(stream, tokenizer, tmp_path)
     failing.close()
     with pytest.raises(RuntimeError):  # rather than waiting for ever
         ahead.batch(9)
+
+
+@pytest.mark.skipif("backend: OpenMP" not in torch.__config__.parallel_info(), reason="one team for all threads")
+def test_prefetch_computes_in_its_own_thread_alone_and_leaves_others_their_number(stream):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        ahead = Prefetch(Loader(stream, 10, 3, seed=0), lambda *_: torch.get_num_threads())
+        assert [ahead.batch(step) for step in range(3)] == [1, 1, 1]
+        elsewhere: list[int] = []
+        thread = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert (torch.get_num_threads(), elsewhere) == (3, [3])
+        ahead.close()
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,5 @@
-"""Devices and processes: which device, torchrun's group, this process's rank, and values that all must share.
+"""Devices, processes and threads: which device, torchrun's group, this process's rank, values that all must share, and
+a thread beside the one that computes.
 
 Knows nothing of models or data.
 """
@@ -11,6 +12,7 @@ import gc
 import os
 import platform
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -117,3 +119,23 @@ def agree_on(values: list[float], world: int) -> list[float]:
     dist.all_reduce(signalled, dist.ReduceOp.MAX)
     dist.broadcast(shared, 0)
     return [float(shared[0]), float(signalled), float(shared[2])]
+
+
+def helper_thread(name: str) -> ThreadPoolExecutor:
+    """One thread for small tensor operations beside the main thread's, each of which runs in that thread alone.
+
+    OpenMP gives every thread that computes a team of workers of its own. Once there are more of them than cores, none waits
+    awake for its next piece of work any more, and two threads share a training step a third slower.
+    """
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return pool  # which has one team for all threads, whose size this would be
+
+    def alone() -> None:
+        torch.get_num_threads()  # sets the thread up; else its first operation would, and undo this
+        torch.set_num_threads(1)
+
+    threads = torch.get_num_threads()
+    pool.submit(alone).result()
+    torch.set_num_threads(threads)  # the number of other threads yet to come was changed too
+    return pool

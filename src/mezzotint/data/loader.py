@@ -6,12 +6,13 @@ Knows nothing of files, masks or models.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from mezzotint.data.dataset import TokenStream
+from mezzotint.distributed import helper_thread
 from mezzotint.errors import DataError
 
 
@@ -99,7 +100,7 @@ class Prefetch:
 
     def __init__(self, loader: Loader, prepare: Callable[..., Any] | None = None) -> None:
         self.loader, self.prepare = loader, prepare
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._pool = helper_thread("prefetch")
         self._ahead: dict[tuple[Any, ...], Future[Any]] = {}
 
     def _make(self, step: int, *how: Any) -> Any:
