@@ -438,37 +438,17 @@ def two_threads():
 COMPILED = dataclasses.replace(QUICK, steps=8, batch=16, compile=True)
 
 
-@pytest.fixture(scope="module")
-def compiled_run(data, model, tmp_path_factory) -> Path:
-    """The last checkpoint of a compiled run on two threads, left alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        run = train(data, tmp_path_factory.mktemp("compiled") / "run", model=model, config=COMPILED)
-    finally:
-        torch.set_num_threads(before)
-    assert run["compiled"]
-    return Path(run["final_checkpoint"])
-
-
-def test_two_compiled_runs_on_two_threads_are_equal(data, model, tmp_path, compiled_run, two_threads):
+def test_a_compiled_run_on_two_threads_is_the_same_whole_or_resumed(data, model, tmp_path, two_threads):
     """What is added up at an index (embeddings, masked positions) is added in one order, whatever the threads."""
-    run = train(data, tmp_path / "run", model=model, config=COMPILED)
-    assert run["compiled"]
-    other = Path(run["final_checkpoint"])
-    for name in ("weights.safetensors", "average.safetensors", "optimizer.safetensors"):
-        assert (compiled_run / name).read_bytes() == (other / name).read_bytes(), name
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_a_compiled_run_that_is_resumed_is_the_same_run(data, model, tmp_path, compiled_run, two_threads):
+    whole = train(data, tmp_path / "whole", model=model, config=COMPILED)
     with pytest.raises(Interrupted, match="step 3"):
         train(data, tmp_path / "run", model=model, config=COMPILED, progress=stop_at(3))
-    run = train(data, tmp_path / "run", model=model, config=COMPILED, resume=True)
-    assert run["compiled"]
-    other = Path(run["final_checkpoint"])
+    resumed = train(data, tmp_path / "run", model=model, config=COMPILED, resume=True)
+    assert whole["compiled"] and resumed["compiled"]
+    first, other = (Path(run["final_checkpoint"]) for run in (whole, resumed))
     for name in ("weights.safetensors", "average.safetensors", "optimizer.safetensors"):
-        assert (compiled_run / name).read_bytes() == (other / name).read_bytes(), name
+        assert (first / name).read_bytes() == (other / name).read_bytes(), name
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_finished_run_that_is_resumed_says_so_before_it_would_compile(data, model, tmp_path, monkeypatch):
