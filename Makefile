@@ -7,6 +7,8 @@ TORCH_INDEX ?=
 PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles what is imported when it is; all that is installed would take a minute or two.
+INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: demo test lint setup clean
 
@@ -27,12 +29,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.base: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt$(if $(TORCH_INDEX), --index-url $(TORCH_INDEX)) torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL)$(if $(TORCH_INDEX), --index-url $(TORCH_INDEX)) torch
+	$(INSTALL) --editable .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 clean:

@@ -248,9 +248,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 def test_a_file_that_would_not_open_again_is_not_kept(model: Model, tmp_path: Path) -> None:
     """Weights of nearly no information would make a file too small for its parameters."""
     empty = {name: np.zeros_like(value) for name, value in pack.weights_of(model).items()}
-    network = artifact.network_of(dataclasses.replace(model.config, bigram_buckets=200_000), {
-        **empty, "bigram.embedding.weight": np.zeros((200_000, 128), dtype=np.float32),
-    })  # fmt: skip
+    network = artifact.shapes_only(dataclasses.replace(model.config, bigram_buckets=200_000))
+    artifact.with_values(network, {**empty, "bigram.embedding.weight": np.zeros((200_000, 128), dtype=np.float32)})
     with pytest.raises(ArtifactError, match="parameters in"):
         pack.store(Model(network.config, model.tokenizer, network), tmp_path / "m.mzt")
     assert not list(tmp_path.iterdir())
@@ -304,7 +303,7 @@ def test_inspect_adds_up(model: Model, packed: Path) -> None:
     assert sum(t["bytes"] for t in found["tensors"]) + sum(found["sections"].values()) == found["bytes"]
     assert found["parameters"] == sum(p.numel() for p in model.network.parameters())
     assert all(found["checks"].values())
-    assert {t["name"]: tuple(t["shape"]) for t in found["tensors"]} == artifact.layout(model.config)
+    assert {t["name"]: tuple(t["shape"]) for t in found["tensors"]} == artifact.layout(model.network)
     json.dumps(found)
 
 
@@ -322,9 +321,9 @@ def test_sweep_trades_bytes_for_error(tokenizer: Tokenizer, text: Stream) -> Non
 
 
 def test_reference_preset_with_random_weights_fits(tmp_path: Path) -> None:
-    """Two of the reference preset's eleven layers, calibrated on real text, within their share of 16,000,000 bytes.
+    """One of the reference preset's eleven layers, calibrated on real text, within its share of 16,000,000 bytes.
 
-    Layers are alike, and what there is once (header, tokenizer, embeddings) weighs more among two, so bytes per
+    Layers are alike, and what there is once (header, tokenizer, embeddings) weighs more beside one, so bytes per
     parameter that fit here fit there.
     """
     buffer = io.BytesIO()
@@ -337,12 +336,12 @@ def test_reference_preset_with_random_weights_fits(tmp_path: Path) -> None:
     with torch.device("meta"):
         whole = count_parameters(Denoiser(ModelConfig(**options)))
     torch.manual_seed(0)
-    config = ModelConfig(**{**options, "layers": 2})
+    config = ModelConfig(**{**options, "layers": 1})
     model = Model(config, tokenizer, Denoiser(config).eval())
     budget = artifact.BUDGET * count_parameters(model.network) // whole
     stream = Stream(tokenizer.encode(TEXT)[:600])
     result = pack.pack(model, stream, tmp_path / "m.mzt", calibration_tokens=600, budget=budget)
-    assert result["verified"] and result["total_bytes"] <= budget < artifact.BUDGET // 3
+    assert result["verified"] and result["total_bytes"] <= budget < artifact.BUDGET // 5
 
 
 # --- golden -----------------------------------------------------------------------------------------------------

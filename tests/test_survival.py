@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import killed as killed_runs
 import pytest
-from commands import Done, torchrun
+from commands import Done, start, torchrun
 from corpus import metrics, prepared_words
 
 from mezzotint.data.dataset import Dataset
@@ -49,21 +50,14 @@ def test_killed_at_any_system_call_of_a_save_leaves_a_whole_checkpoint(data, tmp
 
 def test_a_compiled_run_on_two_threads_killed_and_gone_on_with_is_the_same_run(data, tmp_path):
     """SIGKILL after a step, or amid the first one's compilation; each part is a process of its own."""
-    whole = killed("compiled", data, tmp_path / "whole")
+    whole = json.loads(start(killed_runs.print_compiled, data, tmp_path / "whole")().stdout)
     assert whole["compiled"] and whole["threads"] == 2
-    words = [
-        sys.executable,
-        str(Path(__file__).parent / "helpers" / "killed.py"),
-        "compiled",
-        str(data),
-        str(tmp_path / "run"),
-    ]
     for when in ("compiling", "3"):
-        done = subprocess.run([*words, when], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+        done = start(killed_runs.print_compiled, data, tmp_path / "run", when)()
         assert done.returncode == -9, done.stderr[-2000:]
-    resumed = killed("compiled", data, tmp_path / "run")
+    resumed = start(killed_runs.print_compiled, data, tmp_path / "run")()
     assert "resuming at step" in (tmp_path / "run" / "train.log").read_text()
-    assert resumed == whole
+    assert json.loads(resumed.stdout) == whole
 
 
 SCRIPT = """

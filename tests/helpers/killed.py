@@ -1,6 +1,7 @@
 """A program for test_survival.py: trains, kills what it forks in awkward moments, and prints what was left as JSON.
 
-One process loads PyTorch once and forks for every trial; it keeps to one thread, so that forking is safe.
+One process loads PyTorch once and forks for every trial; it keeps to one thread, so that forking is safe. Compiled runs,
+on two threads, kill themselves: `print_compiled` is for a process of its own.
 """
 
 from __future__ import annotations
@@ -200,11 +201,12 @@ def compiled(data: Path, run: Path, when: str) -> dict[str, Any]:
             "contents": contents(newest_checkpoint(run)[0])}  # fmt: skip
 
 
+def print_compiled(data: Path, run: Path, when: str = "") -> None:
+    """`compiled` in a process of its own, which may not come back from it."""
+    print(json.dumps(compiled(data, run, when)))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     part, data, home = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    if part == "compiled":
-        result = compiled(data, home, sys.argv[4] if len(sys.argv) > 4 else "")
-    else:
-        result = steps(data, home) if part == "steps" else writes(data, home, part == "damaged")
-    print(json.dumps(result))
+    print(json.dumps(steps(data, home) if part == "steps" else writes(data, home, part == "damaged")))

@@ -59,21 +59,19 @@ class _NoValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _shapes_only(config: ModelConfig) -> Denoiser:
+def shapes_only(config: ModelConfig) -> Denoiser:
     """The network without memory for its weights."""
     with torch.device("meta"), _NoValues():
         return Denoiser(config)
 
 
-def layout(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's tensors, in file order. No memory is taken for them."""
-    network = _shapes_only(config)
+def layout(network: Denoiser) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors, in file order."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def network_of(config: ModelConfig, values: Mapping[str, np.ndarray]) -> Denoiser:
+def with_values(network: Denoiser, values: Mapping[str, np.ndarray]) -> Denoiser:
     """The network with these float32 values, in eval mode; no memory is taken but theirs."""
-    network = _shapes_only(config)
     network.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -231,9 +229,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class Opened:
-    """Everything read from a file."""
+    """Everything read from a file. The network has no memory for its weights yet."""
 
-    config: ModelConfig
+    network: Denoiser
     info: dict[str, Any]
     tokenizer: Tokenizer
     values: dict[str, np.ndarray]
@@ -290,7 +288,8 @@ def _read_file(path: Path, file: BinaryIO, keep_values: bool) -> Opened:
     file.seek(PREFIX.size)
     reader = _Reader(file, size - PREFIX.size - DIGEST)
     header = _header(reader.take(stored, "the header"), length)
-    config = checked_config(header, size)
+    network = checked_network(header, size)
+    config = network.config
     info = header["info"]
     if not isinstance(info, dict):
         raise ArtifactError("damaged artifact: info is not an object")
@@ -298,7 +297,7 @@ def _read_file(path: Path, file: BinaryIO, keep_values: bool) -> Opened:
     sections = {"prefix and digest": PREFIX.size + DIGEST, "header": stored, "tokenizer": header["tokenizer"][0]}
     values: dict[str, np.ndarray] = {}
     table: list[dict[str, Any]] = []
-    for name, shape, codec, count, array in _tensors(reader, header, config, sections):
+    for name, shape, codec, count, array in _tensors(reader, header, layout(network), sections):
         # No array of the tensor's size is made for these checks.
         if not (np.isfinite(array.min(initial=0)) and np.isfinite(array.max(initial=0))):
             raise ArtifactError(f"damaged artifact: {name} holds numbers that are not finite")
@@ -310,7 +309,7 @@ def _read_file(path: Path, file: BinaryIO, keep_values: bool) -> Opened:
             values[name] = array
     if reader.left:
         raise ArtifactError(f"damaged artifact: {reader.left:,} bytes too many")
-    return Opened(config, info, tokenizer, values, table, sections, whole.hexdigest(), size)
+    return Opened(network, info, tokenizer, values, table, sections, whole.hexdigest(), size)
 
 
 def _header(stored: bytes, length: int) -> dict[str, Any]:
@@ -330,11 +329,14 @@ def _header(stored: bytes, length: int) -> dict[str, Any]:
     return header
 
 
-def checked_config(header: dict[str, Any], size: int) -> ModelConfig:
-    """The config in `header`, if a file of `size` bytes can be a model of it. Raises ArtifactError."""
+def checked_network(header: dict[str, Any], size: int) -> Denoiser:
+    """The network of the config in `header`, without memory for its weights, if a file of `size` bytes can be a model of it.
+
+    Raises ArtifactError.
+    """
     try:
-        config = configuration.from_dict(ModelConfig, header["config"])
-        parameters = count_parameters(_shapes_only(config))
+        network = shapes_only(configuration.from_dict(ModelConfig, header["config"]))
+        parameters = count_parameters(network)
     except ArtifactError:
         raise
     except MezzotintError as error:
@@ -343,7 +345,7 @@ def checked_config(header: dict[str, Any], size: int) -> ModelConfig:
         raise ArtifactError(f"damaged artifact: its config does not make a model ({type(error).__name__})") from error
     if parameters > FREE_PARAMETERS + PARAMETERS_PER_BYTE * size:
         raise ArtifactError(f"damaged artifact: {parameters:,} parameters in {size:,} bytes")
-    return config
+    return network
 
 
 def _tokenizer(reader: _Reader, header: dict[str, Any], config: ModelConfig) -> Tokenizer:
@@ -371,10 +373,9 @@ def _tokenizer(reader: _Reader, header: dict[str, Any], config: ModelConfig) -> 
 
 
 def _tensors(
-    reader: _Reader, header: dict[str, Any], config: ModelConfig, sections: dict[str, int]
+    reader: _Reader, header: dict[str, Any], shapes: dict[str, tuple[int, ...]], sections: dict[str, int]
 ) -> Iterator[tuple[str, tuple[int, ...], str, int, np.ndarray]]:
     """Every tensor in file order: name, shape, codec, bytes, values."""
-    shapes = layout(config)
     table, banks = header["tensors"], header["banks"]
     if not isinstance(table, list) or not isinstance(banks, list) or len(banks) > 16:
         raise ArtifactError("damaged artifact: the tensor table is not a list")
@@ -509,10 +510,10 @@ def open_artifact(path: Path | str) -> Model:
     """
     opened = _read(Path(path))
     try:
-        network = network_of(opened.config, opened.values)
+        network = with_values(opened.network, opened.values)
     except Exception as error:
         raise ArtifactError(f"{path}: damaged artifact: its tensors do not make a model") from error
-    return Model(opened.config, opened.tokenizer, network, opened.info, opened.sha256)
+    return Model(network.config, opened.tokenizer, network, opened.info, opened.sha256)
 
 
 def inspect_artifact(path: Path | str) -> dict[str, Any]:
@@ -532,7 +533,7 @@ def inspect_artifact(path: Path | str) -> dict[str, Any]:
         "bytes": opened.size,
         "parameters": parameters,
         "bits_per_parameter": 8 * opened.size / parameters,
-        "config": configuration.to_dict(opened.config),
+        "config": configuration.to_dict(opened.network.config),
         "info": opened.info,
         "tokenizer": {
             "tokens": opened.tokenizer.vocab_size,

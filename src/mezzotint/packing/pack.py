@@ -29,10 +29,11 @@ from mezzotint.packing.artifact import (
     RANGE,
     Writer,
     compact_floats,
-    network_of,
     open_artifact,
+    shapes_only,
     table_banks,
     values_of,
+    with_values,
 )
 from mezzotint.packing.grid import Grid
 from mezzotint.progress import OnProgress, Progress, silent
@@ -104,7 +105,9 @@ class MeasuredCost:
 
 def with_packed_weights(model: Model, packed: PackedModel) -> Model:
     """`model` with the weights that the packed bytes stand for: what reading the file would give."""
-    network = network_of(model.config, {name: values_of(tensor) for name, tensor in packed.tensors.items()})
+    network = with_values(
+        shapes_only(model.config), {name: values_of(tensor) for name, tensor in packed.tensors.items()}
+    )
     return dataclasses.replace(model, network=network.to(model.device))
 
 

@@ -20,7 +20,7 @@ from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError, DataError
 from mezzotint.files import atomic_folder, refuse_pointer, writing
 from mezzotint.model import Model
-from mezzotint.packing.artifact import MAX_HEADER, checked_config, layout, network_of
+from mezzotint.packing.artifact import MAX_HEADER, checked_network, layout, with_values
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 VERSION = 1
@@ -89,18 +89,18 @@ def import_folder(folder: Path | str) -> Model:
             f"{folder / CONFIG} is of version {version!r}, not {VERSION}: use the Mezzotint that wrote it"
         )
     try:
-        config = checked_config({"config": settings}, (folder / WEIGHTS).stat().st_size)
+        network = checked_network({"config": settings}, (folder / WEIGHTS).stat().st_size)
         with (folder / WEIGHTS).open("rb") as start:
             refuse_pointer(start.read(64), WEIGHTS, ArtifactError)
         state = load_file(folder / WEIGHTS)
         tokenizer = Tokenizer.load(folder)
     except (OSError, SafetensorError, DataError, ArtifactError) as error:
         raise ArtifactError(f"{folder}: {error}") from error
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size != network.config.vocab_size:
         raise ArtifactError(
-            f"{folder}: a tokenizer of {tokenizer.vocab_size:,} tokens in a model of {config.vocab_size:,}"
+            f"{folder}: a tokenizer of {tokenizer.vocab_size:,} tokens in a model of {network.config.vocab_size:,}"
         )
-    shapes = layout(config)
+    shapes = layout(network)
     if {name: tuple(value.shape) for name, value in state.items()} != shapes:
         wrong = sorted(
             name for name in {*state, *shapes} if name not in state or tuple(state[name].shape) != shapes.get(name)
@@ -109,5 +109,5 @@ def import_folder(folder: Path | str) -> Model:
     for name, value in state.items():
         if value.dtype not in FLOATS or not torch.isfinite(value).all():
             raise ArtifactError(f"{folder / WEIGHTS}: {name} is not of finite float32, bfloat16 or float16 numbers")
-    network = network_of(config, {name: state[name].float().numpy() for name in shapes})
-    return Model(config, tokenizer, network, info)
+    with_values(network, {name: state[name].float().numpy() for name in shapes})
+    return Model(network.config, tokenizer, network, info)
