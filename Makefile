@@ -7,7 +7,8 @@ TORCH_INDEX ?=
 PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what is imported when it is; all that is installed would take a minute or two.
+# Python compiles what is imported when it is, and keeps it; all that is installed would take a minute or two.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: demo test lint setup clean
