@@ -349,7 +349,9 @@ class _Run:
         again = "start it again" + (" with --resume" if self.trainer.step else "")
         with signals.obeyed(f"stopped while setting up, before a step was made; {again}"), says:
             if job.config.compile and job.first:
-                job.warn("compiling the training step; this can take two minutes, and less when it is made again")
+                job.warn(
+                    "compiling the training step; this takes a few minutes at first, and less when it is made again"
+                )
                 says.enter_context(_signs_of_life(job.warn, "still compiling"))
             reason = self.trainer.warm_up()
         if reason:
