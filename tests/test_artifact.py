@@ -321,9 +321,9 @@ def test_sweep_trades_bytes_for_error(tokenizer: Tokenizer, text: Stream) -> Non
 
 
 def test_reference_preset_with_random_weights_fits(tmp_path: Path) -> None:
-    """One of the reference preset's eleven layers, calibrated on real text, within its share of 16,000,000 bytes.
+    """Two of the reference preset's eleven layers, calibrated on real text, within their share of 16,000,000 bytes.
 
-    Layers are alike, and what there is once (header, tokenizer, embeddings) weighs more beside one, so bytes per
+    Layers are alike, and what there is once (header, tokenizer, embeddings) weighs more among two, so bytes per
     parameter that fit here fit there.
     """
     buffer = io.BytesIO()
@@ -336,12 +336,12 @@ def test_reference_preset_with_random_weights_fits(tmp_path: Path) -> None:
     with torch.device("meta"):
         whole = count_parameters(Denoiser(ModelConfig(**options)))
     torch.manual_seed(0)
-    config = ModelConfig(**{**options, "layers": 1})
+    config = ModelConfig(**{**options, "layers": 2})
     model = Model(config, tokenizer, Denoiser(config).eval())
     budget = artifact.BUDGET * count_parameters(model.network) // whole
     stream = Stream(tokenizer.encode(TEXT)[:600])
     result = pack.pack(model, stream, tmp_path / "m.mzt", calibration_tokens=600, budget=budget)
-    assert result["verified"] and result["total_bytes"] <= budget < artifact.BUDGET // 5
+    assert result["verified"] and result["total_bytes"] <= budget < artifact.BUDGET // 3
 
 
 # --- golden -----------------------------------------------------------------------------------------------------

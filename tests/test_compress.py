@@ -111,7 +111,7 @@ class TestRoundTrip:
     @given(data=anything, model=st.sampled_from([MODEL, FOLDING, EVERY]))
     def test_any_bytes_when_modelling_is_forced(self, data, model):
         """Short inputs are smaller as they are; here the modelled form is used even so."""
-        text = b"plain text that goes on\nfor a while "
+        text = b"plain text that goes on\nfor a while " * 3
         for whole in (data, text + data + text + b"\xff" * 40 + data + text):
             assert not whole or forced(whole, model) in (whole, None)
 
