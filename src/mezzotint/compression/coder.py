@@ -20,6 +20,7 @@ LOWEST = 1 << 32  # the coder's state lies between this and 2^64
 MOST_STREAMS = 256
 KEPT_BYTES = 1 << 28  # keys and values of all streams together
 STREAM_TOKENS = 2048  # a stream's start has little context: it costs some three bytes
+FEW_STREAMS = 48  # up to so many a stream may be half as long: a step costs some time, however few take part
 PROBE_TOKENS = 1792  # after so many, from all over a text, their price tells whether the rest is worth its while
 POSITIONS = 256  # positions that go through the network together where windows are short: they stay in a core's cache
 Tick = Callable[[float], None]
@@ -120,7 +121,7 @@ def most_streams(network: ExactNetwork) -> int:
 
 def choose_streams(network: ExactNetwork, count: int) -> Streams:
     """Enough streams to decode at speed, few enough to cost next to nothing."""
-    wished = max(min(16, count // 1024), count // STREAM_TOKENS)
+    wished = max(min(FEW_STREAMS, count // 1024), count // STREAM_TOKENS)
     return Streams(count, max(1, min(most_streams(network), wished)))
 
 

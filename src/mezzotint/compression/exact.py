@@ -46,7 +46,7 @@ F32 = np.float32
 BIAS_FLOATS = 1 << 23  # the most that is kept of the values' biases, all made before
 LARGEST = 1 << 14  # in size, of a weight
 NARROW = 64  # columns from which on `fold` adds rows of the transpose
-FEW = 1 << 13  # numbers up to which a call of NumPy takes less time than one of torch, whose calls cost more
+FEW = 1 << 15  # numbers up to which a call of NumPy takes less time than one of torch, whose calls cost more
 CHUNK = 1 << 17  # logits, or channels of keys, that are worked on together: they stay in a core's cache
 FUTURE = np.triu(np.full((ROWS, ROWS), F32(-np.inf)), 1)
 """What hides later places from a score."""
@@ -343,6 +343,9 @@ class ExactNetwork:
         self.turning = channels
         self.score_exp = exp_table(SCORE_STEP, 4096).astype(F32)
         self.value_grid = [self._grid(state, i) for i in range(c.layers)]
+        gains = [state[f"blocks.{i}.attention.query_gain"] for i in range(c.layers)]
+        step = F32(SCORE_STEP / (128 * 128 * math.sqrt(c.head_width)))
+        self.score_scale = [(gain * step).reshape(c.kv_heads, -1, 1, 1) for gain in gains]
 
     def _late(self, layer: int) -> int:
         """Which of the layers whose values have a bias this is; below 0 where it has none."""
@@ -385,8 +388,6 @@ class ExactNetwork:
         c = self.config
         b, n, heads, width = q.shape
         group = heads // c.kv_heads
-        gain = self.state[f"blocks.{layer}.attention.query_gain"]
-        factor = (gain * F32(SCORE_STEP / (128 * 128 * math.sqrt(width)))).reshape(c.kv_heads, group, 1, 1)
         out = np.empty_like(q)
         for start in range(0, n, ROWS):
             rows = min(ROWS, n - start)
@@ -395,7 +396,7 @@ class ExactNetwork:
             part = np.ascontiguousarray(part).reshape(b, c.kv_heads, group * rows, width)
             keys, values = cache.keys[layer, :, :, :stop], cache.values[layer, :, :, :stop]
             z = products(part, keys.swapaxes(-1, -2)).reshape(b, c.kv_heads, group, rows, stop)
-            times(z, factor)
+            times(z, self.score_scale[layer])
             if rows > 1:
                 z[..., stop - rows :] += FUTURE[:rows, :rows]
             e = shares(z, self.score_exp)
