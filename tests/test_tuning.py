@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpus import metrics
 
 import mezzotint
 from mezzotint.cli import tuning
@@ -17,7 +18,7 @@ from mezzotint.config import TrainConfig, fine_tuning
 from mezzotint.data.dataset import Dataset
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.training.automatic import DROPOUT
-from mezzotint.training.checkpoint import load_run
+from mezzotint.training.checkpoint import best_step, load_run
 from mezzotint.training.run import train
 
 STILL = TrainConfig(
@@ -37,6 +38,25 @@ def test_a_run_starts_from_a_models_weights(trained, tmp_path):
         assert described["init"] == {"sha256": model.sha256, "steps": model.info["steps"]}
         train(trained.data, run, model=model.config, config=dataclasses.replace(STILL, steps=3), resume=True)
         assert json.loads((run / "config.json").read_text())["init"] == described["init"]
+
+
+def test_a_run_that_makes_a_model_worse_keeps_it_as_the_best(trained, tmp_path):
+    """The first step, at a thousandth of the rates, is validated; a run of new weights waits for its first tenth."""
+    model = mezzotint.load(trained.artifact)
+    rates = {"matrix_lr": 1.0, "embedding_lr": 1.0, "scalar_lr": 0.1, "warmup": 1.0, "warmdown": 0.0}
+    harsh = dataclasses.replace(STILL, steps=30, **rates)
+    still = train(trained.data, tmp_path / "still", model=model.config, config=STILL, init=model)
+    worse = train(trained.data, tmp_path / "worse", model=model.config, config=harsh, init=model)
+    assert worse["best"]["step"] == best_step(tmp_path / "worse") == 1
+    assert (
+        abs(worse["best"]["val_nelbo_bpb"] - still["val_nelbo_bpb"])
+        < 0.01
+        < worse["val_nelbo_bpb"] - still["val_nelbo_bpb"]
+    )
+    validated = [row["step"] for row in metrics(tmp_path / "worse") if "val_nelbo_bpb" in row]
+    assert validated == [1, *range(3, 31, 3)]
+    train(trained.data, tmp_path / "new", model=model.config, config=harsh)
+    assert [row["step"] for row in metrics(tmp_path / "new") if "val_nelbo_bpb" in row] == [*range(3, 31, 3)]
 
 
 def test_what_cannot_be_started_from_is_said(trained, tmp_path):

@@ -145,7 +145,8 @@ def train(
     steps that is stopped and resumed ends bit-equal on the CPU. One process at a time may train in a folder.
 
     About ten times a run (`val_every`) the averaged weights are scored on a fixed part of the validation text, with
-    fixed masks; the checkpoint with the best figures is kept (`best.json` names its step) beside the newest ones.
+    fixed masks, and with `init` after the first step too; the checkpoint with the best figures is kept (`best.json`
+    names its step) beside the newest ones.
 
     Returns steps, tokens, seconds, tokens_per_second, parameters, train_nelbo_bpb (mean over the last tenth of the
     steps, an estimate on training text), val_nelbo_bpb and val_causal_bpb (of the last validation; None without), best
@@ -328,7 +329,8 @@ class _Run:
         self.log = MetricsLog(job.out, self.trainer, bits_per_nat)
         # Validation comes before the log, whose row shows its figures, and both before the checkpoint that names the best.
         self.checkpoints = Checkpointer(job.out, self.trainer, self.log)
-        self.validation = Validation(self.trainer, val_text, _history(job, self.trainer), self.log.line)
+        history = _history(job, self.trainer)
+        self.validation = Validation(self.trainer, val_text, history, self.log.line, "init" in described)
         self.listeners: list[Listener] = [self.validation, self.log, self.checkpoints]
         self.listeners += _trackers(job) if job.first else []
         if job.progress is not None and job.first:

@@ -134,12 +134,19 @@ class Validation(Listener):
 
     Every process has one; all come to the same figures. history: the validations of the run so far, oldest first.
     stream: None where there is no validation text; then none is ever due. note: takes a line for train.log.
+    from_model: whether the run begins with a model's weights; then its first step is followed by a validation, so that
+    the best checkpoint is hardly worse than that model.
     """
 
     def __init__(
-        self, trainer: Trainer, stream: TokenStream | None, history: Sequence[Validated], note: Callable[[str], None]
+        self,
+        trainer: Trainer,
+        stream: TokenStream | None,
+        history: Sequence[Validated],
+        note: Callable[[str], None],
+        from_model: bool = False,
     ) -> None:
-        self.trainer, self.stream, self.note = trainer, stream, note
+        self.trainer, self.stream, self.note, self.from_model = trainer, stream, note, from_model
         config = trainer.config
         with torch.device("meta"):
             network = Denoiser(trainer.network.config)
@@ -173,6 +180,8 @@ class Validation(Listener):
         config = self.trainer.config
         if self.stream is None or config.val_every < 0:
             return False
+        if self.from_model and self.trainer.step == 0:
+            return True
         if config.steps:
             step = self.trainer.step + 1
             every = Fraction(config.val_every) if config.val_every else Fraction(config.steps, VALIDATIONS)
