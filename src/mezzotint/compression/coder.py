@@ -22,7 +22,7 @@ KEPT_BYTES = 1 << 28  # keys and values of all streams together
 STREAM_TOKENS = 2048  # a stream's start has little context: it costs some three bytes
 FEW_STREAMS = 48  # up to so many a stream may be half as long: a step costs some time, however few take part
 PROBE_TOKENS = 1792  # after so many, from all over a text, their price tells whether the rest is worth its while
-POSITIONS = 256  # positions that go through the network together where windows are short: they stay in a core's cache
+POSITIONS = 768  # positions that go through the network together where windows are short: few calls
 Tick = Callable[[float], None]
 """Told the share of a job that is done."""
 

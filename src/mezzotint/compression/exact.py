@@ -171,7 +171,8 @@ class _Matrix:
         """Integers x [n, K] of at most 127 -> exact sums [n, R], rounded to float32."""
         if self.short is None:
             return np.matmul(x.astype(self.kind, copy=False), self.codes).astype(F32, copy=False)
-        return torch._int_mm(torch.from_numpy(x.astype(np.int8, copy=False)), self.short).numpy().astype(F32)
+        sums = torch._int_mm(torch.from_numpy(x.astype(np.int8, copy=False)), self.short)
+        return sums.view(torch.float32).copy_(sums).numpy()  # number by number in the same memory
 
     def product(self, x: np.ndarray) -> np.ndarray:
         """Integers x [n, K] -> the sums times the scales of their rows, float32 [n, R]."""
@@ -200,13 +201,17 @@ def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return torch.matmul(torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
 
-def to_integers(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of x [n, K] as integers of at most 127, int8, and what one of them is worth, float32 [n, 1]."""
+def to_integers(x: np.ndarray, *, signed: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of x [n, K] as integers of at most 127, int8, and what one of them is worth, float32 [n, 1].
+
+    signed: whether any number may be below 0.
+    """
+    sizes = np.abs(x) if signed else x
     if x.size <= FEW:
-        largest = np.maximum.reduce(np.abs(x), axis=-1, keepdims=True)
+        largest = np.maximum.reduce(sizes, axis=-1, keepdims=True)
         y = x * (F32(INPUT) / np.maximum(largest, TINY))
         return np.rint(y, out=y).astype(np.int8), largest / F32(INPUT)
-    largest = torch.from_numpy(np.abs(x)).amax(-1, keepdim=True).numpy()
+    largest = torch.from_numpy(sizes).amax(-1, keepdim=True).numpy()
     steps = torch.from_numpy(F32(INPUT) / np.maximum(largest, TINY))
     return torch.mul(torch.from_numpy(x), steps).round_().to(torch.int8).numpy(), largest / F32(INPUT)
 
@@ -460,7 +465,7 @@ class ExactNetwork:
         h = up.product(xi)
         np.maximum(h, h * F32(0.5) if self.config.activation == "leaky_relu2" else F32(0), out=h)
         np.multiply(h, h, out=h)
-        hi, square = to_integers(h)
+        hi, square = to_integers(h, signed=False)
         return self._scaled(times(down.product(hi), square * (worth * worth)), f"blocks.{i}.mlp_scale")
 
     def hidden(self, ids: np.ndarray, cache: Cache, skip: int = 0) -> np.ndarray:
