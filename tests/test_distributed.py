@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from commands import mezzotint, run_command, run_together, torchrun
-from corpus import metrics, prepared_words
+from corpus import metrics, prepared_words, validations
 
 from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.data.dataset import Dataset
@@ -42,11 +42,6 @@ def losses(data: Path, out: Path, processes: int, **settings) -> list[float]:
     settings["vocab"] = Dataset.open(data).tokenizer.vocab_size
     run_together(processes, train_small, str(data), str(out), settings)
     return [row["loss"] for row in metrics(out)]
-
-
-def validations(run: Path) -> list[dict]:
-    made = metrics(run)
-    return [row for row in made if "val_nelbo_bpb" in row]
 
 
 MIXED = {"weighting": "reference", "causal_share": 0.5, "micro_batch": 1, "short_share": 0.4, "narrow_share": 0.6}

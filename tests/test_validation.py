@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from corpus import metrics as rows
-from corpus import prepared_words, small_config, stop_at
+from corpus import prepared_words, small_config, stop_at, validations
 from safetensors.torch import load_file
 
 from mezzotint.cli.console import Display
@@ -45,10 +45,6 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def shape(data) -> ModelConfig:
     return small_config(data)
-
-
-def validations(run: Path) -> list[dict]:
-    return [row for row in rows(run) if "val_nelbo_bpb" in row]
 
 
 def random_model(data: Path, shape: ModelConfig, **train) -> Model:

@@ -76,6 +76,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def validations(run: Path) -> list[dict[str, Any]]:
+    """Those of them that have the figures of a validation."""
+    return [row for row in metrics(run) if "val_nelbo_bpb" in row]
+
+
 def write_shard(path: Path, ids: np.ndarray, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(ids) if count is None else count

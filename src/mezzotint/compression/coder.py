@@ -222,13 +222,11 @@ def _read_anew(network: ExactNetwork, table: np.ndarray, cache: Cache) -> np.nda
 def _decode_step(network: ExactNetwork, hidden: np.ndarray, decoder: Decoder) -> list[int]:
     """One token for each row of hidden [n, W]."""
     out = []
-    for begin in range(0, len(hidden), POSITIONS):
-        ends = torch.from_numpy(network.frequencies(hidden[begin : begin + POSITIONS])).cumsum(1).numpy()
-        for row in ends:
-            token = int(row.searchsorted(decoder.peek(), side="right"))
-            below = int(row[token - 1]) if token else 0
-            decoder.take(below, int(row[token]) - below)
-            out.append(token)
+    for row in torch.from_numpy(network.frequencies(hidden)).cumsum(1).numpy():
+        token = int(row.searchsorted(decoder.peek(), side="right"))
+        below = int(row[token - 1]) if token else 0
+        decoder.take(below, int(row[token]) - below)
+        out.append(token)
     return out
 
 
