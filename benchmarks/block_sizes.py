@@ -30,7 +30,7 @@ from common import Book, figure, new_parser, recipe, table, trained
 
 from mezzotint.config import PRESETS, Preset
 from mezzotint.data.dataset import Dataset
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.scoring.likelihood import causal, chain_rule, nelbo
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mezzotint.config import Preset
 from mezzotint.data.dataset import Windows
-from mezzotint.model import Model, shift_right
+from mezzotint.network.model import Model, shift_right
 from mezzotint.scoring import likelihood
 from mezzotint.training.checkpoint import load_run
 from mezzotint.training.run import train

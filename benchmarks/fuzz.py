@@ -46,7 +46,7 @@ from common import Findings, end, memory_of, new_parser, say, table
 from mezzotint.config import ModelConfig, to_dict
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError
-from mezzotint.model import Denoiser, Model, count_parameters
+from mezzotint.network.model import Denoiser, Model, count_parameters
 from mezzotint.packing import artifact, entropy, pack
 
 SECONDS, SECONDS_PER_MILLION = 2.0, 0.25

@@ -38,10 +38,10 @@ from h100_estimate import FLOPS, estimate
 from throughput import RandomWindows, model_flops
 
 from mezzotint.config import PRESETS, TrainConfig, preset
-from mezzotint.model import Denoiser, count_parameters
-from mezzotint.system import peak_memory_bytes
+from mezzotint.network.model import Denoiser, count_parameters
 from mezzotint.training.corrupt import corrupt_batch, stage_at
 from mezzotint.training.step import Trainer
+from mezzotint.training.system import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 GPUS = 8

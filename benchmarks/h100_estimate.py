@@ -28,7 +28,7 @@ import torch
 from common import new_parser, table
 
 from mezzotint.config import PRESETS, preset
-from mezzotint.model import Denoiser, count_parameters
+from mezzotint.network.model import Denoiser, count_parameters
 
 FLOPS = 989e12
 """What the maker states for dense bfloat16 products."""

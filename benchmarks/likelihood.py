@@ -33,7 +33,7 @@ from mezzotint.compression.container import compress_stream, decompress
 from mezzotint.data.dataset import Dataset, Windows
 from mezzotint.data.sources import documents
 from mezzotint.data.texts import TextWindows
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.objective import stratified_counts
 from mezzotint.pretrained import load
 from mezzotint.scoring.compare import compare

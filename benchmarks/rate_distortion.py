@@ -43,7 +43,7 @@ from common import Book, compressors, new_parser, plus_minus, say, table
 
 from mezzotint.config import ModelConfig, preset, to_dict
 from mezzotint.data.dataset import Dataset
-from mezzotint.model import Denoiser, Model
+from mezzotint.network.model import Denoiser, Model
 from mezzotint.objective import mask_by_count, masked_nll, nelbo_per_window, stratified_counts
 from mezzotint.packing import artifact, entropy, grid, pack, quantize
 from mezzotint.training.checkpoint import load_run

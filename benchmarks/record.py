@@ -26,7 +26,7 @@ from mezzotint.data.dataset import Dataset, Windows
 from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import ArtifactError, CheckpointError, DataError, MezzotintError
 from mezzotint.files import atomic_folder
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.packing.artifact import BUDGET, inspect_artifact, open_artifact
 from mezzotint.sampling.generate import sample
 from mezzotint.sampling.infill import fill

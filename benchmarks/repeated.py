@@ -40,7 +40,7 @@ from mezzotint.config import Preset, preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.prepare import prepare
 from mezzotint.files import atomic_write
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 
 SHARES = {"mixed": None, "masked": 0.0, "ar": 1.0}
 """`causal_share` of each objective; None: the preset's."""

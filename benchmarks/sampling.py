@@ -36,7 +36,7 @@ from torch import Tensor
 
 from mezzotint import seeding
 from mezzotint.data.dataset import Dataset
-from mezzotint.model import Model, shift_right
+from mezzotint.network.model import Model, shift_right
 from mezzotint.pretrained import load
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.infill import infill

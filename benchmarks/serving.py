@@ -30,7 +30,7 @@ import torch
 
 import mezzotint
 from mezzotint.apps.serve import running
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 
 PROMPTS = (
     "The old house stood at the end of the",

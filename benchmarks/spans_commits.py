@@ -25,7 +25,7 @@ from common import Book, judged_nats, new_parser, plus_minus, source_of, table
 
 from mezzotint.data.sources import documents
 from mezzotint.errors import ConfigError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.pretrained import load
 
 ROOT = Path(__file__).resolve().parents[1]

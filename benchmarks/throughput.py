@@ -26,9 +26,9 @@ from common import new_parser, table, write_json
 from torch import Tensor
 from torch.nn import functional
 
-import mezzotint.model
+import mezzotint.network.model
 from mezzotint.config import ModelConfig, TrainConfig, preset
-from mezzotint.model import Denoiser, count_parameters
+from mezzotint.network.model import Denoiser, count_parameters
 from mezzotint.training.step import MaskedLoss, Trainer
 
 
@@ -114,11 +114,11 @@ def main(words: Sequence[str] | None = None) -> None:
         {"step": "masked windows only", "config": dataclasses.replace(base, causal_share=0.0), "reference": False},
         {"step": "the reference's", "config": dataclasses.replace(base, causal_share=0.0), "reference": True},
     ]
-    own_attention = mezzotint.model.attend
+    own_attention = mezzotint.network.model.attend
     try:
         for row in rows:
             torch.manual_seed(0)
-            mezzotint.model.attend = kernel_attention if row["reference"] else own_attention
+            mezzotint.network.model.attend = kernel_attention if row["reference"] else own_attention
             network = Denoiser(model)
             trainer = Trainer(network, row["config"], RandomWindows(model, base.batch), torch.device("cpu"))  # type: ignore[arg-type]
             if row["reference"]:
@@ -136,13 +136,13 @@ def main(words: Sequence[str] | None = None) -> None:
             peaks.append(peak(model, base.batch * model.sequence_length))
             for row in rows:
                 # What is compiled depends on which attention it finds.
-                mezzotint.model.attend = kernel_attention if row["reference"] else own_attention
+                mezzotint.network.model.attend = kernel_attention if row["reference"] else own_attention
                 started = time.perf_counter()
                 for _ in range(options.steps):
                     row["trainer"].run_step(0.3)
                 row["times"].append((time.perf_counter() - started) / options.steps)
     finally:
-        mezzotint.model.attend = own_attention
+        mezzotint.network.model.attend = own_attention
     best = statistics.median(peaks)
     tokens = base.batch * model.sequence_length
     print(f"{count_parameters(rows[0]['trainer'].network):,} parameters, batch {base.batch} x {model.sequence_length}, "

@@ -26,7 +26,7 @@ import dataclasses, json, sys, time
 from ast import literal_eval
 import numpy as np, torch
 from mezzotint.config import preset
-from mezzotint.model import Denoiser
+from mezzotint import Denoiser
 try:
     from mezzotint.training.step import Trainer
 except ModuleNotFoundError:  # as it was called until 2026-11-25

@@ -23,7 +23,7 @@ from test_serve import Slow, ask, running
 
 from mezzotint.apps.api import LONGER, MAX_CHOICES, cut_at, token_log_probabilities
 from mezzotint.apps.desk import MAX_BODY, MAX_CHARACTERS
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.sampling.generate import sample
 from mezzotint.sampling.infill import LENGTHS, infill
 

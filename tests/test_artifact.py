@@ -22,9 +22,9 @@ import torch
 from mezzotint.config import ModelConfig, preset, to_dict
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError
-from mezzotint.model import Denoiser, Model, count_parameters
+from mezzotint.network.model import Denoiser, Model, count_parameters
 from mezzotint.packing import artifact, entropy, grid, pack, quantize
-from mezzotint.system import peak_memory_bytes
+from mezzotint.training.system import peak_memory_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = Path(__file__).read_text()

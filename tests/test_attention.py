@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-import mezzotint.attention
-from mezzotint.attention import flex_attention_under, noisy_block_mask
+import mezzotint.network.attention
 from mezzotint.config import ModelConfig
-from mezzotint.layers import Block, Float32Products
-from mezzotint.model import Denoiser
+from mezzotint.network.attention import flex_attention_under, noisy_block_mask
+from mezzotint.network.layers import Block, Float32Products
+from mezzotint.network.model import Denoiser
 
 
 def test_layers_are_compiled_once_for_all_of_them(monkeypatch):
@@ -75,7 +75,7 @@ def test_flexible_attention_is_the_dense_one(prefix, monkeypatch):
     """As a GPU has it, compiled layers around an attention of its own, but by FlexAttention as it is written out."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(mezzotint.attention, "compiled_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(mezzotint.network.attention, "compiled_flex_attention", lambda: flex_attention)
     config = ModelConfig(vocab_size=20, sequence_length=14, layers=2, width=32, heads=2, kv_heads=1)
     torch.manual_seed(0)
     network = Denoiser(dataclasses.replace(config, shifted_output=bool(prefix)))

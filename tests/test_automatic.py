@@ -10,7 +10,7 @@ import pytest
 
 from mezzotint.cli.main import main
 from mezzotint.config import TrainConfig, preset
-from mezzotint.model import Denoiser, count_parameters
+from mezzotint.network.model import Denoiser, count_parameters
 from mezzotint.training.automatic import DROPOUT, READ_OFTEN, SHAPES, automatic, sized
 from mezzotint.training.checkpoint import read_run
 

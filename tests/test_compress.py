@@ -25,7 +25,7 @@ from mezzotint.compression.container import compress, compress_file, decompress,
 from mezzotint.compression.exact import ExactNetwork
 from mezzotint.config import ModelConfig
 from mezzotint.errors import ConfigError, DataError
-from mezzotint.model import Denoiser, Model
+from mezzotint.network.model import Denoiser, Model
 from mezzotint.scoring.likelihood import causal
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mezzotint import seeding
 from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.data.loader import Prefetch
-from mezzotint.model import Denoiser
+from mezzotint.network.model import Denoiser
 from mezzotint.objective import mask_by_noise
 from mezzotint.training.corrupt import Stage, corrupt_batch, prepare_step, stage_at
 from mezzotint.training.step import Trainer

@@ -16,7 +16,7 @@ from corpus import metrics, prepared_words, small_config, small_tokenizer, stop_
 
 from mezzotint.config import ModelConfig, TrainConfig, preset
 from mezzotint.errors import Interrupted, MezzotintError
-from mezzotint.model import Denoiser, Model
+from mezzotint.network.model import Denoiser, Model
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.generate import sample
 from mezzotint.scoring.likelihood import causal, nelbo

@@ -27,7 +27,7 @@ from toy import (
 
 from mezzotint.config import ModelConfig, parse_attention
 from mezzotint.errors import DataError
-from mezzotint.model import Denoiser, Model
+from mezzotint.network.model import Denoiser, Model
 from mezzotint.objective import masked_nll, nelbo_per_window
 from mezzotint.scoring.compare import compare, compare_documents
 from mezzotint.scoring.journal import Journal

@@ -15,7 +15,7 @@ import mezzotint
 from mezzotint.compression import exact
 from mezzotint.compression.exact import Cache, ExactNetwork
 from mezzotint.errors import MezzotintError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 
 F = np.float32
 

@@ -25,10 +25,10 @@ from mezzotint.data import sources
 from mezzotint.data.texts import TextWindows
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
-from mezzotint.layers import Attention
-from mezzotint.model import Denoiser, Model
+from mezzotint.network.layers import Attention
+from mezzotint.network.model import Denoiser, Model
 from mezzotint.sampling.draft import parse_gaps
-from mezzotint.system import peak_memory_bytes
+from mezzotint.training.system import peak_memory_bytes
 
 ABOUT_DOUBLE = 2.5  # twice the square would be 4
 

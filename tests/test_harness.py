@@ -17,7 +17,7 @@ from mezzotint.data.tokenizer import train_tokenizer
 from mezzotint.errors import ConfigError
 from mezzotint.integrations.harness import Harness
 from mezzotint.integrations.harness_arguments import check_arguments
-from mezzotint.model import Denoiser, Model
+from mezzotint.network.model import Denoiser, Model
 
 DOCUMENTS = [
     "The plate is rocked until it prints black.",

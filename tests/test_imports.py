@@ -15,11 +15,9 @@ from mezzotint.extras import PROVIDERS
 
 FLOORS = [
     ["errors"],
-    ["files", "seeding", "progress", "distributed", "system", "signatures", "extras"],
-    ["config"],
-    ["attention", "objective", "data"],
-    ["layers"],
-    ["model"],
+    ["files", "seeding", "progress", "distributed", "signatures", "extras", "config"],
+    ["objective", "data"],
+    ["network"],
     ["training", "packing", "sampling"],
     ["pretrained", "scoring"],
     ["compression", "integrations"],

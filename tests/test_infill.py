@@ -14,7 +14,7 @@ from toy import TableModel, eighths
 from mezzotint.config import ModelConfig
 from mezzotint.data.tokenizer import train_tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
-from mezzotint.model import Denoiser, Model, Surroundings
+from mezzotint.network.model import Denoiser, Model, Surroundings
 from mezzotint.sampling import candidates, healing, ranking
 from mezzotint.sampling.constraints import Constraint
 from mezzotint.sampling.draft import Draft, parse_gaps, shows

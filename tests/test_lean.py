@@ -14,7 +14,7 @@ from toy import eighths
 
 from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.errors import ConfigError
-from mezzotint.model import Denoiser
+from mezzotint.network.model import Denoiser
 from mezzotint.objective import lean_weights, nelbo_per_window
 from mezzotint.training.corrupt import corrupt_batch, prepare_step, stage_at
 

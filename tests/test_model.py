@@ -9,11 +9,11 @@ import pytest
 import torch
 from toy import eighths
 
-from mezzotint import model as model_module
 from mezzotint.config import PRESETS, ModelConfig, parse_attention
 from mezzotint.errors import ConfigError
-from mezzotint.layers import rotate, short_conv
-from mezzotint.model import (
+from mezzotint.network import model as model_module
+from mezzotint.network.layers import rotate, short_conv
+from mezzotint.network.model import (
     Cache,
     Denoiser,
     Model,

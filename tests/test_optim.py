@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mezzotint.config import PRESETS, ModelConfig, TrainConfig
-from mezzotint.model import Denoiser
+from mezzotint.network.model import Denoiser
 from mezzotint.training.optim import (
     BatchedMuon,
     MovingAverage,

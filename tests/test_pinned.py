@@ -15,7 +15,7 @@ import torch
 from toy import ToyText, ToyWindows, eighths
 
 from mezzotint.config import SAMPLERS, ModelConfig, TrainConfig
-from mezzotint.model import Cache, Denoiser, Model
+from mezzotint.network.model import Cache, Denoiser, Model
 from mezzotint.sampling.denoise import denoise
 from mezzotint.scoring.likelihood import causal, chain_rule, nelbo
 from mezzotint.training import step

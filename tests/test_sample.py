@@ -21,7 +21,7 @@ from toy import eighths
 from mezzotint.config import OPTIONS, SAMPLERS, ModelConfig, SamplingConfig
 from mezzotint.data.tokenizer import Tokenizer, train_tokenizer
 from mezzotint.errors import ConfigError, MezzotintError
-from mezzotint.model import Denoiser, Model
+from mezzotint.network.model import Denoiser, Model
 from mezzotint.sampling import denoise as denoising
 from mezzotint.sampling import samplers
 from mezzotint.sampling.denoise import denoise

@@ -107,7 +107,13 @@ def test_source_can_be_read(record, tmp_path):
     package = Path(mezzotint.__file__).parent
     source = tmp_path / "source" / "mezzotint"
     written = {p.relative_to(source).as_posix() for p in source.rglob("*.py")}
-    assert {"__init__.py", "training/run.py", "packing/artifact.py", "scoring/likelihood.py", "model.py"} <= written
+    assert {
+        "__init__.py",
+        "training/run.py",
+        "packing/artifact.py",
+        "scoring/likelihood.py",
+        "network/model.py",
+    } <= written
     assert not any(name.startswith(("cli/", "apps/")) for name in written)
     for name in written - {"__init__.py"}:
         assert (tmp_path / "source" / "mezzotint" / name).read_text() == (package / name).read_text()

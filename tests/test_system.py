@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from mezzotint import system
+from mezzotint.training import system
 
 SCRIPT = """
 import sys

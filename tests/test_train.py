@@ -20,21 +20,21 @@ from safetensors.torch import load_file
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mezzotint.attention import attend
 from mezzotint.cli.main import main
 from mezzotint.config import ModelConfig, TrainConfig, preset
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
 from mezzotint.errors import CheckpointError, ConfigError, Interrupted, MezzotintError
-from mezzotint.layers import Block
-from mezzotint.model import Denoiser
-from mezzotint.system import try_lock
+from mezzotint.network.attention import attend
+from mezzotint.network.layers import Block
+from mezzotint.network.model import Denoiser
 from mezzotint.training import run as run_module
 from mezzotint.training.checkpoint import check_checkpoint, load_run, newest_checkpoint, read_run, run_lock, stable_step
 from mezzotint.training.corrupt import corrupt_batch
 from mezzotint.training.optim import MovingAverage, Optimizers
 from mezzotint.training.run import train
 from mezzotint.training.step import Trainer
+from mezzotint.training.system import try_lock
 
 QUICK = TrainConfig(steps=12, batch=4, compile=False, dtype="float32", log_every=0.0, checkpoint_minutes=60)
 

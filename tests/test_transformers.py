@@ -24,7 +24,7 @@ from mezzotint.data.texts import TextWindows
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError, MezzotintError
 from mezzotint.integrations.transformers import from_transformers, load_transformers
-from mezzotint.model import Denoiser, Model
+from mezzotint.network.model import Denoiser, Model
 from mezzotint.packing.safetensors import export_folder, import_folder
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.generate import sample

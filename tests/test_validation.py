@@ -21,7 +21,7 @@ from mezzotint.config import ModelConfig, TrainConfig, to_dict
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
 from mezzotint.errors import CheckpointError, ConfigError, DataError, Interrupted
-from mezzotint.model import Denoiser, Model
+from mezzotint.network.model import Denoiser, Model
 from mezzotint.pretrained import load
 from mezzotint.progress import Progress
 from mezzotint.scoring.chain import causal_matrix

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mezzotint.errors import ArtifactError, CheckpointError, ConfigError, DataError, MezzotintError
     from mezzotint.integrations.hub import from_pretrained, push_to_hub
     from mezzotint.integrations.transformers import from_transformers
-    from mezzotint.model import Denoiser, Model
+    from mezzotint.network.model import Denoiser, Model
     from mezzotint.packing.artifact import inspect_artifact, open_artifact
     from mezzotint.packing.pack import pack, store
     from mezzotint.packing.safetensors import export_folder, import_folder
@@ -45,10 +45,10 @@ _HOME = {
     "ConfigError": "errors",
     "DataError": "errors",
     "Dataset": "data.dataset",
-    "Denoiser": "model",
+    "Denoiser": "network.model",
     "Estimate": "scoring.statistics",
     "MezzotintError": "errors",
-    "Model": "model",
+    "Model": "network.model",
     "ModelConfig": "config",
     "PRESETS": "config",
     "SamplingConfig": "config",

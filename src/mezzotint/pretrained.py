@@ -15,7 +15,7 @@ from pathlib import Path
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError
 from mezzotint.extras import extra
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.packing import safetensors
 from mezzotint.packing.artifact import MAGIC, open_artifact
 from mezzotint.training.checkpoint import load_run, split_run

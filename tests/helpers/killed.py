@@ -27,7 +27,7 @@ from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import Loader
 from mezzotint.errors import CheckpointError
-from mezzotint.model import Denoiser
+from mezzotint.network.model import Denoiser
 from mezzotint.progress import Progress
 from mezzotint.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from mezzotint.training.run import train

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 

@@ -19,7 +19,7 @@ import torch
 
 from mezzotint.apps.desk import MAX_CHARACTERS, Desk, Emit, Form, Refused, number, read_json, shared
 from mezzotint.errors import MezzotintError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.sampling.draft import PADDING, Parts
 from mezzotint.sampling.generate import check_text, continued, readable, sample
 from mezzotint.sampling.healing import log_probabilities

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mezzotint.errors import MezzotintError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 
 try:
     from starlette.requests import ClientDisconnect, Request

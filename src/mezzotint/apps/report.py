@@ -24,7 +24,7 @@ from mezzotint.config import ModelConfig, TrainConfig
 from mezzotint.data.dataset import Dataset, Windows
 from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.files import atomic_write
-from mezzotint.model import Model, count_parameters
+from mezzotint.network.model import Model, count_parameters
 from mezzotint.packing.artifact import BUDGET, inspect_artifact, open_artifact
 from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.sampling.denoise import denoise

@@ -26,7 +26,7 @@ from mezzotint.apps import api
 from mezzotint.apps.desk import MAX_CHARACTERS, SERVING, WAITING, Desk, Emit, Form, Refused, number, read_json, shared
 from mezzotint.config import SAMPLERS
 from mezzotint.errors import MezzotintError
-from mezzotint.model import Model, count_parameters
+from mezzotint.network.model import Model, count_parameters
 from mezzotint.pretrained import pretrained_file, pretrained_models
 from mezzotint.sampling.constraints import WORD
 from mezzotint.sampling.draft import parse_gaps

@@ -28,7 +28,7 @@ from mezzotint.data.dataset import Dataset
 from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import ArtifactError, CheckpointError, DataError, MezzotintError
 from mezzotint.files import atomic_folder, writing
-from mezzotint.model import Model, count_parameters
+from mezzotint.network.model import Model, count_parameters
 from mezzotint.packing.artifact import BUDGET, open_artifact
 from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.scoring import kinds, likelihood

@@ -17,7 +17,7 @@ from mezzotint.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from mezzotint.data.dataset import Dataset, Windows
     from mezzotint.data.sources import Account
-    from mezzotint.model import Model
+    from mezzotint.network.model import Model
 
 
 def load_model(path: Path | None, arguments: argparse.Namespace | None = None) -> Model:

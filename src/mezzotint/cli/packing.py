@@ -20,7 +20,7 @@ from mezzotint.files import atomic_write
 
 if TYPE_CHECKING:
     from mezzotint.data.dataset import Dataset
-    from mezzotint.model import Model
+    from mezzotint.network.model import Model
 
 
 def add_pack_arguments(parser: argparse.ArgumentParser) -> None:

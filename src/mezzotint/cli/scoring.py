@@ -19,7 +19,7 @@ from mezzotint.errors import ConfigError, DataError, Interrupted, MezzotintError
 
 if TYPE_CHECKING:
     from mezzotint.data.dataset import Windows
-    from mezzotint.model import Model
+    from mezzotint.network.model import Model
     from mezzotint.scoring.statistics import Estimate
 
 METHODS = {

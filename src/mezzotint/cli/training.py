@@ -21,7 +21,7 @@ from mezzotint.errors import ConfigError
 
 if TYPE_CHECKING:
     from mezzotint.data.tokenizer import Tokenizer
-    from mezzotint.model import Model
+    from mezzotint.network.model import Model
 
 DEFAULT_PRESET, AUTO = "small", "auto"
 

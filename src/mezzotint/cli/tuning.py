@@ -22,7 +22,7 @@ from mezzotint.config import ModelConfig, TrainConfig, fine_tuning
 from mezzotint.errors import ConfigError, DataError, Interrupted
 
 if TYPE_CHECKING:
-    from mezzotint.model import Model
+    from mezzotint.network.model import Model
     from mezzotint.scoring.statistics import Estimate
 
 HELD_OUT = 0.1

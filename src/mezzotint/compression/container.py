@@ -38,7 +38,7 @@ from mezzotint.compression.exact import ExactNetwork
 from mezzotint.compression.frames import TextFrame, put_together, read_side, take_apart
 from mezzotint.errors import ConfigError, DataError
 from mezzotint.files import atomic_file, refuse_pointer, writing
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.progress import OnProgress, Progress
 from mezzotint.scoring.journal import model_digest
 

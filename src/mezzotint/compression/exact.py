@@ -26,7 +26,7 @@ import torch
 
 from mezzotint.config import ModelConfig
 from mezzotint.errors import MezzotintError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 
 TOTAL = 1 << 24
 """What the integer probabilities of one token sum to."""

@@ -17,7 +17,7 @@ import numpy as np
 from mezzotint.compression.blocks import DAMAGED, FRAME_BYTES, Reader, squeeze, unsqueeze, varint
 from mezzotint.compression.text import REST, TEXT, Edit, apply_edits, folds, segments
 from mezzotint.errors import DataError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 
 COMMON = 15
 MOST_TOKEN_BYTES = 16 * FRAME_BYTES  # the longest that the tokens of a frame can be

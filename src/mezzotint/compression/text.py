@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mezzotint.compression.blocks import DAMAGED
 from mezzotint.errors import DataError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 
 TEXT, REST = 0, 1
 SHORTEST = 24

@@ -32,7 +32,7 @@ from mezzotint.compression.blocks import DAMAGED, FRAME_BYTES, Reader, unsqueeze
 from mezzotint.compression.frames import put_together, read_side
 from mezzotint.config import parse_attention
 from mezzotint.errors import ConfigError, DataError
-from mezzotint.model import TOKENS_PER_FORWARD, Cache, Model
+from mezzotint.network.model import TOKENS_PER_FORWARD, Cache, Model
 from mezzotint.progress import OnProgress, Progress
 from mezzotint.scoring.journal import model_digest
 from mezzotint.scoring.orders import canvas_length, reveal_order

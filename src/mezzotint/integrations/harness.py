@@ -24,7 +24,7 @@ import torch
 from mezzotint.config import parse_attention
 from mezzotint.errors import ConfigError
 from mezzotint.integrations.network import reachable
-from mezzotint.model import TOKENS_PER_FORWARD, Model
+from mezzotint.network.model import TOKENS_PER_FORWARD, Model
 from mezzotint.pretrained import load
 from mezzotint.sampling.denoise import denoise
 

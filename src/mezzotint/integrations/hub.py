@@ -14,7 +14,7 @@ from typing import Any
 from mezzotint.errors import ConfigError, MezzotintError
 from mezzotint.integrations.card import Figure, results, table
 from mezzotint.integrations.network import reachable
-from mezzotint.model import Model, count_parameters
+from mezzotint.network.model import Model, count_parameters
 from mezzotint.packing import safetensors
 from mezzotint.packing.artifact import inspect_artifact, open_artifact
 

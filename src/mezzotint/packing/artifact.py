@@ -27,7 +27,7 @@ from mezzotint.config import ModelConfig
 from mezzotint.data.tokenizer import MAX_BYTES, Tokenizer
 from mezzotint.errors import ArtifactError, MezzotintError
 from mezzotint.files import refuse_pointer
-from mezzotint.model import Denoiser, Model, count_parameters
+from mezzotint.network.model import Denoiser, Model, count_parameters
 from mezzotint.packing import entropy
 from mezzotint.packing.grid import Grid
 

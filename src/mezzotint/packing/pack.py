@@ -21,7 +21,7 @@ from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.distributed import rank_and_size
 from mezzotint.errors import ArtifactError
 from mezzotint.files import atomic_write, writing
-from mezzotint.model import Model, count_parameters
+from mezzotint.network.model import Model, count_parameters
 from mezzotint.packing import entropy, grid, quantize
 from mezzotint.packing.artifact import (
     BUDGET,

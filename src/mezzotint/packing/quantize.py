@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mezzotint import seeding
 from mezzotint.distributed import rank_and_size
-from mezzotint.model import Denoiser, Model, shift_right
+from mezzotint.network.model import Denoiser, Model, shift_right
 from mezzotint.objective import block_counts, block_lengths, mask_by_count
 from mezzotint.packing.grid import INT6_LIMIT, Grid, round_to_octave_grid
 

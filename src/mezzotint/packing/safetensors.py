@@ -19,7 +19,7 @@ from mezzotint.config import to_dict
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ArtifactError, DataError
 from mezzotint.files import atomic_folder, refuse_pointer, writing
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.packing.artifact import MAX_HEADER, checked_network, layout, with_values
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

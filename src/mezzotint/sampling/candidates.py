@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mezzotint.model import TOKENS_PER_FORWARD, Denoiser, Model, Surroundings
+from mezzotint.network.model import TOKENS_PER_FORWARD, Denoiser, Model, Surroundings
 from mezzotint.sampling.constraints import Constraint
 from mezzotint.sampling.denoise import denoise
 from mezzotint.sampling.draft import Draft, edge_limits

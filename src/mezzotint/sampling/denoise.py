@@ -17,7 +17,7 @@ from torch import Tensor
 from mezzotint import seeding
 from mezzotint.config import SamplingConfig, SamplingOptions, parse_attention
 from mezzotint.errors import MezzotintError
-from mezzotint.model import TOKENS_PER_FORWARD, Cache, Model, cacheable, shift_right
+from mezzotint.network.model import TOKENS_PER_FORWARD, Cache, Model, cacheable, shift_right
 from mezzotint.sampling.samplers import SAMPLERS, Canvas
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import MezzotintError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.sampling.generate import Span, check_text, readable
 
 GAP = re.compile(r"(\\*)(_{4,}|\[MASK(?:\*([0-9]+))?\])")

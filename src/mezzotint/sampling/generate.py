@@ -20,7 +20,7 @@ from mezzotint.config import OPTIONS, REVEAL_OPTIONS, Rule, SamplingConfig, Samp
 from mezzotint.data.texts import check_text
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import ConfigError
-from mezzotint.model import Model, cacheable
+from mezzotint.network.model import Model, cacheable
 from mezzotint.sampling import speculate as speculation
 from mezzotint.sampling.denoise import Denoised, OnStep, denoise
 

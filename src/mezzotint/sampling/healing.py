@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mezzotint.model import TOKENS_PER_FORWARD, Model
+from mezzotint.network.model import TOKENS_PER_FORWARD, Model
 from mezzotint.sampling.draft import NOMINAL, Draft
 
 LONGEST_OVERLAP = 12  # characters of a broken word that a token across a gap's edge may take in

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mezzotint.config import OPTIONS, Rule, SamplingConfig, SamplingOptions, checked, parse_attention
 from mezzotint.errors import ConfigError, MezzotintError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.progress import OnProgress, Progress
 from mezzotint.sampling.candidates import BEAM_LENGTHS, NEAR, Candidate, Search, beam
 from mezzotint.sampling.candidates import drawn as draw_candidates

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mezzotint.model import TOKENS_PER_FORWARD, Cache, Model
+from mezzotint.network.model import TOKENS_PER_FORWARD, Cache, Model
 from mezzotint.objective import token_nll
 from mezzotint.sampling.draft import Draft
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.config import SamplingConfig
-from mezzotint.model import Cache, Model
+from mezzotint.network.model import Cache, Model
 from mezzotint.sampling.samplers import probabilities, sample_tokens
 
 CONTEXT = 64  # tokens that a draft looks back on

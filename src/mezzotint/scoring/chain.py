@@ -13,7 +13,7 @@ import torch
 
 from mezzotint.config import parse_attention
 from mezzotint.errors import DataError
-from mezzotint.model import TOKENS_PER_FORWARD, Model, shift_right
+from mezzotint.network.model import TOKENS_PER_FORWARD, Model, shift_right
 from mezzotint.objective import masked_nll
 from mezzotint.scoring.orders import canvas_length, merge_blocks, reveal_order
 from mezzotint.scoring.plan import MaskedWindow, Scoring, masked_window_nll

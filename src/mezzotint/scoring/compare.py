@@ -13,7 +13,7 @@ import numpy as np
 from mezzotint.data.dataset import Windows
 from mezzotint.data.texts import TextWindows
 from mezzotint.errors import DataError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.scoring.chain import causal_matrix, chain_matrix
 from mezzotint.scoring.nelbo import nelbo_matrix, nelbo_size

@@ -21,7 +21,7 @@ from mezzotint.data.texts import TextWindows
 from mezzotint.distributed import rank_and_size
 from mezzotint.errors import DataError
 from mezzotint.files import atomic_write, writing
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 
 
 def model_digest(model: Model) -> str:

@@ -25,7 +25,7 @@ import torch
 from mezzotint import seeding
 from mezzotint.data.dataset import Windows
 from mezzotint.errors import DataError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.progress import OnProgress
 from mezzotint.scoring.chain import causal_matrix, chain_matrix
 from mezzotint.scoring.kinds import kind_of

@@ -19,7 +19,7 @@ from mezzotint.config import SamplingOptions
 from mezzotint.data.dataset import Dataset, TokenStream
 from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import ConfigError, DataError
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.sampling.generate import sample
 

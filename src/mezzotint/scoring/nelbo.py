@@ -19,7 +19,7 @@ from mezzotint.config import OPTIONS
 from mezzotint.data.dataset import Windows
 from mezzotint.data.texts import TextWindows
 from mezzotint.errors import DataError, shown
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.objective import block_lengths, lean_mask, mask_by_count, nelbo_per_window, stratified_counts
 from mezzotint.scoring.chain import causal_matrix, revealed_nats
 from mezzotint.scoring.plan import MaskedWindow, Scoring, masked_window_nll

@@ -20,7 +20,7 @@ from mezzotint.data.dataset import Windows
 from mezzotint.data.texts import TextWindows
 from mezzotint.data.tokenizer import check_same_tokenizer
 from mezzotint.errors import DataError
-from mezzotint.model import TOKENS_PER_FORWARD, Model
+from mezzotint.network.model import TOKENS_PER_FORWARD, Model
 from mezzotint.objective import masked_nll
 from mezzotint.progress import OnProgress, Progress, silent
 from mezzotint.scoring.journal import Journal

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mezzotint.data.dataset import Windows
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.scoring.nelbo import nelbo_masks
 from mezzotint.scoring.plan import MaskedWindow, Scoring, masked_window_nll, some_bytes
 

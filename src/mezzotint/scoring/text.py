@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mezzotint import seeding
-from mezzotint.model import Model
+from mezzotint.network.model import Model
 from mezzotint.objective import mask_by_count, nelbo_per_window, stratified_counts
 from mezzotint.scoring.kinds import kind_of
 from mezzotint.scoring.plan import MaskedWindow, masked_window_nll

@@ -24,9 +24,9 @@ from mezzotint.config import ModelConfig, TrainConfig, from_dict, to_dict
 from mezzotint.data.tokenizer import Tokenizer
 from mezzotint.errors import CheckpointError, ConfigError, DataError
 from mezzotint.files import atomic_folder, atomic_write, refuse_pointer, why_not_written, writing
-from mezzotint.model import Denoiser, Model
-from mezzotint.system import try_lock
+from mezzotint.network.model import Denoiser, Model
 from mezzotint.training.step import Trainer
+from mezzotint.training.system import try_lock
 
 WEIGHTS, AVERAGE, OPTIMIZER, STATE, MANIFEST = (
     "weights.safetensors",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mezzotint import seeding
 from mezzotint.config import TrainConfig
-from mezzotint.model import shift_right
+from mezzotint.network.model import shift_right
 from mezzotint.objective import block_counts, block_lengths, lean_noise, lean_weights, mask_by_noise
 
 

@@ -34,9 +34,8 @@ from mezzotint.distributed import agree_on, choose_device, process_group
 from mezzotint.errors import CheckpointError, ConfigError, DataError, Interrupted
 from mezzotint.extras import extra
 from mezzotint.files import atomic_write, reported
-from mezzotint.model import Denoiser, Model, count_parameters
+from mezzotint.network.model import Denoiser, Model, count_parameters
 from mezzotint.progress import OnProgress
-from mezzotint.system import commit_id, peak_memory_bytes
 from mezzotint.training.checkpoint import (
     BEST,
     _checkpoint_folders,
@@ -50,6 +49,7 @@ from mezzotint.training.checkpoint import (
 )
 from mezzotint.training.listeners import Checkpointer, Listener, MetricsLog, ProgressReport, Step, TensorBoard
 from mezzotint.training.step import Trainer, deterministic_sums
+from mezzotint.training.system import commit_id, peak_memory_bytes
 from mezzotint.training.validation import Validated, Validation, past_validations
 
 SECONDS_BETWEEN_SIGNS = 10.0

@@ -21,12 +21,12 @@ from mezzotint.config import TrainConfig
 from mezzotint.data.loader import Loader, Prefetch
 from mezzotint.distributed import bfloat16_pays, rank_and_size
 from mezzotint.errors import ConfigError, MezzotintError
-from mezzotint.model import Denoiser, Tables
+from mezzotint.network.model import Denoiser, Tables
 from mezzotint.objective import nelbo_per_window, token_nll, training_loss
-from mezzotint.system import keep_freed_memory
 from mezzotint.training.corrupt import Pass, Stage, StepWork, prepare_step, stage_at
 from mezzotint.training.optim import MovingAverage, Optimizers
 from mezzotint.training.output import MOST_WITHOUT_MAXIMUM, capped_nll
+from mezzotint.training.system import keep_freed_memory
 
 
 class MaskedLoss(nn.Module):

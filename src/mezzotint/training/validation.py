@@ -22,7 +22,7 @@ from mezzotint import seeding
 from mezzotint.config import TrainConfig, to_dict
 from mezzotint.data.dataset import TokenStream
 from mezzotint.errors import DataError
-from mezzotint.model import Denoiser, Model, shift_right
+from mezzotint.network.model import Denoiser, Model, shift_right
 from mezzotint.objective import block_counts, mask_by_count, masked_nll, nelbo_per_window
 from mezzotint.training.listeners import Listener, Step
 from mezzotint.training.step import Trainer

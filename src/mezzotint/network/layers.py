@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.attention import AttentionFn, split_blocks
 from mezzotint.config import ModelConfig
+from mezzotint.network.attention import AttentionFn, split_blocks
 
 
 class Float32Products(torch.autograd.Function):

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.attention import (
+from mezzotint.config import ModelConfig
+from mezzotint.data.tokenizer import Tokenizer
+from mezzotint.network.attention import (
     AttentionFn,
     additive_mask,
     attend,
@@ -23,9 +25,7 @@ from mezzotint.attention import (
     flex_attention_under,
     noisy_block_mask,
 )
-from mezzotint.config import ModelConfig
-from mezzotint.data.tokenizer import Tokenizer
-from mezzotint.layers import Block, Inputs, float32_linear
+from mezzotint.network.layers import Block, Inputs, float32_linear
 
 TOKENS_PER_FORWARD = 16_384
 """Tokens that go through the network together where nobody asks for another number."""
