@@ -388,7 +388,13 @@ def test_sizes_that_no_vocabulary_has(tmp_path, size):
 
 @pytest.mark.parametrize(
     ("size", "tried"),
-    [(983_040, [4096, 2048, 1024, 512, 384]), (983_039, [2048, 1024, 512, 384]), (300, [1024, 512, 384])],
+    [
+        (1_966_080, [8192, 4096, 2048, 1024, 512, 384]),
+        (1_966_079, [4096, 2048, 1024, 512, 384]),
+        (983_040, [4096, 2048, 1024, 512, 384]),
+        (983_039, [2048, 1024, 512, 384]),
+        (300, [1024, 512, 384]),
+    ],
 )
 def test_default_vocabulary_grows_with_the_text(tmp_path, monkeypatch, size, tried):
     """The largest that the text is long enough for; then smaller ones, as long as the text cannot fill them."""

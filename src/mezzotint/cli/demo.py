@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mezzotint.scoring.statistics import Estimate
 
 PRESET = "tiny"
+VOCAB_SIZE = 4096  # pieces; more pay in longer runs
 DEMO_TEXT = "def ____(self, name):\n    return self.name"
 SHIPPED_TEXT = "The old house stood at the end of the ____, and nobody had lived in it for years."
 
@@ -93,7 +94,7 @@ def _train_and_pack(out: Path, minutes: float, step: Callable[[str], None], disp
     from mezzotint.training.run import train
 
     step("preparing this Python's library sources, and a tokenizer for them")
-    prepared = prepare(["stdlib"], out / "data")
+    prepared = prepare(["stdlib"], out / "data", vocab_size=VOCAB_SIZE)
     chosen = preset(PRESET)
     step(f"training {minutes:g} minutes")
     trained = train(
