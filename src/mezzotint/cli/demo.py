@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mezzotint.scoring.statistics import Estimate
 
 PRESET = "tiny"
-VOCAB_SIZE = 4096  # pieces; more pay in longer runs
+VOCAB_SIZE = 4096  # pieces; more were not tried with so short a run
 DEMO_TEXT = "def ____(self, name):\n    return self.name"
 SHIPPED_TEXT = "The old house stood at the end of the ____, and nobody had lived in it for years."
 
