@@ -163,7 +163,7 @@ def settings_of(name: str, small: bool) -> tuple[Any, TrainConfig]:
         share = 2
     config = dataclasses.replace(
         chosen.train, compile=compiled, steps=1000, batch=share, short_share=0.0, narrow_share=0.0, causal_start=0.0,
-        block_size=size,
+        sampled_share=0.0, block_size=size,
     )  # fmt: skip
     return model, config
 

@@ -41,13 +41,14 @@ class RandomWindows:
     def batch(self, step: int) -> np.ndarray:
         return self.ids
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        return np.ones(vocab_size, dtype=np.int64)
+
 
 class EveryPosition(MaskedLoss):
     """The reference's way: logits of all positions, of which the masked ones are kept."""
 
-    def forward(
-        self, corrupted: Tensor, ids: Tensor, predicted: Tensor | None, block_size: int, next_tokens: bool = False
-    ) -> Tensor:
+    def forward(self, corrupted: Tensor, ids: Tensor, predicted: Tensor | None, block_size: int, *_: object) -> Tensor:
         tables = self.network.tables(ids.shape[1], block_size)
         logits = self.network.logits(self.hidden(corrupted, block_size, tables))
         nll = functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
@@ -75,7 +76,8 @@ def model_flops(model: ModelConfig, config: TrainConfig, network: Denoiser) -> f
     causal = config.causal_share
     predicted = causal + (1 - causal) * (length + 1) / (2 * length)  # share of positions
     attention = 2 * model.layers * length * model.width * (1 - causal / 2)
-    return 6 * tokens * (matrices + attention + predicted * model.vocab_size * model.width)
+    entries = min(model.vocab_size, config.sampled_entries) if config.sampled_share else model.vocab_size
+    return 6 * tokens * (matrices + attention + predicted * entries * model.width)
 
 
 def peak(model: ModelConfig, tokens: int, seconds: float = 0.25) -> float:
@@ -107,13 +109,19 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     chosen = preset(options.preset)
     model = dataclasses.replace(chosen.model, vocab_size=options.vocab_size or chosen.model.vocab_size)
-    # The end of a run: whole windows, all mask rates.
-    base = dataclasses.replace(chosen.train, steps=1000, short_share=0.0, narrow_share=0.0, compile=not options.eager)
+    # The end of a run: whole windows, all mask rates, the whole softmax.
+    base = dataclasses.replace(
+        chosen.train, steps=1000, short_share=0.0, narrow_share=0.0, sampled_share=0.0, compile=not options.eager
+    )
+    sampled = dataclasses.replace(base, sampled_share=1.0)
     rows: list[dict[str, Any]] = [
         {"step": f"{options.preset}, as trained", "config": base, "reference": False},
+        {"step": "with a sampled softmax", "config": sampled, "reference": False},
         {"step": "masked windows only", "config": dataclasses.replace(base, causal_share=0.0), "reference": False},
         {"step": "the reference's", "config": dataclasses.replace(base, causal_share=0.0), "reference": True},
     ]
+    if not chosen.train.sampled_share or chosen.train.sampled_entries >= model.vocab_size:
+        del rows[1]
     own_attention = mezzotint.network.model.attend
     try:
         for row in rows:

@@ -1,10 +1,11 @@
 """A training step of this tree beside that of another commit: two processes, in turns, on one machine.
 
     python benchmarks/throughput_commits.py COMMIT [--preset small] [--change layers=5,width=192,heads=3] [--vocab-size 4096]
-                                                   [--rounds 5] [--steps 3]
+                                                   [--rounds 5] [--steps 3] [--progress 0.9]
 
 Both make the same number of steps on random ids, compiled, whole windows at all mask rates, with the preset's shape as each
-commit has it, or both with the shape that `--change` says. Beside the time of a step
+commit has it, or both with the shape that `--change` says; and with a sampled softmax where the preset has one at this
+progress of a run. Beside the time of a step
 stands its processor time, which other work on the machine disturbs less (with one thread, OMP_NUM_THREADS=1). Medians of turns.
 """
 
@@ -32,8 +33,8 @@ try:
 except ModuleNotFoundError:  # as it was called until 2026-11-25
     from mezzotint.train import Trainer
 
-name, vocab_size, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-shape = dict(pair.split("=") for pair in sys.argv[4].split(",") if pair)
+name, vocab_size, steps, progress = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+shape = dict(pair.split("=") for pair in sys.argv[5].split(",") if pair)
 chosen = preset(name)
 model = dataclasses.replace(chosen.model, **{setting: literal_eval(value) for setting, value in shape.items()})
 model = dataclasses.replace(model, vocab_size=vocab_size or model.vocab_size)
@@ -46,18 +47,21 @@ class Windows:
     def batch(self, step):
         return self.ids
 
+    def token_counts(self, vocab_size):
+        return np.ones(vocab_size, dtype=np.int64)
+
 
 torch.manual_seed(0)
 trainer = Trainer(Denoiser(model), config, Windows(), torch.device("cpu"))
 failed = trainer.warm_up()
 for _ in range(2):
-    trainer.run_step(0.3)
+    trainer.run_step(progress)
 print(json.dumps({"failed": failed, "tokens": config.batch * model.sequence_length,
                   "threads": torch.get_num_threads()}), flush=True)
 for line in sys.stdin:
     started, used = time.perf_counter(), time.process_time()
     for _ in range(steps):
-        trainer.run_step(0.3)
+        trainer.run_step(progress)
     print(json.dumps([(time.perf_counter() - started) / steps, (time.process_time() - used) / steps]), flush=True)
 """
 
@@ -90,11 +94,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--change", default="", metavar="SETTING=VALUE,...", help="settings of the model, for both")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each [5]")
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn [3]")
+    parser.add_argument("--progress", type=float, default=0.9, help="share of the run that is over [0.9]")
     options = parser.parse_args(words)
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
         sources = (source_of(options.commit, Path(folder) / "before"), root / "src")
-        asked = [options.preset, str(options.vocab_size), str(options.steps), options.change]
+        asked = [options.preset, str(options.vocab_size), str(options.steps), str(options.progress), options.change]
         made = [stepper(source, asked) for source in sources]
         times: list[list[list[float]]] = [[], []]
         for _ in range(options.rounds):

@@ -24,7 +24,8 @@ def run(minutes: float = 5.0, steps: int = 0) -> TrainConfig:
 def test_five_minutes_of_a_processor_are_small():
     found = automatic(10**8, 4096, run())
     assert found.model == dataclasses.replace(preset("small").model, vocab_size=4096)
-    assert found.train == preset("small").train
+    assert found.train == preset("small").train and found.train.sampled_share > 0
+    assert automatic(10**8, 4096, run(), "cuda").train.sampled_share == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

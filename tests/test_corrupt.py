@@ -36,6 +36,9 @@ class Windows:
     def starts(self, step: int) -> np.ndarray:
         return np.zeros(self.rows, dtype=np.int64)
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        return np.arange(vocab_size)
+
 
 def test_noise_depends_on_seed_step_and_row_alone():
     some = seeding.row_noise(3, 5, [7, 2, 9], 40)
@@ -95,8 +98,8 @@ def test_the_next_step_is_made_ahead_and_made_again_where_the_stage_changed():
 
 
 def test_stages_of_a_run():
-    config = dataclasses.replace(QUICK, short_share=0.2, narrow_share=0.4, causal_start=0.1)
-    assert stage_at(config, 0.05) == Stage(True, (0.1, 0.6), 1.0)
+    config = dataclasses.replace(QUICK, short_share=0.2, narrow_share=0.4, causal_start=0.1, sampled_share=0.3)
+    assert stage_at(config, 0.05) == Stage(True, (0.1, 0.6), 1.0, sampled=True)
     assert stage_at(config, 0.3) == Stage(False, (0.1, 0.6), 0.5)
     assert stage_at(config, 0.4) == WHOLE
 
@@ -140,16 +143,19 @@ class Waits(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("size", [0, 8])
-def test_a_step_waits_for_no_device(size, monkeypatch):
+@pytest.mark.parametrize(("size", "sampled"), [(0, False), (8, False), (0, True)])
+def test_a_step_waits_for_no_device(size, sampled, monkeypatch):
     """A whole step on the meta device, whose tensors hold nothing: what needs a figure on the host fails, or is counted."""
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # which knows no meta device
     device = torch.device("meta")
     with device:
         network = Denoiser(dataclasses.replace(MODEL, neighbour_reach=1, value_embedding_width=8))
-    config = dataclasses.replace(QUICK, block_size=size, micro_batch=3, neuron_decay=0.9)
+    config = dataclasses.replace(
+        QUICK, block_size=size, micro_batch=3, neuron_decay=0.9, sampled_share=0.5, sampled_entries=20
+    )
     trainer = Trainer(network, config, Windows(), device)  # type: ignore[arg-type]
-    work = trainer._prepare(Windows().batch(0), 0, WHOLE)
+    work = trainer._prepare(Windows().batch(0), 0, dataclasses.replace(WHOLE, sampled=sampled))
+    assert (work.entries is not None) == sampled
     with Waits() as seen:
         figures = trainer._gradients(work)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -44,6 +44,9 @@ class Windows:
     def starts(self, step: int) -> np.ndarray:
         return np.zeros(len(self.ids), dtype=np.int64)
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        return np.bincount(self.ids.ravel(), minlength=vocab_size)
+
 
 def trainer_on(device: torch.device, model: ModelConfig, config: TrainConfig) -> Trainer:
     """The same weights on any device, none of them zero."""
@@ -167,9 +170,9 @@ def test_a_canvas_is_filled_as_on_the_cpu(pair):
 def test_a_step_waits_for_nothing(compiled):
     """With the figures on their way and masks made ahead, the host runs on: CUDA itself refuses any wait."""
     model = dataclasses.replace(preset("tiny").model, vocab_size=300)
-    for size in (0, 16):
+    for size, sampled in ((0, 0.0), (16, 0.0), (0, 1.0)):
         config = dataclasses.replace(QUICK, steps=100, batch=8, causal_share=0.5, block_size=size, dtype="bfloat16")
-        config = dataclasses.replace(config, compile=compiled)
+        config = dataclasses.replace(config, compile=compiled, sampled_share=sampled, sampled_entries=64)
         trainer = trainer_on(GPU, model, config)
         for _ in range(3):
             trainer.run_step(0.5)

@@ -44,7 +44,8 @@ def losses(data: Path, out: Path, processes: int, **settings) -> list[float]:
     return [row["loss"] for row in metrics(out)]
 
 
-MIXED = {"weighting": "reference", "causal_share": 0.5, "micro_batch": 1, "short_share": 0.4, "narrow_share": 0.6}
+MIXED = {"weighting": "reference", "causal_share": 0.5, "micro_batch": 1, "short_share": 0.4, "narrow_share": 0.6,
+         "sampled_share": 0.3, "sampled_entries": 64}  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", [MIXED, {}])

@@ -435,7 +435,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-COMPILED = dataclasses.replace(QUICK, steps=8, batch=16, compile=True)
+COMPILED = dataclasses.replace(QUICK, steps=8, batch=16, compile=True, sampled_share=0.5, sampled_entries=64)
 
 
 def test_a_compiled_run_on_two_threads_is_the_same_again_and_resumed(data, model, tmp_path, two_threads):

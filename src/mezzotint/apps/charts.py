@@ -90,7 +90,8 @@ def _svg(figure: Any, name: str) -> str:
 def loss_chart(rows: Sequence[dict[str, Any]], validation: Estimate | None = None) -> str:
     """Training NELBO against step: each logged mean, a running mean, and the final validation NELBO. SVG.
 
-    Steps that drew some mask rates only show the mean cross-entropy of those, steps of next tokens only that of these.
+    Steps that drew some mask rates only show the mean cross-entropy of those, steps of next tokens only that of these, steps
+    of a sampled softmax what that gives.
     """
     drawn = [r for r in rows if isinstance(r.get("train_nelbo_bpb"), (int, float))]
     steps = np.array([r["step"] for r in drawn], dtype=float)
@@ -102,7 +103,11 @@ def loss_chart(rows: Sequence[dict[str, Any]], validation: Estimate | None = Non
     figure, axes = _figure(8.6, 3.3)
     axes.plot(steps, values, ".", color=SERIES[1], markersize=4, alpha=0.6, label="training text, mean since last row")
     axes.plot(steps, smooth, color=SERIES[0], linewidth=2, label="running mean")
-    for key, label in (("train_narrow_bpb", "narrowed mask rates"), ("train_causal_bpb", "next tokens only")):
+    for key, label in (
+        ("train_narrow_bpb", "narrowed mask rates"),
+        ("train_sampled_bpb", "sampled softmax"),
+        ("train_causal_bpb", "next tokens only"),
+    ):
         other = [r for r in rows if isinstance(r.get(key), (int, float))]
         if other:
             axes.plot([r["step"] for r in other], [r[key] for r in other], ".", color=MUTED, markersize=3,

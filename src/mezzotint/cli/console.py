@@ -83,6 +83,7 @@ class Display:
         for kind, words in (
             ("nelbo", "bits/byte (training NELBO)"),
             ("narrow", "(some mask rates)"),
+            ("sampled", "(sampled softmax)"),
             ("causal", "(next tokens)"),
         ):
             if row[f"train_{kind}_bpb"] is not None:

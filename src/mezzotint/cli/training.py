@@ -42,7 +42,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         help="a SentencePiece .model, a tokenizer.json, or a model's own (-: standard input)",
     )
     parser.add_argument("--text-field", default="text", metavar="A.B", help="column or JSON key of the text [text]")
-    add_ruled(parser, "--vocab-size", "pieces to train a tokenizer of [8192, or what fits]", metavar="N")
+    add_ruled(parser, "--vocab-size", "pieces to train a tokenizer of [16384, or what fits]", metavar="N")
     add_ruled(parser, "--val-fraction", "share of documents held out [0.02]", metavar="F")
     parser.add_argument("--val", nargs="+", metavar="SOURCE", help="validation sources, instead of a share")
     add_ruled(parser, "--seed", "seed of the held-out choice [0]", default=0)

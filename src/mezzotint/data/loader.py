@@ -15,6 +15,9 @@ from mezzotint.data.dataset import TokenStream
 from mezzotint.distributed import helper_thread
 from mezzotint.errors import DataError
 
+COUNTED, STRETCHES = 1 << 20, 64
+"""Tokens that are looked at to tell frequent ones from rare ones, and the stretches that they lie in."""
+
 
 def _mix(value: np.ndarray, key: int) -> np.ndarray:
     """A 64-bit mixing function (the finaliser of splitmix64; Steele et al. 2014)."""
@@ -75,6 +78,18 @@ class Loader:
             order = permute(number[here] % self.epoch_windows, self.epoch_windows, key)
             starts[here] = order * self.length + phase
         return starts
+
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """How often each token stands in up to COUNTED tokens from all over the text, int64 [V]."""
+        tokens, stretch = len(self.stream), COUNTED // STRETCHES
+        if tokens <= COUNTED:
+            starts = np.arange(0, tokens, stretch)
+        else:
+            starts = np.linspace(0, tokens - stretch, STRETCHES, dtype=np.int64)
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for start in starts.tolist():
+            counts += np.bincount(self.stream[start : start + stretch], minlength=vocab_size)
+        return counts
 
     def batch(self, step: int) -> np.ndarray:
         """int64 [global_batch / world_size, length]."""

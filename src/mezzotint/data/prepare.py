@@ -41,7 +41,7 @@ from mezzotint.progress import OnProgress, Progress
 
 TOKENIZER_SAMPLE_BYTES = 16_000_000
 MAX_VOCAB = 65_535  # ids of 16 bits
-DEFAULT_VOCAB_SIZES = (8192, 4096, 2048, 1024, 512, 384)  # the first that the text is long enough for and can fill
+DEFAULT_VOCAB_SIZES = (16384, 8192, 4096, 2048, 1024, 512, 384)  # the first that the text is long enough for, and fills
 BYTES_PER_PIECE = 240  # of text, for a default above 1,024 pieces: 1 MB gains by 4,096, not by 8,192; 4 MB do (LOG.md)
 
 
@@ -260,7 +260,7 @@ def prepare(
     `a.b` for b inside a. A file of text is read in stretches, so memory does not grow with it. Without `val`, a
     `val_fraction` (default 0.02) of the documents is drawn by `seed`; of a single document, its end. tokenizer: one, its
     file, or a folder that holds it (a run, an exported model); without it, one of `vocab_size` pieces is trained on `sources`
-    (default 4,096, or fewer where the text is too short for that).
+    (default 16,384, or fewer where the text is too short for that).
 
     Returns train and val, each {documents, tokens, bytes, piece_bytes, not_round_trip, lost_bytes}, vocab_size,
     bytes_per_token, and files {read, skipped: {why: how many}, empty_documents} with, where a folder has files that are no

@@ -83,4 +83,6 @@ def automatic(
     shape = [shape for shape in SHAPES if read(shape) >= shape.least_tokens][-1]
     often = text_tokens > 0 and read(shape) >= READ_OFTEN * text_tokens
     settings = dataclasses.replace(base.train, batch=batch, dropout=DROPOUT if often else 0.0)
+    if device == "cuda":  # where the output layer is little of a step, and a sampled softmax was not tried
+        settings = dataclasses.replace(settings, sampled_share=0.0)
     return Preset(sized(base.model, shape.layers, shape.width, vocab_size), settings)

@@ -16,6 +16,7 @@ from mezzotint import seeding
 from mezzotint.config import TrainConfig
 from mezzotint.network.model import shift_right
 from mezzotint.objective import block_counts, block_lengths, lean_noise, lean_weights, mask_by_noise
+from mezzotint.training.sampled import Entries, draw_entries
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Stage:
     """How windows are learnt at a point of a run. It changes a few times in a run, so the next step's is known ahead.
 
     halved: windows are cut into two. rates: the range of mask rates, of 0..1. causal_share: of the windows learnt left to
-    right, or of the loss where blocks teach both.
+    right, or of the loss where blocks teach both. sampled: the softmax is a sampled one.
     """
 
     halved: bool
     rates: tuple[float, float]
     causal_share: float
+    sampled: bool = False
 
 
 def stage_at(config: TrainConfig, progress: float) -> Stage:
@@ -37,6 +39,7 @@ def stage_at(config: TrainConfig, progress: float) -> Stage:
         progress < config.short_share,
         (config.narrow_low, config.narrow_high) if progress < config.narrow_share else (0.0, 1.0),
         1.0 if progress < config.causal_start else config.causal_share,
+        progress < config.sampled_share,
     )
 
 
@@ -132,7 +135,8 @@ class StepWork:
     """A step of one process, ready to run.
 
     num_windows, length: of the global batch. masked_windows, masked_tokens: in the global batch. causal_share: of the
-    windows, or with `both` of the loss. both: blocks and next tokens are learnt from the same windows.
+    windows, or with `both` of the loss. both: blocks and next tokens are learnt from the same windows. entries: what a
+    sampled softmax is over, None for the whole vocabulary.
     """
 
     step: int
@@ -145,6 +149,7 @@ class StepWork:
     causal_share: float
     size: int | None
     both: bool
+    entries: Entries | None = None
 
 
 def prepare_step(
@@ -158,12 +163,13 @@ def prepare_step(
     rank: int = 0,
     world: int = 1,
     rounded: bool = False,
+    chances: Tensor | None = None,
 ) -> StepWork:
     """Masks and passes of a process's windows, int64 [rows, T]: a function of the arguments alone.
 
     Windows in blocks of a model with `shifted_output` are learnt both ways, with the causal share as the weight of their
     next tokens; other windows in one way each. rounded: fill `predicted` up to sixteenths of a pass's tokens, so that its
-    shapes are few.
+    shapes are few. chances: of the entries of a sampled softmax, which there is none of without them.
     """
     if stage.halved:
         windows = windows.reshape(2 * len(windows), -1)
@@ -187,11 +193,15 @@ def prepare_step(
                 predicted = _places(batch.masked[part], both, rounded)
                 weights = lean_weights(batch.masked[part], config.order_lean) if config.order_lean else None
             passes.append(Pass(left_to_right, batch.corrupted[part], ids[part], counts[part], predicted, weights))
+    entries = None
+    if stage.sampled and chances is not None:
+        entries = draw_entries(chances, config.seed, step)
     hidden = ~batch.causal
     return StepWork(
         step=step, stage=stage, passes=tuple(passes), num_windows=total, length=length,
         masked_windows=int(hidden.sum()), masked_tokens=int(batch.counts[hidden].sum()),
         causal_share=share if both else float(batch.causal.double().mean()), size=batch.size, both=both,
+        entries=entries,
     )  # fmt: skip
 
 

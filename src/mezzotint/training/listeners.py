@@ -72,6 +72,7 @@ class MetricsLog(Listener):
         self.since: dict[str, list[float]] = {
             "nelbo": [],
             "narrow": [],
+            "sampled": [],
             "causal": [],
         }  # of the steps since the last row
         self.tail: list[float] = []  # (all) NELBOs of this process, for the mean over the run's last tenth

@@ -26,6 +26,7 @@ from mezzotint.objective import nelbo_per_window, token_nll, training_loss
 from mezzotint.training.corrupt import Pass, Stage, StepWork, prepare_step, stage_at
 from mezzotint.training.optim import MovingAverage, Optimizers
 from mezzotint.training.output import MOST_WITHOUT_MAXIMUM, capped_nll
+from mezzotint.training.sampled import Entries, entry_chances, sampled_nll
 from mezzotint.training.system import keep_freed_memory
 
 
@@ -56,6 +57,7 @@ class MaskedLoss(nn.Module):
         # One graph for any number of masked positions: softcap and softmax in two passes over the logits, not ten.
         plain = network.embedding.weight.device.type == "cpu" and network.config.softcap > MOST_WITHOUT_MAXIMUM
         self.nll = self._nll if plain or not compiled else torch.compile(self._nll, dynamic=True)
+        self.sampled_nll = torch.compile(self._sampled_nll, dynamic=True) if compiled else self._sampled_nll
         self.tables: dict[tuple[int, int], Tables] = {}
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -64,8 +66,17 @@ class MaskedLoss(nn.Module):
             return capped_nll(hidden, table[: config.vocab_size], targets, config.softcap)
         return token_nll(self.network.logits(hidden), targets)
 
+    def _sampled_nll(self, hidden: Tensor, targets: Tensor, entries: Entries) -> Tensor:
+        return sampled_nll(hidden, self.network.embedding.weight, targets, entries, self.network.config.softcap)
+
     def forward(
-        self, corrupted: Tensor, ids: Tensor, predicted: Tensor | None, block_size: int, next_tokens: bool = False
+        self,
+        corrupted: Tensor,
+        ids: Tensor,
+        predicted: Tensor | None,
+        block_size: int,
+        next_tokens: bool = False,
+        entries: Entries | None = None,
     ) -> Tensor:
         shape = (ids.shape[1], block_size)
         if shape not in self.tables:
@@ -74,23 +85,27 @@ class MaskedLoss(nn.Module):
             hidden = self.hidden(corrupted, block_size, self.tables[shape])
         else:
             hidden = self.blocks(corrupted, ids, block_size, self.tables[shape], next_tokens)
-        return self.at(predicted, hidden, torch.cat((ids, ids)) if next_tokens else ids)
+        return self.at(predicted, hidden, torch.cat((ids, ids)) if next_tokens else ids, entries)
 
-    def at(self, predicted: Tensor | None, hidden: Tensor, ids: Tensor) -> Tensor:
+    def at(self, predicted: Tensor | None, hidden: Tensor, ids: Tensor, entries: Entries | None = None) -> Tensor:
         """NLL [B, T] of the predicted tokens of `ids` given states [B, T, W]. No shape depends on what a tensor holds."""
         states, targets, tokens = hidden.flatten(0, 1), ids.flatten(), ids.numel()
         if predicted is None:
-            return self.nll(states, targets).view(ids.shape)
+            return self.nll_of(states, targets, entries).view(ids.shape)
         at = predicted % tokens  # what fills up reads some token or other, and is dropped below
-        nll = self.nll(states.index_select(0, at), targets.index_select(0, at))
+        nll = self.nll_of(states.index_select(0, at), targets.index_select(0, at), entries)
         placed = torch.zeros(tokens + 1, dtype=nll.dtype, device=nll.device).index_put(
             (predicted.clamp(max=tokens),), nll
         )
         return placed[:-1].view(ids.shape)
 
+    def nll_of(self, states: Tensor, targets: Tensor, entries: Entries | None) -> Tensor:
+        """NLL [n] of targets [n] given states [n, W], over the whole vocabulary or by a sampled softmax."""
+        return self.nll(states, targets) if entries is None else self.sampled_nll(states, targets, entries)
+
 
 class StepFigures(Mapping[str, float]):
-    """A step's figures by name: loss, grad_norm, lr_scale and one of nelbo, narrow and causal, see `Trainer.run_step`.
+    """A step's figures by name: loss, grad_norm, lr_scale and one of nelbo, narrow, sampled and causal, see `Trainer.run_step`.
 
     On CUDA they are on their way: whoever reads one waits for the device, nobody else.
     """
@@ -176,6 +191,10 @@ class Trainer:
         self.compiled = config.compile
         self.loss = self._wrap(config.compile)
         self._unread: deque[StepFigures] = deque()
+        self.chances: Tensor | None = None
+        vocab_size = network.config.vocab_size
+        if config.sampled_share and config.sampled_entries < vocab_size:
+            self.chances = entry_chances(loader.token_counts(vocab_size), config.sampled_entries)
 
     def _wrap(self, compiled: bool) -> nn.Module:
         module: nn.Module = MaskedLoss(self.network, compiled)
@@ -206,7 +225,7 @@ class Trainer:
 
     def _try_step(self) -> None:
         # A run's stretches differ in what they compile: next tokens alone or masks too, halves or whole windows.
-        starts = {self.config.causal_start, self.config.short_share} - {0.0}
+        starts = {self.config.causal_start, self.config.short_share, self.config.sampled_share} - {0.0}
         for progress in sorted({*starts, 0.0, 1.0} if starts else {1.0}):
             self._gradients(self.batches.batch(self.step, stage_at(self.config, progress)))
 
@@ -214,7 +233,7 @@ class Trainer:
         model = self.network.config
         return prepare_step(
             self.config, windows, step, stage, model.mask_id, shifted_output=model.shifted_output, rank=self.rank,
-            world=self.world, rounded=self.device.type == "cuda",
+            world=self.world, rounded=self.device.type == "cuda", chances=self.chances,
         )  # fmt: skip
 
     def gradients(self, windows: np.ndarray, step: int, progress: float = 1.0) -> tuple[float, float]:
@@ -231,13 +250,14 @@ class Trainer:
         """As `gradients`, of work that is prepared: [loss, NELBO] on the device."""
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # which MPS does not have
         figures = torch.zeros(2, dtype=exact, device=self.device)
+        entries = None if work.entries is None else work.entries.to(self.device)
         for n, host in enumerate(work.passes):
             last = n == len(work.passes) - 1
             quiet = contextlib.nullcontext() if last or self.world == 1 else self.loss.no_sync()  # type: ignore[operator]
             part = host.to(self.device)
             with quiet, torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
                 block_size = 1 if part.causal else work.size or 0
-                nll = self.loss(part.corrupted, part.ids, part.predicted, block_size, work.both).float()
+                nll = self.loss(part.corrupted, part.ids, part.predicted, block_size, work.both, entries).float()
                 nll = nll if part.weights is None else nll * part.weights
                 loss = self._share_of_loss(work, part, nll)
                 # DistributedDataParallel averages gradients over processes; shares are meant to be summed.
@@ -264,7 +284,7 @@ class Trainer:
         """One optimizer step at `progress` (0..1). Raises MezzotintError, naming the windows, if a step was not finite.
 
         Returns loss, grad_norm, lr_scale, and `nelbo` or, over a narrowed range of mask rates, `narrow`, or, before masks
-        come in, `causal`. On CUDA nothing is waited for, so that a step that was not finite is noticed a few steps later;
+        come in, `causal`; what would be a NELBO or causal is `sampled` where the softmax is. On CUDA nothing is waited for, so that a step that was not finite is noticed a few steps later;
         `settle` waits.
         """
         stage = stage_at(self.config, progress)
@@ -279,6 +299,8 @@ class Trainer:
                 kind = "causal"
             elif stage.rates != (0.0, 1.0):
                 kind = "narrow"
+        if kind != "narrow" and stage.sampled and self.chances is not None:
+            kind = "sampled"
         scale = self.optimizers.schedule(progress)
         seen = StepFigures(self.step, kind, torch.cat((figures, norm.to(figures.dtype)[None])), scale)
         self._unread.append(seen)
