@@ -113,15 +113,14 @@ def main(words: Sequence[str] | None = None) -> None:
     base = dataclasses.replace(
         chosen.train, steps=1000, short_share=0.0, narrow_share=0.0, sampled_share=0.0, compile=not options.eager
     )
-    sampled = dataclasses.replace(base, sampled_share=1.0)
+    is_sampled = chosen.train.sampled_share and chosen.train.sampled_entries < model.vocab_size
+    sampled = {"config": dataclasses.replace(base, sampled_share=1.0), "reference": False}
     rows: list[dict[str, Any]] = [
         {"step": f"{options.preset}, as trained", "config": base, "reference": False},
-        {"step": "with a sampled softmax", "config": sampled, "reference": False},
+        *([{"step": "with a sampled softmax", **sampled}] if is_sampled else []),
         {"step": "masked windows only", "config": dataclasses.replace(base, causal_share=0.0), "reference": False},
         {"step": "the reference's", "config": dataclasses.replace(base, causal_share=0.0), "reference": True},
     ]
-    if not chosen.train.sampled_share or chosen.train.sampled_entries >= model.vocab_size:
-        del rows[1]
     own_attention = mezzotint.network.model.attend
     try:
         for row in rows:

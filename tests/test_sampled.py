@@ -145,7 +145,7 @@ def test_a_vocabulary_no_larger_is_not_sampled(data, model, tmp_path):
     assert found[0] == found[1]
 
 
-def test_processes_and_passes_have_the_same_entries(data, model):
+def test_all_passes_of_a_step_have_the_same_entries(data, model):
     """A step in micro-batches has the loss and the gradients of one in a single pass."""
     losses, gradients = [], []
     for micro in (0, 1):
@@ -163,7 +163,7 @@ def test_processes_and_passes_have_the_same_entries(data, model):
 
 
 def test_a_trainer_that_learns_by_it_scores_better_by_the_whole_softmax(data, model, tmp_path):
-    """Half of a run with it: validation, which is over the whole vocabulary, falls while it lasts."""
+    """A whole run with it: validation, which is over the whole vocabulary, falls while it lasts."""
     config = dataclasses.replace(SAMPLED, steps=60, sampled_share=1.0, val_every=10)
     train(data, tmp_path / "run", model=model, config=config)
     seen = [row["val_nelbo_bpb"] for row in metrics(tmp_path / "run") if row.get("val_nelbo_bpb") is not None]

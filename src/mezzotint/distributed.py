@@ -41,6 +41,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; from pinned memory to CUDA, so that copies run beside the computation and nobody waits."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 @functools.cache
 def _processor() -> str:
     """/proc/cpuinfo, read once as every step asks for it; nothing where there is none."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mezzotint import seeding
 from mezzotint.config import TrainConfig
+from mezzotint.distributed import send
 from mezzotint.network.model import shift_right
 from mezzotint.objective import block_counts, block_lengths, lean_noise, lean_weights, mask_by_noise
 from mezzotint.training.sampled import Entries, draw_entries
@@ -120,14 +121,11 @@ class Pass:
     weights: Tensor | None = None
 
     def to(self, device: torch.device) -> Pass:
-        """On a device; from pinned memory to CUDA, so that copies run beside the computation and nobody waits."""
-
-        def moved(x: Tensor) -> Tensor:
-            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-        predicted = None if self.predicted is None else moved(self.predicted)
-        weights = None if self.weights is None else moved(self.weights)
-        return Pass(self.causal, moved(self.corrupted), moved(self.ids), moved(self.counts), predicted, weights)
+        """On a device, see `send`."""
+        predicted = None if self.predicted is None else send(self.predicted, device)
+        weights = None if self.weights is None else send(self.weights, device)
+        corrupted, ids, counts = (send(x, device) for x in (self.corrupted, self.ids, self.counts))
+        return Pass(self.causal, corrupted, ids, counts, predicted, weights)
 
 
 @dataclass(frozen=True)

@@ -65,16 +65,21 @@ class CappedCrossEntropy(torch.autograd.Function):
         return grad_rows, grad_table.to(ctx.table_type), None, None, None
 
 
+def capped(products: Tensor, cap: float) -> Tensor:
+    """cap * tanh(products / cap), of any shape, by the exponential: one function of a vector in compiled code."""
+    return cap - 2 * cap / ((products * (2 / cap)).exp() + 1)
+
+
 class BoundedCrossEntropy(torch.autograd.Function):
     """Products [n, V] of rows and table, targets int64 [n], cap <= MOST_WITHOUT_MAXIMUM -> as `CappedCrossEntropy`.
 
-    For compiled code, whose one pass over the products is faster than stretches: tanh by exp is one function of a vector, and
-    is worked out anew for the backward pass rather than kept.
+    For compiled code, whose one pass over the products is faster than stretches: logits are worked out anew for the backward
+    pass rather than kept.
     """
 
     @staticmethod
     def forward(ctx: Any, products: Tensor, targets: Tensor, cap: float) -> Tensor:
-        log_sum = (cap - 2 * cap / ((products * (2 / cap)).exp() + 1)).exp().sum(1).log()
+        log_sum = capped(products, cap).exp().sum(1).log()
         ctx.save_for_backward(products, targets, log_sum)
         ctx.cap = cap
         return log_sum - cap * torch.tanh(products.gather(1, targets[:, None])[:, 0] / cap)
@@ -83,7 +88,7 @@ class BoundedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         products, targets, log_sum = ctx.saved_tensors
         cap: float = ctx.cap
-        logits = cap - 2 * cap / ((products * (2 / cap)).exp() + 1)
+        logits = capped(products, cap)
         true = torch.arange(products.shape[1], device=products.device) == targets[:, None]
         slope = (1 - (logits / cap).square()) * grads[0][:, None]
         return ((logits - log_sum[:, None]).exp() - true.float()) * slope, None, None

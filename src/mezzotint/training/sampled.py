@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mezzotint import seeding
+from mezzotint.distributed import send
 from mezzotint.network.layers import float32_linear
-from mezzotint.training.output import MOST_WITHOUT_MAXIMUM
+from mezzotint.training.output import MOST_WITHOUT_MAXIMUM, capped
 
 
 class Entries(NamedTuple):
@@ -27,9 +28,8 @@ class Entries(NamedTuple):
     log_weight: Tensor
 
     def to(self, device: torch.device) -> Entries:
-        """On a device; from pinned memory to CUDA, so that nobody waits."""
-        pinned = device.type == "cuda"
-        return Entries(*((x.pin_memory() if pinned else x).to(device, non_blocking=True) for x in self))
+        """On a device, see `send`."""
+        return Entries(*(send(x, device) for x in self))
 
 
 def entry_chances(counts: np.ndarray, entries: int) -> Tensor:
@@ -81,7 +81,7 @@ class SampledCrossEntropy(torch.autograd.Function):
     """Products [n, K] of rows and entries, logits [n] of the targets, their place among the entries (-1: none), log weights
     [K], cap -> `sampled_nll`.
 
-    Written out so that compiled code passes over the products once each way: tanh by exp is one function of a vector.
+    Written out so that compiled code passes over the products once each way.
     """
 
     @staticmethod
@@ -99,15 +99,11 @@ class SampledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         products, own, place, log_weight, log_sum = ctx.saved_tensors
         share = (_others(products, place, log_weight, ctx.cap) - log_sum[:, None]).exp()
-        slope = (1 - (_capped(products, ctx.cap) / ctx.cap).square()) * grads[0][:, None]
+        slope = (1 - (capped(products, ctx.cap) / ctx.cap).square()) * grads[0][:, None]
         return share * slope, ((own - log_sum).exp() - 1) * grads[0], None, None, None
-
-
-def _capped(products: Tensor, cap: float) -> Tensor:
-    return cap - 2 * cap / ((products * (2 / cap)).exp() + 1)
 
 
 def _others(products: Tensor, place: Tensor, log_weight: Tensor, cap: float) -> Tensor:
     """Weighted logits [n, K] without those of the targets, which stand for themselves."""
     true = torch.arange(products.shape[1], device=products.device) == place[:, None]
-    return (_capped(products, cap) + log_weight).masked_fill(true, -torch.inf)
+    return (capped(products, cap) + log_weight).masked_fill(true, -torch.inf)

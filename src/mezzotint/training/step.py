@@ -226,8 +226,9 @@ class Trainer:
     def _try_step(self) -> None:
         # A run's stretches differ in what they compile: next tokens alone or masks too, halves or whole windows.
         starts = {self.config.causal_start, self.config.short_share, self.config.sampled_share} - {0.0}
-        for progress in sorted({*starts, 0.0, 1.0} if starts else {1.0}):
-            self._gradients(self.batches.batch(self.step, stage_at(self.config, progress)))
+        places = sorted({*starts, 0.0, 1.0} if starts else {1.0})
+        for stage in dict.fromkeys(stage_at(self.config, progress) for progress in places):
+            self._gradients(self.batches.batch(self.step, stage))
 
     def _prepare(self, windows: np.ndarray, step: int, stage: Stage) -> StepWork:
         model = self.network.config
