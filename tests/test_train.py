@@ -169,6 +169,22 @@ def test_draw_of_a_step():
         assert torch.equal(again.corrupted, corrupt_batch(config, 7, ids, 99).corrupted)
 
 
+@pytest.mark.parametrize(("share", "counts"), [(0.4, {(1, 4), (2, 4), (3, 8), (4, 8)}), (0.5, {(2, 4), (4, 8)})])
+def test_warming_up_meets_every_number_of_causal_windows(data, model, monkeypatch, share, counts):
+    """Else the first step with another number would be compiled within the run's minutes."""
+    config = dataclasses.replace(QUICK, causal_share=share, short_share=0.5)
+    loader = Loader(Dataset.open(data).split("train"), model.sequence_length, config.batch, 0)
+    trainer = Trainer(Denoiser(model), config, loader, torch.device("cpu"))
+    met = set()
+
+    def noted(work):
+        met.add((sum(len(part.ids) for part in work.passes if part.causal), work.num_windows))
+
+    monkeypatch.setattr(trainer, "_gradients", noted)
+    trainer.warm_up()
+    assert met == counts
+
+
 def test_draw_of_a_step_in_blocks():
     ids = torch.arange(6 * 8).reshape(6, 8)
     config = dataclasses.replace(QUICK, batch=6, causal_share=0.5, block_size=3)

@@ -29,6 +29,9 @@ from mezzotint.training.output import MOST_WITHOUT_MAXIMUM, capped_nll
 from mezzotint.training.sampled import Entries, entry_chances, sampled_nll
 from mezzotint.training.system import keep_freed_memory
 
+ROUNDINGS = 64
+"""Steps that are looked at for one with the other number of causal windows, before a run begins."""
+
 
 class MaskedLoss(nn.Module):
     """Denoiser and cross-entropy in one module: (corrupted, ids, predicted) -> NLL [B, T] in nats, zero elsewhere.
@@ -228,7 +231,20 @@ class Trainer:
         starts = {self.config.causal_start, self.config.short_share, self.config.sampled_share} - {0.0}
         places = sorted({*starts, 0.0, 1.0} if starts else {1.0})
         for stage in dict.fromkeys(stage_at(self.config, progress) for progress in places):
-            self._gradients(self.batches.batch(self.step, stage))
+            for work in self._rounded_both_ways(stage):
+                self._gradients(work)
+
+    def _rounded_both_ways(self, stage: Stage) -> Iterator[StepWork]:
+        """The step of a stage; where the causal share is no whole number of windows, one with the other number as well."""
+        first = self.batches.batch(self.step, stage)
+        yield first
+        if first.both or float(first.num_windows * stage.causal_share).is_integer():
+            return
+        for step in range(self.step + 1, self.step + ROUNDINGS):
+            other = self.batches.batch(step, stage)
+            if other.causal_share != first.causal_share:
+                yield other
+                return
 
     def _prepare(self, windows: np.ndarray, step: int, stage: Stage) -> StepWork:
         model = self.network.config
