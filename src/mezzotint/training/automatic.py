@@ -53,7 +53,8 @@ SHAPES = (
 """From small to large. The first two are as good as each other after 20 minutes by the clock (LOG.md, "narrower"); the others
 come in where, for the same parameters times tokens, the law of `records/2026-11-27_scaling` has them equal to the one before."""
 PRODUCTS_A_SECOND = {"cpu": 2.5e10, "cuda": 1.5e13}
-"""Parameters times tokens, where a run is counted by minutes: two cores, and one H100."""
+"""Parameters times tokens, where a run is counted by minutes: two cores, and one H100. Of a vocabulary only the entries count that a
+step's softmax is over."""
 GPU_BATCH = 64
 """Windows a step on CUDA, which fewer do not keep busy; elsewhere the preset's."""
 READ_OFTEN = 15.0
@@ -72,17 +73,19 @@ def automatic(
     """
     base = preset("small")
     batch = batch or (GPU_BATCH if device == "cuda" else base.train.batch)
+    # On CUDA the output layer is little of a step, and a sampled softmax was not tried.
+    sampled = 0.0 if device == "cuda" else base.train.sampled_share
     rate = PRODUCTS_A_SECOND.get(device, PRODUCTS_A_SECOND["cpu"])
 
     def read(shape: Shape) -> float:
         """Tokens that the run reads with this shape."""
         if train.steps:
             return float(train.steps * batch * base.model.sequence_length)
-        return 60 * train.minutes * rate / shape.parameters(vocab_size)
+        entries = min(vocab_size, base.train.sampled_entries)
+        each = sampled / shape.parameters(entries) + (1 - sampled) / shape.parameters(vocab_size)
+        return 60 * train.minutes * rate * each
 
     shape = [shape for shape in SHAPES if read(shape) >= shape.least_tokens][-1]
     often = text_tokens > 0 and read(shape) >= READ_OFTEN * text_tokens
-    settings = dataclasses.replace(base.train, batch=batch, dropout=DROPOUT if often else 0.0)
-    if device == "cuda":  # where the output layer is little of a step, and a sampled softmax was not tried
-        settings = dataclasses.replace(settings, sampled_share=0.0)
+    settings = dataclasses.replace(base.train, batch=batch, dropout=DROPOUT if often else 0.0, sampled_share=sampled)
     return Preset(sized(base.model, shape.layers, shape.width, vocab_size), settings)
