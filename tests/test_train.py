@@ -172,7 +172,7 @@ def test_draw_of_a_step():
 @pytest.mark.parametrize(("share", "counts"), [(0.4, {(1, 4), (2, 4), (3, 8), (4, 8)}), (0.5, {(2, 4), (4, 8)})])
 def test_warming_up_meets_every_number_of_causal_windows(data, model, monkeypatch, share, counts):
     """Else the first step with another number would be compiled within the run's minutes."""
-    config = dataclasses.replace(QUICK, causal_share=share, short_share=0.5)
+    config = dataclasses.replace(QUICK, causal_share=share, short_share=0.5, compile=True)
     loader = Loader(Dataset.open(data).split("train"), model.sequence_length, config.batch, 0)
     trainer = Trainer(Denoiser(model), config, loader, torch.device("cpu"))
     met = set()
@@ -183,6 +183,13 @@ def test_warming_up_meets_every_number_of_causal_windows(data, model, monkeypatc
     monkeypatch.setattr(trainer, "_gradients", noted)
     trainer.warm_up()
     assert met == counts
+
+
+def test_what_is_not_compiled_is_not_warmed_up(data, model, monkeypatch):
+    loader = Loader(Dataset.open(data).split("train"), model.sequence_length, QUICK.batch, 0)
+    trainer = Trainer(Denoiser(model), QUICK, loader, torch.device("cpu"))
+    monkeypatch.setattr(trainer, "_gradients", lambda work: pytest.fail("a step is made for nothing"))
+    assert trainer.warm_up() is None
 
 
 def test_draw_of_a_step_in_blocks():

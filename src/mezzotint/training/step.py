@@ -207,22 +207,21 @@ class Trainer:
         return module
 
     def warm_up(self) -> str | None:
-        """Run one forward and backward pass and drop its gradients, so that compilation is not timed as training.
+        """Run forward and backward passes and drop their gradients, so that compilation is not timed as training.
 
-        Falls back to eager mode where torch.compile does not work (no C++ compiler, unsupported platform); returns
-        the reason, else None.
+        Does nothing for a trainer that is not compiled. Falls back to eager mode where torch.compile does not work (no C++
+        compiler, unsupported platform); returns the reason, else None.
         """
         keep_freed_memory()
+        if not self.compiled:
+            return None
         reason = None
         try:
             self._try_step()
         except _compiler_errors() as error:
-            if not self.compiled:
-                raise
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             self.compiled = False
             self.loss = self._wrap(False)
-            self._try_step()
         self.network.zero_grad(set_to_none=True)
         return reason
 
