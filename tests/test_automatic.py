@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 
 import pytest
 
 from mezzotint.cli.main import main
 from mezzotint.config import TrainConfig, preset
 from mezzotint.network.model import Denoiser, count_parameters
-from mezzotint.training.automatic import DROPOUT, READ_OFTEN, SHAPES, automatic, sized
+from mezzotint.training import automatic as automatic_module
+from mezzotint.training.automatic import DROPOUT, MOST_READINGS, MOST_TOKENS, READ_OFTEN, SHAPES, automatic, sized
 from mezzotint.training.checkpoint import read_run
 
 TOKENS_A_STEP = preset("small").train.batch * preset("small").model.sequence_length
@@ -63,6 +65,32 @@ def test_dropout_is_for_text_that_is_read_often():
     assert automatic(0, 4096, run(steps=1000)).train.dropout == 0
     twice = automatic(int(2 * tokens / READ_OFTEN), 4096, run(steps=1000), batch=32).train
     assert twice.dropout == DROPOUT and twice.batch == 32
+
+
+def test_minutes_end_when_the_text_is_read_often_enough():
+    long = automatic(400_000, 4096, run(60.0))
+    assert long.train.steps == math.ceil(MOST_READINGS * 400_000 / TOKENS_A_STEP) and long.train.dropout == DROPOUT
+    assert long.model.width == automatic(400_000, 4096, run(steps=long.train.steps)).model.width == SHAPES[0].width
+    assert (
+        automatic(400_000, 4096, run(5.0)).train.steps == 0
+    )  # of twice as many no more than a slow machine would make
+    assert automatic(0, 4096, run(60.0)).train.steps == 0
+    assert automatic(50, 4096, run(60.0)).train.steps == math.ceil(MOST_TOKENS / TOKENS_A_STEP)
+    assert automatic(400_000, 4096, run(60.0), batch=32).train.steps == math.ceil(long.train.steps / 2)
+
+
+def test_the_command_bounds_minutes_by_readings_and_not_steps(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(automatic_module, "MOST_TOKENS", 2)
+    monkeypatch.setattr(automatic_module, "MOST_READINGS", 1e-9)
+    words = ["train", str(trained.data), "--preset", "auto", "--no-compile", "--width", "32", "--sequence-length", "16"]
+    words += ["--batch", "2", "--json"]
+    assert main([*words, "--minutes", "1", "--out", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["steps"] == 1 and "the run ends at step 1, when" in shown.err
+    assert read_run(tmp_path / "a")["train"].steps == 1
+    assert main([*words, "--steps", "3", "--out", str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["steps"] == 3 and "the run ends" not in shown.err
 
 
 @pytest.mark.parametrize("shape", SHAPES)

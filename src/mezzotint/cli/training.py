@@ -145,6 +145,11 @@ def run_train(arguments: argparse.Namespace, display: Display) -> None:
     if first() and arguments.preset == AUTO:
         size = f"{model.layers} layers x {model.width}, {config.batch} windows a step, dropout {config.dropout:g}"
         display.say(f"preset {AUTO}: {size}")
+        if config.steps and not settings(arguments, TrainConfig).get("steps"):
+            often = config.steps * config.batch * model.sequence_length / len(dataset.split("train"))
+            display.say(
+                f"the run ends at step {config.steps:,}, when the text is read {often:.0f} times: more would not help"
+            )
     if first() and display.console.is_terminal:
         display.say(f"setting up {model.layers} layers x {model.width}")
     result = train(
@@ -242,7 +247,7 @@ def train_configs(
     text_tokens: of the training text, by which the preset `auto` chooses; 0: unknown.
     """
     train_changes = settings(arguments, TrainConfig) | _changes(arguments)
-    if "minutes" in train_changes:
+    if "minutes" in train_changes and arguments.preset != AUTO:  # which may have steps for them
         train_changes.setdefault("steps", 0)  # steps would have the last word
     if arguments.resume and (arguments.out / "config.json").exists():
         from mezzotint.data.tokenizer import check_same_tokenizer

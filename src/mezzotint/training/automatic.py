@@ -6,6 +6,7 @@ Knows counts of tokens and about how fast a device is; nothing of losses, steps 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from mezzotint.config import ModelConfig, Preset, TrainConfig, preset
@@ -61,6 +62,9 @@ READ_OFTEN = 15.0
 """How often a text is read before dropout pays: at 11 readings its gain is that of the time it takes, at 43 it is far more
 (LOG.md, "read many times")."""
 DROPOUT = 0.1
+MOST_READINGS, MOST_TOKENS = 20.0, 2_000_000
+"""How often a text is worth reading, or how many tokens where that is more: longer runs were best after 17 readings, and no better there
+than runs that ended with their warm-down by then (LOG.md, "how often a text is worth reading")."""
 
 
 def automatic(
@@ -69,7 +73,8 @@ def automatic(
     """The recipe of `small` in the size that suits a run's length, with dropout where the text is read often.
 
     text_tokens: of the training text; 0: unknown. train: how long the run is, in steps or minutes. device: its type, as of
-    torch. batch: windows a step; None: what suits the device.
+    torch. batch: windows a step; None: what suits the device. What is returned has steps where the minutes, by what is known
+    of the device, are for far more readings than MOST_READINGS.
     """
     base = preset("small")
     batch = batch or (GPU_BATCH if device == "cuda" else base.train.batch)
@@ -85,7 +90,13 @@ def automatic(
         each = sampled / shape.parameters(entries) + (1 - sampled) / shape.parameters(vocab_size)
         return 60 * train.minutes * rate * each
 
-    shape = [shape for shape in SHAPES if read(shape) >= shape.least_tokens][-1]
-    often = text_tokens > 0 and read(shape) >= READ_OFTEN * text_tokens
-    settings = dataclasses.replace(base.train, batch=batch, dropout=DROPOUT if often else 0.0, sampled_share=sampled)
+    # Minutes are tokens by a guess only: twice as many, so that a slower machine does not take longer than asked.
+    most = max(MOST_READINGS * text_tokens, MOST_TOKENS) if text_tokens > 0 else math.inf
+    bounded = not train.steps and read(SHAPES[0]) >= 2 * most
+    shape = [shape for shape in SHAPES if (most if bounded else read(shape)) >= shape.least_tokens][-1]
+    often = bounded or read(shape) >= READ_OFTEN * text_tokens > 0
+    steps = math.ceil(most / batch / base.model.sequence_length) if bounded else 0
+    settings = dataclasses.replace(
+        base.train, batch=batch, steps=steps, dropout=DROPOUT if often else 0.0, sampled_share=sampled
+    )
     return Preset(sized(base.model, shape.layers, shape.width, vocab_size), settings)
