@@ -74,7 +74,7 @@ def test_minutes_end_when_the_text_is_read_often_enough():
     assert (
         automatic(400_000, 4096, run(5.0)).train.steps == 0
     )  # of twice as many no more than a slow machine would make
-    assert automatic(0, 4096, run(60.0)).train.steps == 0
+    assert automatic(0, 4096, run(60.0)).train.steps == automatic(400_000, 4096, run(60.0), "cuda").train.steps == 0
     assert automatic(50, 4096, run(60.0)).train.steps == math.ceil(MOST_TOKENS / TOKENS_A_STEP)
     assert automatic(400_000, 4096, run(60.0), batch=32).train.steps == math.ceil(long.train.steps / 2)
 

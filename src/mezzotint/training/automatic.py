@@ -64,7 +64,8 @@ READ_OFTEN = 15.0
 DROPOUT = 0.1
 MOST_READINGS, MOST_TOKENS = 20.0, 2_000_000
 """How often a text is worth reading, or how many tokens where that is more: longer runs were best after 17 readings, and no better there
-than runs that ended with their warm-down by then (LOG.md, "how often a text is worth reading")."""
+than runs that ended with their warm-down by then (LOG.md, "how often a text is worth reading"). With 16 windows a step: not for GPU_BATCH,
+of which so many readings would be few steps."""
 
 
 def automatic(
@@ -92,7 +93,7 @@ def automatic(
 
     # Minutes are tokens by a guess only: twice as many, so that a slower machine does not take longer than asked.
     most = max(MOST_READINGS * text_tokens, MOST_TOKENS) if text_tokens > 0 else math.inf
-    bounded = not train.steps and read(SHAPES[0]) >= 2 * most
+    bounded = device != "cuda" and not train.steps and read(SHAPES[0]) >= 2 * most
     shape = [shape for shape in SHAPES if (most if bounded else read(shape)) >= shape.least_tokens][-1]
     often = bounded or read(shape) >= READ_OFTEN * text_tokens > 0
     steps = math.ceil(most / batch / base.model.sequence_length) if bounded else 0
