@@ -71,9 +71,7 @@ def test_minutes_end_when_the_text_is_read_often_enough():
     long = automatic(400_000, 4096, run(60.0))
     assert long.train.steps == math.ceil(MOST_READINGS * 400_000 / TOKENS_A_STEP) and long.train.dropout == DROPOUT
     assert long.model.width == automatic(400_000, 4096, run(steps=long.train.steps)).model.width == SHAPES[0].width
-    assert (
-        automatic(400_000, 4096, run(5.0)).train.steps == 0
-    )  # of twice as many no more than a slow machine would make
+    assert automatic(400_000, 4096, run(5.0)).train.steps == 0  # too few minutes, though the text would be read often
     assert automatic(0, 4096, run(60.0)).train.steps == automatic(400_000, 4096, run(60.0), "cuda").train.steps == 0
     assert automatic(50, 4096, run(60.0)).train.steps == math.ceil(MOST_TOKENS / TOKENS_A_STEP)
     assert automatic(400_000, 4096, run(60.0), batch=32).train.steps == math.ceil(long.train.steps / 2)
